@@ -1,0 +1,48 @@
+"""gpuparse: a GPU-native streaming data loader for finetuning BiomedParse v2.
+
+`convert` turns folders of npz volumes into chunked Zarr stores; `SliceDataset` and `DataLoader` turn stores into
+training samples. What needs torch is imported when first used, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Imported here, not on demand: a function and its module share a name, and only the first import of a submodule
+# binds that name to the module.
+from gpuparse.convert import ConversionReport, convert
+from gpuparse.encode import encode
+from gpuparse.errors import GpuparseError
+from gpuparse.store import Store, open_store
+
+if TYPE_CHECKING:
+    from gpuparse.dataset import SliceDataset
+    from gpuparse.loader import DataLoader
+
+__version__ = "0.1.0"
+
+_ON_DEMAND = {"DataLoader": "gpuparse.loader", "SliceDataset": "gpuparse.dataset"}
+
+__all__ = [
+    "ConversionReport",
+    "DataLoader",
+    "GpuparseError",
+    "SliceDataset",
+    "Store",
+    "convert",
+    "encode",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'gpuparse' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ON_DEMAND[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,239 @@
+"""Fractal volumetric encoding: a slice and its two neighbours as three channels, padded square, resized.
+
+The image is resampled bicubically in the arithmetic of cv2.resize(INTER_CUBIC) on x86, the mask by nearest neighbour
+(kernels/encode.cu). `encode` takes a whole volume in memory; `encode_planes` takes the planes that `read` describes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse import kernels
+from gpuparse.errors import InputError
+from gpuparse.views import PLANE_DTYPE, Recipe, ResamplingTables, channel_positions, resampling_tables, view_geometry
+
+__all__ = ["EncodedSlices", "check_size", "encode", "encode_masks", "encode_planes"]
+
+MAX_SIDE = 16384  # of an encoded slice
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSlices:
+    """Encoded slices, on the device of the volume they were made from.
+
+    Attributes:
+        image: (num_slices, 3, height, width) uint8, 0..255; channels: the slice, the one before, the one after.
+        mask: (num_slices, height, width) in the labels' dtype, or None where no labels were given.
+    """
+
+    image: Any
+    mask: Any | None
+
+    def __repr__(self) -> str:
+        mask = "None" if self.mask is None else f"{tuple(self.mask.shape)} {self.mask.dtype}"
+        return f"EncodedSlices(image={tuple(self.image.shape)} {self.image.dtype}, mask={mask})"
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """Returns `size` as (rows, columns).
+
+    Raises:
+        InputError: It is not two whole numbers from 1 to 16384.
+    """
+    try:
+        height, width = (int(n) for n in size)
+    except (TypeError, ValueError):
+        raise InputError(f"size is {size!r}; expected (rows, columns), such as (512, 512).") from None
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise InputError(f"size is {size!r}; expected 1 to {MAX_SIDE} pixels a side.")
+    return height, width
+
+
+def encode(
+    image: Any,
+    labels: Any | None = None,
+    *,
+    positions: Sequence[int] | None = None,
+    axis: int = 0,
+    size: tuple[int, int] = (512, 512),
+    recipe: Recipe = "corrected",
+    num_threads: int | None = None,
+) -> EncodedSlices:
+    """Encodes slices of a volume that is in memory.
+
+    Args:
+        image: (z, y, x) uint8, a numpy array (CPU) or a CuPy array (its GPU, on CuPy's current stream).
+        labels: (z, y, x) uint8, uint16 or uint32 on the same device, or None.
+        positions: Slices to encode, from 0 to the axis's length - 1, in any order; None takes all.
+        axis: The slice axis: 0 (z), 1 (y) or 2 (x).
+        size: Rows and columns of an encoded slice.
+        recipe: How an odd difference between height and width is padded, see `view_geometry`.
+        num_threads: CPU threads, None for all cores. The result does not depend on it.
+
+    Returns:
+        The encoded slices, on the device of `image`.
+
+    Raises:
+        InputError: An argument has another type, rank, dtype, device or range.
+
+    >>> import numpy as np
+    >>> volume = np.zeros((5, 40, 30), np.uint8)
+    >>> encode(volume, volume, positions=[0, 4], size=(64, 64))
+    EncodedSlices(image=(2, 3, 64, 64) uint8, mask=(2, 64, 64) uint8)
+    """
+    height, width = check_size(size)
+    on_device = kernels.is_device_array(image)
+    _check_volume("image", image, ("uint8",), on_device)
+    if labels is not None:
+        _check_volume("labels", labels, ("uint8", "uint16", "uint32"), on_device)
+        if tuple(labels.shape) != tuple(image.shape):
+            raise InputError(f"labels have shape {tuple(labels.shape)}; expected the image's, {tuple(image.shape)}.")
+    view = view_geometry(image.shape, axis, recipe)
+    chosen = range(view.num_slices) if positions is None else [int(p) for p in positions]
+    tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
+
+    def planes_of(array: Any, slices: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        strides = np.array([array.shape[1] * array.shape[2], array.shape[2], 1]) * array.itemsize
+        rows, columns = (i for i in range(3) if i != axis)
+        planes = np.zeros(len(slices), PLANE_DTYPE)
+        planes["first_block"] = np.arange(len(slices))
+        planes["row_stride"], planes["column_stride"] = strides[rows], strides[columns]
+        planes["block_height"], planes["block_width"] = view.height, view.width
+        planes["blocks_per_row"], planes["itemsize"] = 1, array.itemsize
+        for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
+            planes[name] = getattr(view, name)
+        planes["column_table"] = 1
+        return planes, np.asarray(slices, np.int64) * strides[axis]
+
+    triplets = [p for position in chosen for p in channel_positions(position, view.num_slices)]
+    planes, blocks = planes_of(image, triplets)
+    encoded = encode_planes(_bytes_of(image), blocks, planes, tables, (height, width), num_threads)
+    mask = None
+    if labels is not None:
+        planes, blocks = planes_of(labels, chosen)
+        mask = encode_masks(_bytes_of(labels), blocks, planes, tables, (height, width), num_threads)
+        mask = mask.astype(labels.dtype)
+    return EncodedSlices(encoded.reshape(len(chosen), 3, height, width), mask)
+
+
+def _check_volume(name: str, array: Any, dtypes: tuple[str, ...], on_device: bool) -> None:
+    if not (isinstance(array, np.ndarray) or kernels.is_device_array(array)):
+        raise InputError(f"{name} is {type(array).__name__}; expected a numpy or CuPy array (z, y, x).")
+    if kernels.is_device_array(array) != on_device:
+        raise InputError(f"{name} is a {type(array).__module__} array; expected it on the same device as the image.")
+    if array.ndim != 3 or 0 in array.shape:
+        raise InputError(f"{name} has shape {tuple(array.shape)}; expected three axes (z, y, x), none empty.")
+    if str(array.dtype) not in dtypes:
+        raise InputError(f"{name} has dtype {array.dtype}; expected {' or '.join(dtypes)}.")
+
+
+def _bytes_of(array: Any) -> Any:
+    if not array.flags.c_contiguous:
+        array = array.copy(order="C")
+    return array.reshape(-1).view(np.uint8)
+
+
+def encode_planes(
+    arena: Any,
+    blocks: npt.NDArray[np.int64],
+    planes: npt.NDArray[Any],
+    tables: ResamplingTables,
+    size: tuple[int, int],
+    num_threads: int | None = None,
+) -> Any:
+    """Encodes image planes.
+
+    Args:
+        arena: (n,) uint8, decoded chunks; a numpy array, or a CuPy array to run on its GPU.
+        blocks: (num_blocks,) int64 byte offsets in the arena, -1 for missing chunks.
+        planes: (num_planes,) PLANE_DTYPE.
+        tables: The resampling tables that the planes refer to.
+        size: Rows and columns.
+        num_threads: CPU threads, None for all cores.
+
+    Returns:
+        (num_planes, rows, columns) uint8 on the arena's device.
+    """
+    shape = (len(planes), *size)
+    if kernels.is_device_array(arena):
+        return _on_device(arena, "encode", blocks, planes, (tables.cubic_index, tables.cubic_weights), tables, shape,
+                          np.uint8)  # fmt: skip
+    out = np.empty(shape, np.uint8)
+    kernels.host_library().gpuparse_encode(
+        *_host_head(arena, blocks, planes, num_threads),
+        kernels.pointer(tables.cubic_index),
+        kernels.pointer(tables.cubic_weights),
+        *(ctypes.c_int32(n) for n in (tables.length, *size)),
+        kernels.pointer(out),
+    )
+    return out
+
+
+def encode_masks(
+    arena: Any,
+    blocks: npt.NDArray[np.int64],
+    planes: npt.NDArray[Any],
+    tables: ResamplingTables,
+    size: tuple[int, int],
+    num_threads: int | None = None,
+) -> Any:
+    """Encodes label planes by nearest neighbour; the arguments are those of `encode_planes`.
+
+    Returns:
+        (num_planes, rows, columns) uint32 ids on the arena's device.
+    """
+    shape = (len(planes), *size)
+    if kernels.is_device_array(arena):
+        return _on_device(arena, "encode_mask", blocks, planes, (tables.nearest,), tables, shape, np.uint32)
+    out = np.empty(shape, np.uint32)
+    kernels.host_library().gpuparse_encode_mask(
+        *_host_head(arena, blocks, planes, num_threads),
+        kernels.pointer(tables.nearest),
+        *(ctypes.c_int32(n) for n in (tables.length, *size)),
+        kernels.pointer(out),
+    )
+    return out
+
+
+def _host_head(
+    arena: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64], planes: npt.NDArray[Any], num_threads: int | None
+) -> tuple[Any, ...]:
+    return (
+        ctypes.c_int64(len(planes)),
+        ctypes.c_int32(num_threads or kernels.default_num_threads()),
+        kernels.pointer(arena),
+        kernels.pointer(blocks),
+        kernels.pointer(planes),
+    )
+
+
+def _on_device(
+    arena: Any,
+    kernel: str,
+    blocks: npt.NDArray[np.int64],
+    planes: npt.NDArray[Any],
+    table_arrays: tuple[npt.NDArray[Any], ...],
+    tables: ResamplingTables,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> Any:
+    import cupy
+
+    with arena.device:
+        out = cupy.empty(shape, dtype)
+        arguments = (
+            arena,
+            cupy.asarray(blocks),
+            cupy.asarray(planes.view(np.uint8)),
+            *(cupy.asarray(a) for a in table_arrays),
+            *(np.int32(n) for n in (tables.length, *shape[1:])),
+            out,
+        )
+        kernels.launch_on_device("encode.cu", kernel, out.size, arguments)
+    return out

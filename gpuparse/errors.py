@@ -1,0 +1,45 @@
+"""The exceptions gpuparse raises.
+
+Each message names the object, the value it got, the value it expected, and the remedy. All of them derive from
+`GpuparseError`, and each also from the built-in exception a caller would expect to catch.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChunkCorruptError",
+    "GpuparseError",
+    "InputError",
+    "KernelError",
+    "MissingDependencyError",
+    "StoreFormatError",
+    "VolumeFormatError",
+]
+
+
+class GpuparseError(Exception):
+    """Base class of every error that gpuparse raises on purpose."""
+
+
+class InputError(GpuparseError, ValueError):
+    """An argument, a folder layout or a prompt file is not what gpuparse can use."""
+
+
+class VolumeFormatError(InputError):
+    """One source volume (a file) cannot be read or does not hold what a volume must hold."""
+
+
+class StoreFormatError(InputError):
+    """A store is missing, unfinished, of another format version, or not laid out as the format says."""
+
+
+class ChunkCorruptError(GpuparseError, OSError):
+    """Bytes of a chunk or of a shard index do not match their checksum or their declared sizes."""
+
+
+class KernelError(GpuparseError, RuntimeError):
+    """The compiled kernels are missing, stale, or reported a failure."""
+
+
+class MissingDependencyError(GpuparseError, ImportError):
+    """An optional package is needed for what was asked and is not installed."""

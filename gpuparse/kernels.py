@@ -1,0 +1,151 @@
+"""Finds, compiles and launches kernels/*.cu: by CuPy on the GPU, as a prebuilt C library on the CPU.
+
+Both come from the same sources. The CPU library is tied to them by a digest, so that an edited kernel is never tested
+against an old build; the GPU's kernels carry the digest in their compile options, because CuPy's cache does not look
+into included headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuparse.errors import KernelError
+
+__all__ = [
+    "default_num_threads",
+    "host_library",
+    "is_device_array",
+    "kernel_sources",
+    "launch_on_device",
+    "nvrtc_options",
+    "pointer",
+    "source_digest",
+]
+
+_PACKAGE = Path(__file__).resolve().parent
+_REMEDY = "Install gpuparse again with `pip install -e .` (or `pip install .`)."
+
+
+@functools.cache
+def kernel_sources() -> Path:
+    """The folder with the kernels' sources: the checkout's `kernels/`, or the copy inside an installed wheel.
+
+    Raises:
+        KernelError: Neither is there.
+    """
+    candidates = [_PACKAGE.parent / "kernels", *(Path(root) / "_kernels" for root in _package_roots())]
+    for folder in candidates:
+        if (folder / "encode.cu").is_file():
+            return folder
+    raise KernelError(f"no kernel sources in {', '.join(map(str, candidates))}. {_REMEDY}")
+
+
+def _package_roots() -> list[str]:
+    import gpuparse
+
+    return list(gpuparse.__path__)  # an editable install adds the folder with the built files
+
+
+@functools.cache
+def source_digest() -> str:
+    """SHA-256 over the digests of all kernel sources in the order of their names, as kernels/CMakeLists.txt takes it."""
+    files = sorted(p for p in kernel_sources().iterdir() if p.suffix in (".cu", ".h", ".cpp"))
+    joined = "".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in files)
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def nvrtc_options() -> tuple[str, ...]:
+    """Compile options of every device build: no contraction, no flush to zero, IEEE division and square root."""
+    return (
+        f"-I{kernel_sources()}",
+        "--std=c++17",
+        "--fmad=false",
+        "--ftz=false",
+        "--prec-div=true",
+        "--prec-sqrt=true",
+        f"-DGPUPARSE_SOURCE_DIGEST={source_digest()[:16]}",
+    )
+
+
+@functools.cache
+def host_library(variant: str | None = None) -> ctypes.CDLL:
+    """Loads the CPU kernels.
+
+    Args:
+        variant: `baseline` or `avx2`; None takes the best one that this processor runs. Both give the same bits.
+
+    Raises:
+        KernelError: The library is missing or was built from other sources.
+    """
+    baseline = _load("libgpuparse_kernels.so")
+    if variant is None:
+        forced = os.environ.get("GPUPARSE_CPU_KERNELS")
+        variant = forced or ("avx2" if baseline.gpuparse_supports_avx2() else "baseline")
+    if variant not in ("baseline", "avx2"):
+        raise KernelError(f"CPU kernel variant is {variant!r}; expected 'baseline' or 'avx2'.")
+    return baseline if variant == "baseline" else _load("libgpuparse_kernels_avx2.so")
+
+
+def _load(file_name: str) -> ctypes.CDLL:
+    candidates = [Path(root) / "_native" / file_name for root in _package_roots()]
+    for path in candidates:
+        if path.is_file():
+            library = ctypes.CDLL(str(path))
+            library.gpuparse_source_digest.restype = ctypes.c_char_p
+            built = library.gpuparse_source_digest().decode()
+            if built != source_digest():
+                raise KernelError(
+                    f"{path} was built from sources with digest {built[:12]}; those in {kernel_sources()} have "
+                    f"{source_digest()[:12]}. {_REMEDY}"
+                )
+            return library
+    raise KernelError(f"the CPU kernels {file_name} are in none of {', '.join(map(str, candidates))}. {_REMEDY}")
+
+
+def pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
+    """The address of a C-contiguous array, for a kernel's argument list."""
+    if not array.flags.c_contiguous:
+        raise KernelError(f"an array of shape {array.shape} and strides {array.strides} is not C-contiguous.")
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def is_device_array(array: Any) -> bool:
+    """Whether `array` is a CuPy array, decided without importing CuPy."""
+    return type(array).__module__.split(".")[0] == "cupy"
+
+
+@functools.cache
+def _device_module(file_name: str, device: int) -> Any:
+    import cupy
+
+    code = f'#include "{file_name}"\n'
+    with cupy.cuda.Device(device):
+        return cupy.RawModule(code=code, options=nvrtc_options(), backend="nvrtc")
+
+
+def launch_on_device(file_name: str, kernel: str, num_elements: int, arguments: tuple[Any, ...]) -> None:
+    """Launches a grid-stride kernel on CuPy's current stream: one thread per element, 256 per block.
+
+    Args:
+        file_name: The source in `kernels/` that defines it, for example `encode.cu`.
+        kernel: Its name.
+        num_elements: Elements of its output.
+        arguments: What follows the element count: CuPy arrays and numpy scalars of the parameters' exact types.
+    """
+    import cupy
+
+    function = _device_module(file_name, cupy.cuda.Device().id).get_function(kernel)
+    num_blocks = max(1, min(-(-num_elements // 256), 2**31 - 1))
+    function((num_blocks,), (256,), (np.int64(num_elements), *arguments))
+
+
+def default_num_threads() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,231 @@
+"""The plan: which sample stands where in an epoch, and the random numbers that belong to a sample.
+
+Pure functions of seed, epoch and position. Random numbers are Philox 4x32-10 (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011), keyed by sample, so that no value depends on batch size, rank, threads or device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import InputError
+
+__all__ = ["EpochPlan", "Streams", "draw_below", "permute", "philox4x32", "sample_streams"]
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+# What a random number is for: the third counter word. A number is never reused for another purpose.
+OPERATION_ORDER = 0
+OPERATION_SAMPLE_KEY = 1
+OPERATION_CLASSES = 2
+OPERATION_PARAPHRASES = 3
+
+
+def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+    """Philox 4x32 with ten rounds.
+
+    Args:
+        counter: (..., 4) uint32.
+        key: (..., 2) uint32, broadcast against the counter.
+
+    Returns:
+        (..., 4) uint32 random words.
+
+    >>> [hex(w) for w in philox4x32([0, 0, 0, 0], [0, 0])]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    counter, key = np.asarray(counter, np.uint32), np.asarray(key, np.uint32)
+    c0, c1, c2, c3, k0, k1 = np.broadcast_arrays(*np.moveaxis(counter, -1, 0), *np.moveaxis(key, -1, 0))
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            left, right = c0.astype(np.uint64) * _M0, c2.astype(np.uint64) * _M1
+            c0, c1, c2, c3 = (
+                (right >> _SHIFT).astype(np.uint32) ^ c1 ^ k0,
+                (right & _LOW).astype(np.uint32),
+                (left >> _SHIFT).astype(np.uint32) ^ c3 ^ k1,
+                (left & _LOW).astype(np.uint32),
+            )
+            k0, k1 = k0 + _W0, k1 + _W1
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def _words(value: npt.ArrayLike) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    value = np.asarray(value).astype(np.uint64)
+    return (value & _LOW).astype(np.uint32), (value >> _SHIFT).astype(np.uint32)
+
+
+def check_seed(seed: int) -> int:
+    """Returns `seed` if it fits 64 unsigned bits.
+
+    Raises:
+        InputError: It does not.
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2^64 - 1.")
+    return int(seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """The random streams of some samples: Philox keys, and a fourth counter word that sets samples apart further.
+
+    Attributes:
+        key: (num_samples, 2) uint32.
+        salt: (num_samples,) uint32.
+    """
+
+    key: npt.NDArray[np.uint32]
+    salt: npt.NDArray[np.uint32]
+
+    def words(self, operation: int, num_words: int) -> npt.NDArray[np.uint32]:
+        """(num_samples, num_words) uint32 random words for one purpose."""
+        num_blocks = -(-num_words // 4)
+        counter = np.zeros((len(self.salt), num_blocks, 4), np.uint32)
+        counter[..., 0] = np.arange(num_blocks, dtype=np.uint32)
+        counter[..., 1] = operation
+        counter[..., 3] = self.salt[:, None]
+        return philox4x32(counter, self.key[:, None]).reshape(len(self.salt), -1)[:, :num_words]
+
+
+def sample_streams(seed: int, epoch: int, sample_ids: npt.ArrayLike) -> Streams:
+    """The streams of the given samples in one epoch.
+
+    Args:
+        seed: 0 .. 2^64 - 1.
+        epoch: 0 .. 2^32 - 1.
+        sample_ids: (num_samples,) whole numbers below 2^64.
+    """
+    seed_low, seed_high = _words(check_seed(seed))
+    id_low, id_high = _words(sample_ids)
+    counter = np.stack(
+        [id_low, id_high, np.full_like(id_low, epoch), np.full_like(id_low, OPERATION_SAMPLE_KEY)], axis=-1
+    )
+    words = philox4x32(counter, np.stack([seed_low, seed_high]))
+    return Streams(key=np.ascontiguousarray(words[:, :2]), salt=np.ascontiguousarray(words[:, 2]))
+
+
+def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Whole numbers from 0 to `bound` - 1: the high half of word * bound, with a bias below bound / 2^32.
+
+    >>> draw_below(np.array([0, 2**31, 2**32 - 1], np.uint32), 10).tolist()
+    [0, 5, 9]
+    """
+    product = words.astype(np.uint64) * np.asarray(bound, np.uint64)
+    result: npt.NDArray[np.int64] = (product >> _SHIFT).astype(np.int64)
+    return result
+
+
+def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """A keyed bijection of 0 .. length - 1: six Feistel rounds over the next power of four, walked until inside.
+
+    Args:
+        positions: (n,) whole numbers from 0 to length - 1.
+        length: Size of the range, up to 2^62.
+        seed: Key.
+        epoch: Key.
+
+    Returns:
+        (n,) int64, each position's image. Memory and time depend on n alone.
+
+    >>> sorted(permute(range(7), 7, seed=1, epoch=0).tolist())
+    [0, 1, 2, 3, 4, 5, 6]
+    """
+    values = np.asarray(positions, np.uint64).copy()
+    if length <= 1:
+        return values.astype(np.int64)
+    half_bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    seed_low, seed_high = _words(check_seed(seed))
+    key = np.stack([seed_low, seed_high])
+    pending = np.arange(len(values))
+    while len(pending):
+        left, right = values[pending] >> half_bits, values[pending] & mask
+        for round_number in range(6):
+            counter = np.zeros((len(pending), 4), np.uint32)
+            counter[:, 0] = right.astype(np.uint32)
+            counter[:, 1] = round_number
+            counter[:, 2] = epoch
+            counter[:, 3] = OPERATION_ORDER
+            left, right = right, (left ^ philox4x32(counter, key)[:, 0].astype(np.uint64)) & mask
+        values[pending] = left << half_bits | right
+        pending = pending[values[pending] >= np.uint64(length)]
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch's order, cut into batches.
+
+    Attributes:
+        num_samples: Samples in the dataset.
+        batch_size: Samples per batch.
+        shuffle: Whether the order is permuted; otherwise it is the dataset's.
+        drop_last: Whether a last batch that is short is left out.
+        seed: Key of the order.
+        epoch: Which epoch; each has another order.
+
+    >>> plan = EpochPlan(num_samples=10, batch_size=4, shuffle=False)
+    >>> plan.num_batches, plan.samples(2).tolist()
+    (3, [8, 9])
+    """
+
+    num_samples: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool = False
+    seed: int = 0
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1.")
+        if not 0 <= self.epoch < 2**32:
+            raise InputError(f"epoch is {self.epoch}; expected 0 to 2^32 - 1.")
+        check_seed(self.seed)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in the epoch."""
+        full, rest = divmod(self.num_samples, self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def samples(self, step: int) -> npt.NDArray[np.int64]:
+        """(batch,) int64 sample numbers of batch `step`; the last batch may be short.
+
+        Raises:
+            InputError: There is no such batch.
+        """
+        if not 0 <= step < self.num_batches:
+            raise InputError(f"step is {step}; this epoch has {self.num_batches} batches.")
+        start = step * self.batch_size
+        positions = np.arange(start, min(start + self.batch_size, self.num_samples), dtype=np.int64)
+        return permute(positions, self.num_samples, self.seed, self.epoch) if self.shuffle else positions
+
+
+def draw_classes(words: npt.NDArray[Any], num_classes: int) -> npt.NDArray[np.int64]:
+    """Class positions for the prompts of each sample, as the reference draws them.
+
+    Args:
+        words: (num_samples, num_prompts) uint32.
+        num_classes: Classes of the dataset.
+
+    Returns:
+        (num_samples, num_prompts) int64 from 0 to num_classes - 1: without replacement where there are at least as
+        many classes as prompts (a partial Fisher-Yates shuffle), with replacement otherwise.
+    """
+    num_samples, num_prompts = words.shape
+    if num_classes < num_prompts:
+        return draw_below(words, num_classes)
+    order = np.tile(np.arange(num_classes), (num_samples, 1))
+    rows = np.arange(num_samples)
+    for k in range(num_prompts):
+        chosen = k + draw_below(words[:, k], num_classes - k)
+        order[rows, k], order[rows, chosen] = order[rows, chosen], order[rows, k].copy()
+    return order[:, :num_prompts]

@@ -1,0 +1,114 @@
+"""Text prompts: the part of `class_prompts.json` that belongs to one dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuparse.errors import InputError
+
+__all__ = ["PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
+
+PROMPT_SEPARATOR = "[SEP]"
+"""Joins the prompts of one sample into its `text`; therefore no prompt may hold it."""
+
+_LAYOUT = 'expected {"<class id>": "prompt" or ["prompt", "paraphrase", ...], ..., "instance_label": 0 or 1}'
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """The classes of one dataset and what each is called.
+
+    Attributes:
+        classes: Class id -> its paraphrases, in the order of the file. Ids start at 1; 0 is background.
+        instance_label: 1 where the label volume numbers instances of the first class, 0 where it holds class ids.
+    """
+
+    classes: dict[int, tuple[str, ...]]
+    instance_label: int
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """The class ids in the order of the file."""
+        return tuple(self.classes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The reference's form, as `class_prompts.json` and the store's attributes hold it."""
+        data: dict[str, Any] = {str(class_id): list(prompts) for class_id, prompts in self.classes.items()}
+        return {**data, "instance_label": self.instance_label}
+
+
+def load_class_prompts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads `class_prompts.json`: dataset name -> that dataset's entry, not yet checked.
+
+    Raises:
+        InputError: The file is missing, not JSON, or not an object of objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: not found. gpuparse needs the prompts of every dataset there, as BiomedParse does; {_LAYOUT}."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, InputError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
+    if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
+        raise InputError(f"{path}: expected an object with one entry per dataset; for each dataset {_LAYOUT}.")
+    return data
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise InputError(f"key {repeated[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
+def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
+    """Checks one dataset's entry.
+
+    Args:
+        entry: Class id (decimal string) -> prompt or list of prompts, and `instance_label`.
+        where: What errors shall call it, for example `class_prompts.json, dataset 'AMOS'`.
+
+    Raises:
+        InputError: A key is no class id, an id is 0 or less, a prompt is empty or holds `[SEP]`, or nothing is left.
+    """
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where}: got {type(entry).__name__}; {_LAYOUT}.")
+    if "instance_label" not in entry:
+        raise InputError(f"{where}: no 'instance_label'. Add 0 (ids are classes) or 1 (ids number instances).")
+    instance_label = entry["instance_label"]
+    if instance_label not in (0, 1):
+        raise InputError(f"{where}: instance_label is {instance_label!r}; expected 0 or 1.")
+    classes: dict[int, tuple[str, ...]] = {}
+    for key, value in entry.items():
+        if key == "instance_label":
+            continue
+        if not (key.isascii() and key.isdigit()) or int(key) == 0 or str(int(key)) != key:
+            raise InputError(f"{where}: key {key!r} is no class id; expected '1', '2', ... (0 is background).")
+        classes[int(key)] = _check_prompts(value, f"{where}, class {key}")
+    if not classes:
+        raise InputError(f"{where}: no class in it; {_LAYOUT}.")
+    return ClassPrompts(classes, int(instance_label))
+
+
+def _check_prompts(value: Any, where: str) -> tuple[str, ...]:
+    prompts = [value] if isinstance(value, str) else value
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise InputError(f"{where}: got {value!r}; expected a prompt or a non-empty list of prompts.")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"{where}: prompt {prompt!r} is empty or no text. Write one, or remove the entry.")
+        if PROMPT_SEPARATOR in prompt:
+            raise InputError(
+                f"{where}: prompt {prompt!r} holds {PROMPT_SEPARATOR}, which separates prompts. "
+                f"Make it two entries of the list."
+            )
+    return tuple(prompts)

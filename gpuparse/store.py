@@ -1,0 +1,333 @@
+"""The store: what a converted dataset is on disk, and how it is opened.
+
+One root group per dataset and split. `cases/<name>` are OME-Zarr 0.5 images with a label image `gts`; `index/<id>`
+holds the table of trainable slices. The root's attributes name the index in force and are replaced in one rename, so
+that a reader sees the old table or the new one and nothing between. docs: ARCHITECTURE.md, "The store".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.prompts import ClassPrompts, parse_class_prompts
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ArrayLayout",
+    "CaseInfo",
+    "SliceTable",
+    "Store",
+    "chunk_shape",
+    "compressors",
+    "open_store",
+    "shard_shape",
+]
+
+FORMAT_VERSION = 1
+IMAGE_PATH = "0"
+LABELS_PATH = "labels/gts/0"
+BLOSC_BLOCK_BYTES = 65536
+CUBIC_CHUNK_SIDE = 40
+MAX_SHARD_BYTES = 1 << 30
+_SPLITS = ("train", "val")
+_REMEDY = "Rebuild it with `gpuparse convert ... --overwrite`."
+
+
+def chunk_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int, int]:
+    """The chunk of an array: one slice where one axis is used, near-cubic of about 64 Ki voxels where all three are.
+
+    >>> chunk_shape((63, 512, 512), (0,))
+    (1, 512, 512)
+    >>> chunk_shape((96, 104, 200), (0, 1, 2))
+    (32, 35, 40)
+    """
+    depth, height, width = (int(n) for n in shape)
+    if len(axes) == 1:
+        return tuple(1 if i == axes[0] else n for i, n in enumerate((depth, height, width)))  # type: ignore[return-value]
+    return tuple(-(-n // -(-n // CUBIC_CHUNK_SIDE)) for n in (depth, height, width))  # type: ignore[return-value]
+
+
+def shard_shape(shape: Sequence[int], chunks: Sequence[int], itemsize: int) -> tuple[int, int, int]:
+    """The shard of an array: all of it, or as many layers of chunks along its longest grid axis as make 1 GiB."""
+    counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
+    longest = int(np.argmax(counts))
+    layer_bytes = itemsize * int(np.prod([c * k for i, (c, k) in enumerate(zip(chunks, counts, strict=True))
+                                          if i != longest], dtype=np.int64)) * chunks[longest]  # fmt: skip
+    counts[longest] = max(1, min(counts[longest], MAX_SHARD_BYTES // layer_bytes))
+    return tuple(c * k for c, k in zip(chunks, counts, strict=True))  # type: ignore[return-value]
+
+
+def compressors() -> tuple[BloscCodec, Crc32cCodec]:
+    """The codecs of every voxel array: blosc frames of raw LZ4 blocks, which a GPU decodes as they are, and a CRC."""
+    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle", typesize=1, blocksize=BLOSC_BLOCK_BYTES)
+    return (blosc, Crc32cCodec())
+
+
+@dataclass(frozen=True, eq=False)
+class SliceTable:
+    """Every trainable slice of a store, one row each, ordered by case, axis and position.
+
+    Attributes:
+        case: (num_slices,) int32, index into the store's cases.
+        axis: (num_slices,) uint8, slice axis in (z, y, x).
+        position: (num_slices,) int32 along that axis.
+        class_indptr: (num_slices + 1,) int64; row r has `class_ids[class_indptr[r]:class_indptr[r + 1]]`.
+        class_ids: (num_entries,) int32, the classes present in the slice at native size, ascending; for instance
+            datasets the first class where any instance is present.
+        split: (num_slices,) uint8: 0 train, 1 val.
+    """
+
+    case: npt.NDArray[np.int32]
+    axis: npt.NDArray[np.uint8]
+    position: npt.NDArray[np.int32]
+    class_indptr: npt.NDArray[np.int64]
+    class_ids: npt.NDArray[np.int32]
+    split: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.case)
+
+    def __repr__(self) -> str:
+        return f"SliceTable({len(self)} slices, {len(self.class_ids)} (slice, class) pairs)"
+
+    def classes_in(self, row: int) -> npt.NDArray[np.int32]:
+        """The classes present in one slice."""
+        return self.class_ids[self.class_indptr[row] : self.class_indptr[row + 1]]
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """One case of a store.
+
+    Attributes:
+        name: Its name, the source file's stem.
+        shape: Voxels along z, y, x.
+        spacing_mm: Voxel size along z, y, x.
+        axes: The axes along which it is sliced.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: a store makes one per array
+class ArrayLayout:
+    """Where the chunks of one array lie.
+
+    Attributes:
+        path: The array's folder.
+        shape: Voxels along z, y, x.
+        dtype: uint8, uint16 or uint32, little-endian.
+        chunks: Voxels of one inner chunk.
+        shards: Voxels of one shard, a multiple of `chunks`.
+        shard_bytes: Shard key (`c/0/0/0`) -> size of its file as written, or None if the writer did not say.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, int, int]
+    shards: tuple[int, int, int]
+    shard_bytes: Mapping[str, int] | None
+
+
+class Store:
+    """An opened store. Reads metadata only; voxels are read by `SliceDataset` and `DataLoader`.
+
+    Attributes:
+        path: The store's folder.
+        name: The dataset's name.
+        split: The folder it was made from, for example `train`.
+        prompts: Classes, prompts and `instance_label`.
+        attributes: The root's `gpuparse` attributes as they are.
+    """
+
+    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
+        self.path = path
+        self.attributes = attributes
+        self.name: str = attributes["name"]
+        self.split: str = attributes["split"]
+        self.prompts: ClassPrompts = parse_class_prompts(attributes["class_prompts"], f"{path}: class_prompts")
+        self._layouts: dict[tuple[int, str], ArrayLayout] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"Store('{self.path}', {len(self.cases)} cases, {len(self.slices)} slices, "
+            f"{len(self.prompts.classes)} classes, instance_label={self.prompts.instance_label})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("path", "attributes", "name", "split", "prompts")
+        return {**{key: self.__dict__[key] for key in kept}, "_layouts": {}}
+
+    @functools.cached_property
+    def _index(self) -> zarr.Group:
+        try:
+            return zarr.open_group(self.path / self.attributes["index"], mode="r", zarr_format=3)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise StoreFormatError(f"'{self.path}' has no readable slice index ({error}). {_REMEDY}") from error
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        try:
+            array = self._index[name]
+            return np.asarray(array[:])  # type: ignore[index]
+        except (KeyError, ValueError, OSError) as error:
+            raise StoreFormatError(
+                f"'{self.path}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
+            ) from error
+
+    @functools.cached_property
+    def slices(self) -> SliceTable:
+        """The slice index, read when first asked for."""
+        table = SliceTable(**{name: self._column(name) for name in SliceTable.__dataclass_fields__})
+        for array in vars(table).values():
+            array.setflags(write=False)
+        return table
+
+    @functools.cached_property
+    def cases(self) -> tuple[CaseInfo, ...]:
+        """All cases, in the order that the slice index counts them."""
+        names: Any = self._index.attrs["case_names"]
+        shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
+        return tuple(
+            CaseInfo(
+                name,
+                tuple(map(int, shape)),  # type: ignore[arg-type]
+                tuple(map(float, spacing)),  # type: ignore[arg-type]
+                tuple(i for i in range(3) if mask >> i & 1),
+            )
+            for name, shape, spacing, mask in zip(names, shapes, spacings, axes.tolist(), strict=True)
+        )
+
+    def case_path(self, case: int) -> Path:
+        """The folder of one case, itself an OME-Zarr image."""
+        return self.path / "cases" / self.cases[case].name
+
+    def layout(self, case: int, array_path: str) -> ArrayLayout:
+        """The chunk layout of one array of a case, checked and remembered.
+
+        Args:
+            case: Index of the case.
+            array_path: `IMAGE_PATH` or `LABELS_PATH`.
+
+        Raises:
+            StoreFormatError: The array is missing or is not in the store's format.
+        """
+        key = (case, array_path)
+        if key not in self._layouts:
+            folder = self.case_path(case)
+            files = _read_json(folder / "zarr.json").get("attributes", {}).get("gpuparse", {}).get("files")
+            prefix = f"{array_path}/"
+            own = {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)} if files else None
+            self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
+        return self._layouts[key]
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Opens a store for reading.
+
+    Args:
+        path: A `.zarr` folder that `gpuparse convert` made.
+
+    Returns:
+        The store. Nothing but the root's attributes has been read; cases and slices are read when asked for.
+
+    Raises:
+        StoreFormatError: There is no store, or it has another format version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise StoreFormatError(f"'{path}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")
+    attributes = _read_json(path / "zarr.json").get("attributes", {}).get("gpuparse")
+    if not isinstance(attributes, dict):
+        raise StoreFormatError(
+            f"'{path}' is a Zarr group but no gpuparse store (no 'gpuparse' attributes). "
+            "Make one with `gpuparse convert DATA_DIR`."
+        )
+    version = attributes.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreFormatError(
+            f"'{path.name}' has format_version {version}; this gpuparse reads {FORMAT_VERSION}. {_REMEDY}"
+        )
+    missing = [key for key in ("name", "split", "class_prompts", "index") if key not in attributes]
+    if missing:
+        raise StoreFormatError(f"'{path}': attributes {', '.join(missing)} are missing. {_REMEDY}")
+    try:
+        return Store(path, attributes)
+    except StoreFormatError:
+        raise
+    except InputError as error:
+        raise StoreFormatError(f"{error} {_REMEDY}") from error
+
+
+def split_code(split: str) -> int:
+    """The number that the slice index holds for a split's name."""
+    if split not in _SPLITS:
+        raise InputError(f"split is {split!r}; expected one of {', '.join(_SPLITS)}.")
+    return _SPLITS.index(split)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreFormatError(f"'{path.parent}' is no Zarr v3 node: zarr.json is missing. {_REMEDY}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise StoreFormatError(f"'{path}' cannot be read as JSON: {error}. {_REMEDY}") from error
+    if not isinstance(data, dict):
+        raise StoreFormatError(f"'{path}' holds {type(data).__name__}, expected an object. {_REMEDY}")
+    return data
+
+
+def _parse_layout(path: Path, shape: tuple[int, int, int], shard_bytes: Mapping[str, int] | None) -> ArrayLayout:
+    meta = _read_json(path / "zarr.json")
+
+    def expect(what: str, got: Any, wanted: Any) -> None:
+        if got != wanted:
+            raise StoreFormatError(f"'{path}': {what} is {got!r}; the format asks for {wanted!r}. {_REMEDY}")
+
+    try:
+        expect("zarr_format", meta["zarr_format"], 3)
+        expect("shape", tuple(meta["shape"]), tuple(shape))
+        expect("fill_value", meta["fill_value"], 0)
+        if meta["data_type"] not in ("uint8", "uint16", "uint32"):
+            expect("data_type", meta["data_type"], "uint8, uint16 or uint32")
+        expect("chunk_key_encoding", meta["chunk_key_encoding"]["name"], "default")
+        expect("chunk key separator", meta["chunk_key_encoding"].get("configuration", {}).get("separator", "/"), "/")
+        (outer,) = meta["codecs"]
+        expect("outer codec", outer["name"], "sharding_indexed")
+        sharding = outer["configuration"]
+        inner = sharding["codecs"]
+        expect("inner codecs", [codec["name"] for codec in inner], ["bytes", "blosc", "crc32c"])
+        expect("index codecs", [codec["name"] for codec in sharding["index_codecs"]], ["bytes", "crc32c"])
+        expect("index location", sharding.get("index_location", "end"), "end")
+        blosc = inner[1]["configuration"]
+        if blosc["cname"] not in ("lz4", "lz4hc"):
+            expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
+        expect("blosc shuffle", blosc["shuffle"], "noshuffle")
+        expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
+        chunks = tuple(int(n) for n in sharding["chunk_shape"])
+        shards = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+        expect("ranks of chunk and shard", (len(chunks), len(shards)), (3, 3))
+        expect("remainder of shard by chunk", [s % c for s, c in zip(shards, chunks, strict=True)], [0, 0, 0])
+        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, StoreFormatError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise StoreFormatError(f"'{path}': zarr.json is incomplete ({reason}). {_REMEDY}") from error
+    return ArrayLayout(path, shape, dtype, chunks, shards, shard_bytes)  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""Views: along which axes a volume is sliced, and how one slice becomes a square of the wanted size.
+
+Everything here is arithmetic on shapes. The resampling tables are made in double precision on the host, so that the
+CPU and the GPU share their coefficients to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import InputError
+
+__all__ = [
+    "PLANE_DTYPE",
+    "Recipe",
+    "ResamplingTables",
+    "ViewGeometry",
+    "check_recipe",
+    "channel_positions",
+    "nearest_indices",
+    "resampling_tables",
+    "select_axes",
+    "view_geometry",
+]
+
+Recipe = Literal["corrected", "reference"]
+
+CUBIC_A = -0.75
+"""The cubic kernel's parameter, OpenCV's choice for INTER_CUBIC."""
+
+PLANE_DTYPE = np.dtype(
+    [
+        ("first_block", "<i8"),
+        ("row_stride", "<i8"),
+        ("column_stride", "<i8"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("block_height", "<i4"),
+        ("block_width", "<i4"),
+        ("blocks_per_row", "<i4"),
+        ("itemsize", "<i4"),
+        ("pad_top", "<i4"),
+        ("pad_left", "<i4"),
+        ("padded_height", "<i4"),
+        ("padded_width", "<i4"),
+        ("row_table", "<i4"),
+        ("column_table", "<i4"),
+        ("reserved", "<i4", (2,)),
+    ]
+)
+"""One slice of a chunked volume as the kernels read it: the struct `Plane` of kernels/planes.h."""
+
+
+def check_recipe(recipe: str) -> Recipe:
+    """Returns `recipe` if it is one of the two.
+
+    Raises:
+        InputError: It is not.
+    """
+    if recipe not in ("corrected", "reference"):
+        raise InputError(f"recipe is {recipe!r}; expected 'corrected' (default) or 'reference'.")
+    return recipe  # type: ignore[return-value]
+
+
+def select_axes(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """The axes along which the reference (`get_axis` of process_2D.py) slices a volume for training.
+
+    Args:
+        shape: Voxels along z, y, x.
+        spacing_mm: Voxel size along the three axes, in any order: only its extremes count.
+
+    Returns:
+        `(0, 1, 2)` for nearly isotropic, nearly cubic volumes, else the one axis to use: 0 where the slices are
+        nearly square, else the shortest.
+
+    >>> select_axes((63, 512, 512), (5.0, 0.8, 0.8))
+    (0,)
+    >>> select_axes((100, 100, 100), (1.0, 1.0, 1.0))
+    (0, 1, 2)
+    >>> select_axes((300, 40, 300), (1.0, 1.0, 1.0))
+    (1,)
+    """
+    depth, height, width = (int(n) for n in shape)
+    ratios = [2 * abs(a - b) / (a + b) for a, b in ((height, width), (depth, width), (depth, height))]
+    single = 0 if ratios[0] < 0.5 else int(np.argmin((depth, height, width)))
+    if (max(spacing_mm) - min(spacing_mm)) / max(spacing_mm) > 0.1:
+        return (single,)
+    return (0, 1, 2) if max(ratios) < 0.5 else (single,)
+
+
+def channel_positions(position: int, num_slices: int) -> tuple[int, int, int]:
+    """The slices behind the three channels: the slice itself, the one before, the one after, reflected at the ends.
+
+    >>> [channel_positions(i, 4) for i in (0, 1, 3)]
+    [(0, 1, 1), (1, 0, 2), (3, 2, 2)]
+    >>> channel_positions(0, 1)
+    (0, 0, 0)
+    """
+    if not 0 <= position < num_slices:
+        raise InputError(f"slice position {position} is outside 0..{num_slices - 1}.")
+    if num_slices == 1:
+        return (0, 0, 0)
+    before = position - 1 if position > 0 else position + 1
+    after = position + 1 if position < num_slices - 1 else position - 1
+    return (position, before, after)
+
+
+@dataclass(frozen=True)
+class ViewGeometry:
+    """One view of a volume: its slices at native size and the padding that makes them square.
+
+    Attributes:
+        axis: The slice axis in (z, y, x).
+        num_slices: Slices along it.
+        height: Rows of a slice: the first of the two remaining axes.
+        width: Columns of a slice: the second.
+        pad_top: Zero rows above the slice.
+        pad_left: Zero columns left of it.
+        padded_height: Rows with padding on both sides.
+        padded_width: Columns with padding on both sides.
+    """
+
+    axis: int
+    num_slices: int
+    height: int
+    width: int
+    pad_top: int
+    pad_left: int
+    padded_height: int
+    padded_width: int
+
+
+def view_geometry(shape: Sequence[int], axis: int, recipe: Recipe = "corrected") -> ViewGeometry:
+    """The geometry of the slices of a volume along `axis`.
+
+    Args:
+        shape: Voxels along z, y, x.
+        axis: The slice axis, 0..2.
+        recipe: `corrected` pads an odd difference by floor before and the rest after, so that slices become square.
+            `reference` pads by floor on both sides, which leaves an odd difference one pixel off square (it is then
+            stretched), as process_2D.py does.
+
+    >>> view_geometry((10, 7, 4), 0)
+    ViewGeometry(axis=0, num_slices=10, height=7, width=4, pad_top=0, pad_left=1, padded_height=7, padded_width=7)
+    >>> view_geometry((10, 7, 4), 0, "reference").padded_width
+    6
+    """
+    check_recipe(recipe)
+    if axis not in (0, 1, 2):
+        raise InputError(f"axis is {axis}; expected 0, 1 or 2 (z, y or x).")
+    height, width = (int(n) for i, n in enumerate(shape) if i != axis)
+    difference = abs(height - width)
+    before = difference // 2
+    total = difference if recipe == "corrected" else 2 * before
+    rows_padded = height < width
+    return ViewGeometry(
+        axis=axis,
+        num_slices=int(shape[axis]),
+        height=height,
+        width=width,
+        pad_top=before if rows_padded else 0,
+        pad_left=0 if rows_padded else before,
+        padded_height=height + (total if rows_padded else 0),
+        padded_width=width + (0 if rows_padded else total),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def nearest_indices(source: int, target: int) -> npt.NDArray[np.int32]:
+    """Nearest-neighbour indices as cv2.INTER_NEAREST takes them: min(floor(d * scale), source - 1).
+
+    Args:
+        source: Source length in pixels.
+        target: Target length in pixels.
+
+    Returns:
+        (target,) int32 indices into the source. The scale is the reciprocal of target/source in double precision,
+        in that order, because cv2 rounds twice.
+    """
+    scale = 1.0 / (target / source)
+    indices = np.floor(np.arange(target, dtype=np.float64) * scale).astype(np.int64)
+    result: npt.NDArray[np.int32] = np.minimum(indices, source - 1).astype(np.int32)
+    result.setflags(write=False)
+    return result
+
+
+@functools.lru_cache(maxsize=1024)
+def cubic_table(source: int, target: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Bicubic coefficients (A = -0.75) of cv2.INTER_CUBIC on x86, for one axis.
+
+    Args:
+        source: Source length in pixels.
+        target: Target length in pixels.
+
+    Returns:
+        The position of the second of four taps, (target,) int32 from -1 to source - 1, and the weights, (4, target)
+        float32: computed in double, rounded last. Taps outside the source take its edge pixel.
+    """
+    position = (np.arange(target, dtype=np.float64) + 0.5) * source / target - 0.5
+    index = np.floor(position)
+    x = position - index
+    a = CUBIC_A
+
+    def near(t: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+
+    c0 = ((a * (x + 1) - 5 * a) * (x + 1) + 8 * a) * (x + 1) - 4 * a
+    c1 = near(x)
+    c2 = near(1 - x)
+    weights = np.stack([c0, c1, c2, 1 - c0 - c1 - c2]).astype(np.float32)
+    indices = index.astype(np.int32)
+    weights.setflags(write=False)
+    indices.setflags(write=False)
+    return indices, weights
+
+
+@dataclass(frozen=True, eq=False)
+class ResamplingTables:
+    """Tables for a set of (source, target) lengths, stacked for the kernels.
+
+    Attributes:
+        cubic_index: (num_tables, length) int32, the second tap.
+        cubic_weights: (num_tables, 4, length) float32.
+        nearest: (num_tables, length) int32.
+        length: The longest target; shorter tables are filled with zeros behind.
+    """
+
+    cubic_index: npt.NDArray[np.int32]
+    cubic_weights: npt.NDArray[np.float32]
+    nearest: npt.NDArray[np.int32]
+    length: int
+
+
+@functools.lru_cache(maxsize=256)
+def resampling_tables(lengths: tuple[tuple[int, int], ...]) -> ResamplingTables:
+    """Stacks the tables of the given (source, target) lengths; table i serves `lengths[i]`.
+
+    Args:
+        lengths: Pairs of source and target length in pixels, each at least 1.
+    """
+    longest = max(target for _, target in lengths)
+    index = np.zeros((len(lengths), longest), np.int32)
+    weights = np.zeros((len(lengths), 4, longest), np.float32)
+    nearest = np.zeros((len(lengths), longest), np.int32)
+    for i, (source, target) in enumerate(lengths):
+        index[i, :target], weights[i, :, :target] = cubic_table(source, target)
+        nearest[i, :target] = nearest_indices(source, target)
+    for array in (index, weights, nearest):
+        array.setflags(write=False)
+    return ResamplingTables(index, weights, nearest, longest)

@@ -1,0 +1,18 @@
+// The CPU library's single translation unit: the kernels' bodies and their host drivers.
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+#include "host_encode.cpp"
+
+extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }
+
+// 1 where the processor runs the AVX2 build of this library.
+extern "C" int gpuparse_supports_avx2() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return 0;
+#endif
+}
