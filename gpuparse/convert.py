@@ -24,26 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
-from gpuparse.prompts import ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.store import (
-    FORMAT_VERSION,
-    IMAGE_PATH,
-    LABELS_PATH,
-    SliceTable,
-    chunk_shape,
-    compressors,
-    open_store,
-    shard_shape,
-    split_code,
-)
-from gpuparse.views import select_axes
-from gpuparse.volume import Volume, check_name, read_volume
+from gpuparse.case import case_settings, convert_case, replace_folder
+from gpuparse.errors import GpuparseError, InputError
+from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.store import FORMAT_VERSION, SliceTable, compressors, open_store, split_code
+from gpuparse.volume import check_name
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
-
-_CASE_VERSION = 1  # of a case's layout; cases written under another number are written again
-_PROMPTS_FILE = "class_prompts.json"
 
 
 @dataclass(frozen=True)
@@ -145,7 +132,7 @@ def find_datasets(data_dir: str | os.PathLike[str], split: str = "train") -> lis
     """The datasets of a BiomedParse folder: its subfolders that hold npz files in `<split>/`, by name."""
     root = Path(data_dir)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Name the folder that holds {_PROMPTS_FILE}.")
+        raise InputError(f"{root}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
     return sorted(p.name for p in root.iterdir() if p.is_dir() and any((p / split).glob("*.npz")))
 
 
@@ -210,7 +197,7 @@ def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, spli
         )
     if not names:
         raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. Expected DATASETn/{split}/*.npz.")
-    prompts_path = data_dir / _PROMPTS_FILE
+    prompts_path = data_dir / PROMPTS_FILE
     entries = load_class_prompts(prompts_path)
     unknown = [name for name in names if name not in entries]
     if unknown:
@@ -267,7 +254,7 @@ def _convert_dataset(
     finally:
         _remove_leftovers(work_path)
     if work_path != job.store_path:
-        _replace_folder(work_path, job.store_path)
+        replace_folder(work_path, job.store_path)
     return [
         DatasetReport(
             name=job.name,
@@ -287,7 +274,7 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
     num_jobs = min(num_jobs, len(job.files))
     if num_jobs == 1:
         for path in job.files:
-            yield path, _convert_case(path, work_path, job.prompts)
+            yield path, convert_case(path, work_path, job.prompts)
         return
     # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
     context = multiprocessing.get_context("spawn")
@@ -298,7 +285,7 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
         try:
             while True:
                 for path in itertools.islice(paths, 2 * num_jobs - len(window)):
-                    window.append((path, pool.submit(_convert_case, path, work_path, job.prompts)))
+                    window.append((path, pool.submit(convert_case, path, work_path, job.prompts)))
                 if not window:
                     return
                 path, future = window.pop(0)
@@ -306,151 +293,6 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
         finally:
             for _, future in window:
                 future.cancel()
-
-
-def _convert_case(path: Path, work_path: Path, prompts: ClassPrompts) -> dict[str, Any] | GpuparseError:
-    """Reads, checks and writes one case; returns its summary, or the error that it met."""
-    try:
-        kept = _kept_case(path, work_path, prompts)
-        if kept is not None:
-            return kept
-        volume = read_volume(path)
-        axes = select_axes(volume.image.shape, volume.spacing_mm)
-        runs = _class_runs(path, volume, axes, prompts)
-        return _write_case(path, volume, axes, runs, work_path, prompts)
-    except GpuparseError as error:
-        return error
-    except MemoryError:
-        return VolumeFormatError(f"{path}: not enough memory to convert it. Use fewer jobs.")
-
-
-def _settings(prompts: ClassPrompts) -> dict[str, Any]:
-    """What a written case depends on, beside its source."""
-    return {"case_version": _CASE_VERSION, "class_ids": sorted(prompts.class_ids),
-            "instance_label": prompts.instance_label}  # fmt: skip
-
-
-def _kept_case(path: Path, work_path: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
-    meta = work_path / "cases" / path.stem / "zarr.json"
-    if not meta.is_file():
-        return None
-    try:
-        summary: dict[str, Any] = json.loads(meta.read_text())["attributes"]["gpuparse"]
-        stat = path.stat()
-        same = summary["source"]["mtime_ns"] == stat.st_mtime_ns and summary["source"]["bytes"] == stat.st_size
-        if not same or summary["settings"] != _settings(prompts):
-            return None
-    except (KeyError, ValueError, OSError):
-        return None
-    return {**summary, "kept": True}
-
-
-def _class_runs(
-    path: Path, volume: Volume, axes: Sequence[int], prompts: ClassPrompts
-) -> dict[str, dict[str, list[list[int]]]]:
-    """Axis -> class id -> runs [start, stop) of slice positions in which the class is present."""
-    labels = volume.labels
-    flat = labels.reshape(-1)
-    foreground = np.flatnonzero(flat)
-    ids, inverse = np.unique(flat[foreground], return_inverse=True)
-    if prompts.instance_label:
-        inverse = np.zeros_like(inverse)
-        ids = np.asarray(prompts.class_ids[:1] if len(ids) else (), np.int64)
-    else:
-        nameless = [int(i) for i in ids if int(i) not in prompts.classes]
-        if nameless:
-            raise VolumeFormatError(
-                f"{path}: gts holds class {', '.join(map(str, nameless))}, for which {_PROMPTS_FILE} has no prompt "
-                f"(it has {', '.join(map(str, prompts.class_ids))}). Add prompts, or set these voxels to 0; "
-                "if the ids number instances, set instance_label to 1."
-            )
-    coordinates = np.unravel_index(foreground, labels.shape)
-    runs: dict[str, dict[str, list[list[int]]]] = {}
-    for axis in axes:
-        present = np.zeros((labels.shape[axis], len(ids)), bool)
-        present[coordinates[axis], inverse] = True
-        runs[str(axis)] = {str(int(class_id)): _runs(present[:, k]) for k, class_id in enumerate(ids)}
-    return runs
-
-
-def _runs(present: npt.NDArray[np.bool_]) -> list[list[int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
-    return [[int(a), int(b)] for a, b in edges.reshape(-1, 2)]
-
-
-def _write_case(
-    path: Path,
-    volume: Volume,
-    axes: tuple[int, ...],
-    runs: dict[str, dict[str, list[list[int]]]],
-    work_path: Path,
-    prompts: ClassPrompts,
-) -> dict[str, Any]:
-    stat = path.stat()
-    temporary = work_path / "incoming" / uuid.uuid4().hex
-    summary: dict[str, Any] = {
-        "name": volume.name,
-        "shape": list(volume.image.shape),
-        "spacing_mm": list(volume.spacing_mm),
-        "axes": list(axes),
-        "class_runs": runs,
-        "raw_bytes": volume.image.nbytes + volume.labels.nbytes,
-        "source": {"file": path.name, "sha256": volume.source_sha256, "bytes": volume.source_bytes,
-                   "mtime_ns": stat.st_mtime_ns},
-        "settings": _settings(prompts),
-    }  # fmt: skip
-    try:
-        root = zarr.open_group(temporary, mode="w-", zarr_format=3)
-        chunks = chunk_shape(volume.image.shape, axes)
-        _write_array(root, IMAGE_PATH, volume.image, chunks)
-        labels = root.create_group("labels", attributes={"ome": {"version": "0.5", "labels": ["gts"]}})
-        gts = labels.create_group("gts", attributes={"ome": _label_metadata(volume)})
-        _write_array(gts, "0", volume.labels, chunks)
-        files = {
-            p.relative_to(temporary).as_posix(): p.stat().st_size
-            for folder in (IMAGE_PATH, LABELS_PATH)
-            for p in sorted((temporary / folder / "c").rglob("*"))
-            if p.is_file()
-        }
-        summary["files"] = files
-        ome: dict[str, Any] = {"version": "0.5", "multiscales": [_multiscale(volume, volume.name)]}
-        root.attrs.update({"ome": ome, "gpuparse": summary})
-        target = work_path / "cases" / volume.name
-        target.parent.mkdir(exist_ok=True)
-        _replace_folder(temporary, target)
-    except OSError as error:
-        raise VolumeFormatError(f"{path}: its case could not be written into {work_path}: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {**summary, "kept": False}
-
-
-def _write_array(group: zarr.Group, name: str, data: npt.NDArray[Any], chunks: tuple[int, int, int]) -> None:
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=data.dtype,
-        chunks=chunks,
-        shards=shard_shape(data.shape, chunks, data.dtype.itemsize),
-        compressors=compressors(),
-        fill_value=0,
-        dimension_names=("z", "y", "x"),
-    )
-    array[...] = data
-
-
-def _multiscale(volume: Volume, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"],
-        "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": list(volume.spacing_mm)}]}],
-    }
-
-
-def _label_metadata(volume: Volume) -> dict[str, Any]:
-    # No prompt texts here: they may change, and then only the root's attributes do.
-    label = {"source": {"image": "../../"}}
-    return {"version": "0.5", "multiscales": [_multiscale(volume, "gts")], "image-label": label}
 
 
 def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
@@ -477,7 +319,7 @@ def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
         "class_prompts": job.prompts.to_json(),
         "instance_label": job.prompts.instance_label,
         "index": generation,
-        "settings": _settings(job.prompts),
+        "settings": case_settings(job.prompts),
         "num_cases": len(cases),
         "num_slices": len(columns["case"]),
     }
@@ -500,6 +342,7 @@ def _current_index(work_path: Path) -> str | None:
 def _slice_columns(cases: list[dict[str, Any]], split: str) -> dict[str, npt.NDArray[Any]]:
     case_column, axis_column, position_column, counts = [], [], [], []
     class_ids: list[npt.NDArray[np.int32]] = []
+    zeroed: list[npt.NDArray[np.uint8]] = []
     for number, case in enumerate(cases):
         for axis in case["axes"]:
             num_slices = case["shape"][axis]
@@ -514,12 +357,16 @@ def _slice_columns(cases: list[dict[str, Any]], split: str) -> dict[str, npt.NDA
             position_column.append(np.arange(num_slices, dtype=np.int32))
             counts.append(present.sum(axis=1))
             class_ids.append(ids[np.nonzero(present)[1]])
+            zeroed.append(np.zeros(num_slices, np.uint8))
+            for start, stop in case["zeroed_runs"][str(axis)]:
+                zeroed[-1][start:stop] = 1
     table = SliceTable(
         case=np.concatenate(case_column),
         axis=np.concatenate(axis_column),
         position=np.concatenate(position_column),
         class_indptr=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
         class_ids=np.concatenate(class_ids),
+        zeroed=np.concatenate(zeroed),
         split=np.full(sum(map(len, case_column)), split_code("val" if split == "val" else "train"), np.uint8),
     )
     return {
@@ -534,17 +381,6 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(data, indent=2), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Renames `source` to `target`; what stood at `target` goes when the new one is in place."""
-    if not target.exists():
-        os.rename(source, target)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(work_path: Path) -> None:

@@ -55,7 +55,7 @@ def _package_roots() -> list[str]:
 
 @functools.cache
 def source_digest() -> str:
-    """SHA-256 over the digests of all kernel sources in the order of their names, as kernels/CMakeLists.txt takes it."""
+    """SHA-256 over the digests of all kernel sources, ordered by name: what kernels/CMakeLists.txt builds in."""
     files = sorted(p for p in kernel_sources().iterdir() if p.suffix in (".cu", ".h", ".cpp"))
     joined = "".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in files)
     return hashlib.sha256(joined.encode()).hexdigest()

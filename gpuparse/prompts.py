@@ -11,7 +11,10 @@ from typing import Any
 
 from gpuparse.errors import InputError
 
-__all__ = ["PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
+__all__ = ["PROMPTS_FILE", "PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
+
+PROMPTS_FILE = "class_prompts.json"
+"""Its name, in the folder that holds the datasets."""
 
 PROMPT_SEPARATOR = "[SEP]"
 """Joins the prompts of one sample into its `text`; therefore no prompt may hold it."""

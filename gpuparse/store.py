@@ -86,6 +86,8 @@ class SliceTable:
         class_indptr: (num_slices + 1,) int64; row r has `class_ids[class_indptr[r]:class_indptr[r + 1]]`.
         class_ids: (num_entries,) int32, the classes present in the slice at native size, ascending; for instance
             datasets the first class where any instance is present.
+        zeroed: (num_slices,) uint8: 1 where the ids, cut to 8 bits, are exactly 0 and 255; the reference turns such
+            an item into zeros.
         split: (num_slices,) uint8: 0 train, 1 val.
     """
 
@@ -94,6 +96,7 @@ class SliceTable:
     position: npt.NDArray[np.int32]
     class_indptr: npt.NDArray[np.int64]
     class_ids: npt.NDArray[np.int32]
+    zeroed: npt.NDArray[np.uint8]
     split: npt.NDArray[np.uint8]
 
     def __len__(self) -> int:
