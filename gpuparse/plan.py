@@ -17,15 +17,13 @@ from gpuparse.errors import InputError
 __all__ = ["EpochPlan", "Streams", "draw_below", "permute", "philox4x32", "sample_streams"]
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 # What a random number is for: the third counter word. A number is never reused for another purpose.
 OPERATION_ORDER = 0
 OPERATION_SAMPLE_KEY = 1
-OPERATION_CLASSES = 2
-OPERATION_PARAPHRASES = 3
 
 
 def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uint32]:
@@ -41,19 +39,14 @@ def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uin
     >>> [hex(w) for w in philox4x32([0, 0, 0, 0], [0, 0])]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    counter, key = np.asarray(counter, np.uint32), np.asarray(key, np.uint32)
-    c0, c1, c2, c3, k0, k1 = np.broadcast_arrays(*np.moveaxis(counter, -1, 0), *np.moveaxis(key, -1, 0))
-    with np.errstate(over="ignore"):
-        for _ in range(10):
-            left, right = c0.astype(np.uint64) * _M0, c2.astype(np.uint64) * _M1
-            c0, c1, c2, c3 = (
-                (right >> _SHIFT).astype(np.uint32) ^ c1 ^ k0,
-                (right & _LOW).astype(np.uint32),
-                (left >> _SHIFT).astype(np.uint32) ^ c3 ^ k1,
-                (left & _LOW).astype(np.uint32),
-            )
-            k0, k1 = k0 + _W0, k1 + _W1
-    return np.stack([c0, c1, c2, c3], axis=-1)
+    counter, key = np.asarray(counter, np.uint64), np.asarray(key, np.uint64)
+    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
+    k0, k1 = key[..., 0], key[..., 1]
+    for _ in range(10):
+        left, right = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (right >> _SHIFT) ^ c1 ^ k0, right & _LOW, (left >> _SHIFT) ^ c3 ^ k1, left & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
 
 
 def _words(value: npt.ArrayLike) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:

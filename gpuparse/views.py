@@ -23,6 +23,7 @@ __all__ = [
     "ViewGeometry",
     "check_recipe",
     "channel_positions",
+    "linear_table",
     "nearest_indices",
     "resampling_tables",
     "select_axes",
@@ -218,6 +219,30 @@ def cubic_table(source: int, target: int) -> tuple[npt.NDArray[np.int32], npt.ND
     weights.setflags(write=False)
     indices.setflags(write=False)
     return indices, weights
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_table(source: int, target: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Bilinear coefficients of cv2.INTER_LINEAR on float32, for one axis.
+
+    Args:
+        source: Source length in pixels.
+        target: Target length in pixels.
+
+    Returns:
+        The left tap, (target,) int32, and the right tap's weight, (target,) float32; beyond the outermost pixel
+        centres the edge pixel counts alone.
+    """
+    scale = 1.0 / (target / source)
+    position = ((np.arange(target, dtype=np.float64) + 0.5) * scale - 0.5).astype(np.float32)
+    index = np.floor(position).astype(np.int32)
+    weight = (position - index.astype(np.float32)).astype(np.float32)
+    outside = (index < 0) | (index >= source - 1)
+    weight[outside] = 0
+    indices: npt.NDArray[np.int32] = np.clip(index, 0, source - 1).astype(np.int32)
+    indices.setflags(write=False)
+    weight.setflags(write=False)
+    return indices, weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 #pragma GCC visibility push(default)
 #endif
 
+#include "host_augment.cpp"
 #include "host_encode.cpp"
 
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }

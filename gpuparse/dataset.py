@@ -1,0 +1,298 @@
+"""SliceDataset: the drop-in for BiomedParse's `BiomedParseDataset`, over a store instead of PNG files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from gpuparse.augment import LabelSpec, OutputTypes
+from gpuparse.encode import check_size
+from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.plan import check_seed, sample_streams
+from gpuparse.prompts import PROMPT_SEPARATOR
+from gpuparse.read import ChunkReader, SliceKey
+from gpuparse.render import Samples, render_on_host
+from gpuparse.sampling import (
+    Augmentation,
+    check_fraction,
+    draw_prompts,
+    names_a_side,
+    params_from_streams,
+    paraphrases,
+    redraw_foreground,
+)
+from gpuparse.store import Store, open_store, split_code
+from gpuparse.views import Recipe, check_recipe
+
+__all__ = ["FlatDataset", "SliceDataset"]
+
+_LOG = logging.getLogger("gpuparse")
+_DEFAULT_TRANSFORMS = Augmentation()
+
+
+class SliceDataset(Dataset[dict[str, Any]]):
+    """Every trainable slice of a store as a BiomedParse training sample.
+
+    An item is the reference's dict: `image` float32 (3, height, width), 0..255 before augmentation, channels slice,
+    slice before, slice after; `labels` int64 (num_prompts, height, width), or (height, width) with
+    `all_class_masks`; `text`, the prompts joined by `[SEP]`; `class_ids`, joined by `&`; `mask_file`;
+    `instance_label` int; `multiclass_label` bool.
+
+    What is drawn for an item depends on seed, epoch, dataset name and slice alone. Call `set_epoch` before each epoch
+    when a plain torch DataLoader is used, else every epoch draws the same; `gpuparse.DataLoader` does it itself.
+
+    Args:
+        root_dir: A dataset's folder, holding `<split>.zarr`, or a store.
+        split: `train` or `val`.
+        num_prompts: Prompts per sample.
+        all_class_masks: One map of all classes, with one prompt for each, instead of a mask per prompt.
+        transforms: What is drawn and applied; None switches augmentation off.
+        img_size: Rows and columns of a sample.
+        name: The dataset's name; None takes the folder's.
+        views: Slice axes to use: "auto" takes all that conversion chose, or a selection such as (0,).
+        recipe: "corrected", or "reference" for the reference's behaviour bug for bug.
+        seed: 0 .. 2^64 - 1.
+        present_fraction: Share of prompts drawn from the classes present in the slice; 0 draws from all classes.
+        foreground_fraction: Share of samples redrawn from the slices that show any class; 0 takes slices as they come.
+
+    Raises:
+        StoreFormatError: There is no readable store.
+        InputError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root_dir: str | os.PathLike[str],
+        split: str = "train",
+        num_prompts: int = 4,
+        all_class_masks: bool = False,
+        transforms: Augmentation | None = _DEFAULT_TRANSFORMS,
+        img_size: Sequence[int] = (512, 512),
+        name: str | None = None,
+        views: Literal["auto"] | Sequence[int] = "auto",
+        recipe: Recipe = "corrected",
+        seed: int = 0,
+        *,
+        present_fraction: float = 0.0,
+        foreground_fraction: float = 0.0,
+    ) -> None:
+        if not isinstance(num_prompts, int) or num_prompts < 1:
+            raise InputError(f"num_prompts is {num_prompts!r}; expected a whole number of at least 1.")
+        if transforms is not None and not isinstance(transforms, Augmentation):
+            raise InputError(
+                f"transforms is {type(transforms).__name__}; expected gpuparse.Augmentation(...) or None. "
+                "Augmentation runs in gpuparse's own kernel; apply other transforms to the batches."
+            )
+        self.root_dir = os.fspath(root_dir)
+        self.split = split
+        self.num_prompts = num_prompts
+        self.all_class_masks = bool(all_class_masks)
+        self.transforms = transforms
+        self.img_size = check_size(img_size)
+        self.recipe = check_recipe(recipe)
+        self.seed = check_seed(seed)
+        self.present_fraction = check_fraction("present_fraction", present_fraction)
+        self.foreground_fraction = check_fraction("foreground_fraction", foreground_fraction)
+        self.store = _open_split(self.root_dir, split)
+        self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
+        self._rows = self._select(views)
+        present = np.diff(self.store.slices.class_indptr)[self._rows] > 0
+        self._foreground = self._rows[present]
+        self.allow_mirror = self._decide_mirror()
+        # Shared memory, so that persistent workers of a torch DataLoader see set_epoch.
+        self._epoch = torch.zeros(1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._reader = ChunkReader()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"SliceDataset({self.name!r}, split={self.split!r}, {len(self)} slices of {len(self.store.cases)} cases, "
+            f"{self.num_prompts} prompts, recipe={self.recipe!r})"
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that items are drawn for."""
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes items draw the prompts and the augmentation of another epoch."""
+        self._epoch[0] = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        length = len(self)
+        if not -length <= index < length:
+            raise IndexError(f"index {index} is out of range for {self!r}.")
+        samples = self.describe(np.array([index % length]), self.epoch)
+        slices = self._reader.fetch(samples.keys, self.img_size)
+        rendered = render_on_host(samples.params, samples.labels, slices, self.img_size, OutputTypes())
+        return {
+            "image": torch.from_numpy(rendered.image[0]),
+            "labels": torch.from_numpy(rendered.labels[0]),
+            "text": samples.texts[0],
+            "class_ids": samples.class_ids[0],
+            "mask_file": samples.mask_files[0],
+            "instance_label": samples.instance_labels[0],
+            "multiclass_label": samples.multiclass_labels[0],
+        }
+
+    def describe(self, indices: npt.NDArray[np.int64], epoch: int) -> Samples:
+        """Draws some items without reading a pixel.
+
+        Args:
+            indices: (n,) from 0 to len - 1.
+            epoch: The epoch to draw for.
+        """
+        table, prompts = self.store.slices, self.store.prompts
+        # The row of the store, not of this selection: choosing other views changes no sample.
+        sample_ids = (np.uint64(zlib.crc32(self.name.encode())) << np.uint64(32)) | self._rows[indices].astype(
+            np.uint64
+        )
+        streams = sample_streams(self.seed, epoch, sample_ids)
+        rows = redraw_foreground(streams, self._rows[indices], self._foreground, self.foreground_fraction)
+        params = params_from_streams(
+            self.transforms,
+            streams,
+            size=self.img_size,
+            recipe=self.recipe,
+            allow_mirror=self.allow_mirror,
+            zeroed=table.zeroed[rows] != 0,
+        )
+        if self.all_class_masks:
+            everything = np.tile(np.sort(np.array(prompts.class_ids)), (len(rows), 1))
+            class_ids, texts = everything, paraphrases(prompts, streams, everything)
+            label_ids, mode = everything[:, :1], 3 if prompts.instance_label else 2
+        else:
+            present = [table.classes_in(row).tolist() for row in rows] if self.present_fraction else None
+            class_ids, texts = draw_prompts(
+                prompts, streams, self.num_prompts, present=present, present_fraction=self.present_fraction
+            )
+            label_ids, mode = class_ids, 1 if prompts.instance_label else 0
+        keys = tuple(
+            SliceKey(self.store, int(table.case[r]), int(table.axis[r]), int(table.position[r]), self.recipe)
+            for r in rows
+        )
+        return Samples(
+            keys=keys,
+            params=params,
+            labels=LabelSpec(
+                np.ascontiguousarray(label_ids, np.int32),
+                np.full(len(rows), mode, np.int32),
+                stacked=not self.all_class_masks,
+            ),
+            texts=tuple(PROMPT_SEPARATOR.join(row) for row in texts),
+            class_ids=tuple("&".join(map(str, row)) for row in class_ids.tolist()),
+            mask_files=tuple(self._mask_file(key) for key in keys),
+            instance_labels=(prompts.instance_label,) * len(rows),
+            multiclass_labels=(self.all_class_masks,) * len(rows),
+        )
+
+    def _mask_file(self, key: SliceKey) -> str:
+        """What the reference calls this slice's mask; no such file exists here."""
+        view = f"_view{key.axis}" if key.axis else ""
+        name = f"{key.store.cases[key.case].name}{view}_{key.position:03d}.png"
+        return os.path.join(self.root_dir, f"{self.split}_mask", name)
+
+    def _select(self, views: Literal["auto"] | Sequence[int]) -> npt.NDArray[np.int64]:
+        axes = self.store.slices.axis
+        if isinstance(views, str):
+            if views != "auto":
+                raise InputError(f"views is {views!r}; expected 'auto' or axes such as (0,) or (0, 1, 2).")
+            return np.arange(len(axes), dtype=np.int64)
+        wanted = sorted({int(view) for view in views})
+        there = sorted({int(axis) for axis in np.unique(axes)})
+        missing = [view for view in wanted if view not in there]
+        if missing or not wanted:
+            raise InputError(f"views is {tuple(views)}; '{self.store.path}' has slices along {tuple(there)}.")
+        return np.flatnonzero(np.isin(axes, wanted)).astype(np.int64)
+
+    def _decide_mirror(self) -> bool:
+        transforms = self.transforms
+        if transforms is None or not transforms.flip or transforms.mirror != "auto":
+            return True if transforms is None else bool(transforms.mirror)
+        if self.recipe == "reference":
+            return True
+        prompt = names_a_side(self.store.prompts)
+        if prompt is None:
+            return True
+        _LOG.info("%s: mirroring is off, the prompt %r names a side; mirror=True switches it on.", self.name, prompt)
+        return False
+
+
+def _open_split(root_dir: str, split: str) -> Store:
+    split_code(split)
+    if root_dir.rstrip("/").endswith(".zarr"):
+        return open_store(root_dir)
+    path = Path(root_dir) / f"{split}.zarr"
+    if not path.is_dir():
+        raise StoreFormatError(
+            f"'{root_dir}' holds no {split}.zarr. Make it with `gpuparse convert {Path(root_dir).parent}"
+            f"{'' if split == 'train' else f' --split {split}'}`, or name a .zarr folder."
+        )
+    return open_store(path)
+
+
+class FlatDataset:
+    """A `SliceDataset`, a `ConcatDataset` of them or a `Subset` of either, as one list of samples.
+
+    Args:
+        dataset: The dataset as the user composed it.
+
+    Raises:
+        InputError: Something in it is no `SliceDataset`, or the parts have different sizes.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        parts, self._part, self._index = _flatten(dataset)
+        self.parts: tuple[SliceDataset, ...] = tuple(parts)
+        sizes = {part.img_size for part in self.parts}
+        if len(sizes) > 1:
+            raise InputError(f"the datasets have img_size {sorted(sizes)}; expected one size for all.")
+        self.size: tuple[int, int] = sizes.pop() if sizes else (512, 512)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def describe(self, numbers: npt.NDArray[np.int64], epoch: int) -> Samples:
+        """Draws the samples of the given numbers, each from 0 to len - 1."""
+        owners, indices = self._part[numbers], self._index[numbers]
+        described, places = [], []
+        for part in np.unique(owners):
+            chosen = np.flatnonzero(owners == part)
+            described.append(self.parts[part].describe(indices[chosen], epoch))
+            places.append(chosen)
+        return Samples.join(described, np.argsort(np.concatenate(places), kind="stable"))
+
+
+def _flatten(dataset: Any) -> tuple[list[SliceDataset], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    if isinstance(dataset, SliceDataset):
+        return [dataset], np.zeros(len(dataset), np.int32), np.arange(len(dataset), dtype=np.int64)
+    if isinstance(dataset, Subset):
+        parts, owners, indices = _flatten(dataset.dataset)
+        chosen = np.asarray(dataset.indices, np.int64)
+        return parts, owners[chosen], indices[chosen]
+    if isinstance(dataset, ConcatDataset):
+        pieces = [_flatten(part) for part in dataset.datasets]
+        offsets = np.cumsum([0] + [len(parts) for parts, _, _ in pieces])
+        return (
+            [part for parts, _, _ in pieces for part in parts],
+            np.concatenate([owners + offset for (_, owners, _), offset in zip(pieces, offsets, strict=False)]).astype(
+                np.int32
+            ),
+            np.concatenate([indices for _, _, indices in pieces]),
+        )
+    raise InputError(
+        f"dataset is {type(dataset).__name__}; expected a SliceDataset, a ConcatDataset of them, or a Subset of either."
+    )

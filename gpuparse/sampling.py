@@ -1,0 +1,342 @@
+"""What is drawn for a sample: augmentation parameters and prompts, by the reference's laws or their corrected form.
+
+Drawing and applying are apart: `sample_params` fills a table, `gpuparse.augment` applies one. Every number comes from
+the sample's own Philox streams at a fixed place, so that switching one effect off moves no other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import InputError
+from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
+from gpuparse.prompts import ClassPrompts
+from gpuparse.views import Recipe, check_recipe
+
+__all__ = ["PARAMS_DTYPE", "Augmentation", "draw_prompts", "identity_params", "names_a_side", "sample_params"]
+
+# The third counter word's meaning, after those of `plan`; 16 and 17 are the kernels' (noise, salt).
+OPERATION_CLASSES = 2
+OPERATION_PARAPHRASES = 3
+OPERATION_PARAMS = 4
+OPERATION_PRESENT = 5
+OPERATION_FOREGROUND = 6
+
+PARAMS_DTYPE = np.dtype(
+    [
+        ("rotate", "<i4"),
+        ("flip", "<i4"),
+        ("crop", "<i4"),
+        ("crop_top", "<i4"),
+        ("crop_left", "<i4"),
+        ("crop_height", "<i4"),
+        ("crop_width", "<i4"),
+        ("crop_round", "<i4"),
+        ("shift", "<f4"),
+        ("noise_std", "<f4"),
+        ("noise_mode", "<i4"),
+        ("salt_threshold", "<u4"),
+        ("swap", "<i4"),
+        ("zero", "<i4"),
+        ("wrap_ids", "<i4"),
+        ("key0", "<u4"),
+        ("key1", "<u4"),
+        ("stream_salt", "<u4"),
+    ]
+)
+"""One sample's augmentation, in the order it is applied: the struct `AugmentParams` of kernels/augment.cu.
+
+`rotate` quarter turns counter-clockwise; `flip` 0 none, 1 rows, 2 columns, 3 both; `crop` 1 takes the region at
+(`crop_top`, `crop_left`) of `crop_height` x `crop_width` pixels (0 outside the image) and resizes it to full size,
+`crop_round` 1 rounds to whole grey levels then; `shift` in grey levels; `noise_std` in grey levels with `noise_mode`
+0 none, 1 Gaussian, 2 cut to 8 bits before it is added, 3 the sum cut to 8 bits too; a pixel becomes 0 or 255 where its
+31-bit random number is below `salt_threshold`; `swap` 1 exchanges channels 1 and 2; `zero` 1 blanks image and mask
+first; `wrap_ids` 1 cuts mask ids to 8 bits; `key0`, `key1`, `stream_salt` are the sample's random stream.
+"""
+
+NOISE_NONE, NOISE_GAUSSIAN, NOISE_WRAPPED, NOISE_WRAPPED_SUM = range(4)
+
+_MAX_NOISE_STD = 25.0
+_SALT_RATIO = (0.02, 0.1)
+
+# Which word of a sample's parameter stream decides what.
+_WORDS = ("gate", "rotate", "flip", "crop", "scale", "centre_y", "centre_x", "shift", "noise", "noise_std", "salt",
+          "salt_ratio", "swap")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which augmentations are drawn, and how strongly: the reference's `DataAugmentation` with its defaults.
+
+    Attributes:
+        prob: Probability of augmenting a sample at all, and then of each of crop, noise, and salt and pepper.
+        rotate: Quarter turns, uniform over 0, 90, 180, 270 degrees.
+        flip: A flip, uniform over vertical, horizontal, both.
+        pixel_shift: Adds U(-255, 255) * `pixel_shift_ratio` to all pixels; the sum is not clipped.
+        pixel_shift_ratio: 0..1.
+        crop: A region scaled by U(1 - `crop_ratio`, 1 + `crop_ratio`), its centre moved by up to `crop_ratio` of each
+            side, resized to full size; outside the image it is 0.
+        crop_ratio: Above 0, at most 0.5.
+        gaussian_noise: Noise of a standard deviation drawn from U(0, 25), in each channel.
+        salt_and_pepper_noise: Sets U(0.02, 0.1) of the pixels, drawn with replacement, to 0 or 255 in all channels.
+        mirror: Whether flips may turn left into right. "auto" forbids it for datasets whose prompts name a side (the
+            flip of both axes, a half turn, stays). With recipe "reference", "auto" always allows it.
+    """
+
+    prob: float = 0.5
+    rotate: bool = True
+    flip: bool = True
+    pixel_shift: bool = True
+    pixel_shift_ratio: float = 0.1
+    crop: bool = True
+    crop_ratio: float = 0.1
+    gaussian_noise: bool = True
+    salt_and_pepper_noise: bool = True
+    mirror: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_range("prob", self.prob, 0.0, 1.0)
+        _check_range("pixel_shift_ratio", self.pixel_shift_ratio, 0.0, 1.0)
+        _check_range("crop_ratio", self.crop_ratio, 0.0, 0.5)
+        if self.crop and self.crop_ratio == 0:
+            raise InputError("Augmentation: crop_ratio is 0; expected more than 0. Use crop=False for no crop.")
+        for name in ("rotate", "flip", "pixel_shift", "crop", "gaussian_noise", "salt_and_pepper_noise"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"Augmentation: {name} is {getattr(self, name)!r}; expected True or False.")
+        if self.mirror not in (True, False, "auto"):
+            raise InputError(f"Augmentation: mirror is {self.mirror!r}; expected 'auto', True or False.")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"Augmentation: {name} is {value!r}; expected a number from {low:g} to {high:g}.")
+
+
+# Words in any case; single letters and heart, vessel and lung abbreviations only in capitals, as they are written.
+_SIDE_WORDS = re.compile(r"(?<![a-z])(?:left|right|lt|rt|sinister|dexter)(?![a-z])", re.IGNORECASE)
+_SIDE_CODES = re.compile(
+    r"(?<![A-Za-z])(?:[LR]|LV|RV|LA|RA|LVOT|RVOT|LAA|RAA|LAD|LCA|RCA|LCX|LUL|LLL|RUL|RML|RLL)(?![A-Za-z0-9])"
+)
+
+
+def names_a_side(prompts: ClassPrompts) -> str | None:
+    """The first prompt that tells left from right, in words or by a usual abbreviation; None if there is none.
+
+    >>> from gpuparse.prompts import parse_class_prompts
+    >>> names_a_side(parse_class_prompts({"1": "Left kidney", "instance_label": 0}, "x"))
+    'Left kidney'
+    >>> names_a_side(parse_class_prompts({"1": "Liver in CT", "instance_label": 0}, "x")) is None
+    True
+    """
+    for texts in prompts.classes.values():
+        for text in texts:
+            if _SIDE_WORDS.search(text) or _SIDE_CODES.search(text):
+                return text
+    return None
+
+
+def identity_params(num_samples: int) -> npt.NDArray[Any]:
+    """A parameter table that changes nothing: (num_samples,) PARAMS_DTYPE, all zero."""
+    return np.zeros(num_samples, PARAMS_DTYPE)
+
+
+def _uniform(words: npt.NDArray[np.uint32], low: float, high: float) -> npt.NDArray[np.float64]:
+    result: npt.NDArray[np.float64] = low + (high - low) * (words.astype(np.float64) * 2.0**-32)
+    return result
+
+
+def sample_params(
+    augmentation: Augmentation | None,
+    sample_ids: npt.ArrayLike,
+    *,
+    seed: int,
+    epoch: int,
+    size: tuple[int, int] = (512, 512),
+    recipe: Recipe = "corrected",
+    allow_mirror: bool = True,
+    zeroed: npt.ArrayLike = False,
+) -> npt.NDArray[Any]:
+    """Draws the augmentation of some samples.
+
+    Args:
+        augmentation: The laws; None draws nothing (with recipe "reference" the channel swap remains, as there).
+        sample_ids: (num_samples,) whole numbers below 2^64.
+        seed: Key of all draws.
+        epoch: Key of all draws.
+        size: Rows and columns of an encoded slice.
+        recipe: "reference" keeps what the reference does to 8-bit numbers: noise wraps at 256, crops are rounded, ids
+            are cut to 8 bits. "corrected" does none of that.
+        allow_mirror: Whether a flip of one axis may be drawn; where not, it becomes no flip.
+        zeroed: (num_samples,) bool, items whose mask is exactly {0, 255}; only recipe "reference" blanks them.
+
+    Returns:
+        (num_samples,) PARAMS_DTYPE.
+
+    Raises:
+        InputError: The recipe is unknown, or quarter turns are asked for of slices that are not square.
+    """
+    streams = sample_streams(seed, epoch, np.atleast_1d(np.asarray(sample_ids)))
+    return params_from_streams(
+        augmentation, streams, size=size, recipe=check_recipe(recipe), allow_mirror=allow_mirror, zeroed=zeroed
+    )
+
+
+def params_from_streams(
+    augmentation: Augmentation | None,
+    streams: Streams,
+    *,
+    size: tuple[int, int],
+    recipe: Recipe,
+    allow_mirror: bool,
+    zeroed: npt.ArrayLike,
+) -> npt.NDArray[Any]:
+    """`sample_params` for streams that are there already."""
+    params = identity_params(len(streams.salt))
+    params["key0"], params["key1"], params["stream_salt"] = streams.key[:, 0], streams.key[:, 1], streams.salt
+    words = dict(zip(_WORDS, streams.words(OPERATION_PARAMS, len(_WORDS)).T, strict=True))
+    reference = recipe == "reference"
+    if reference:
+        params["zero"], params["wrap_ids"] = np.asarray(zeroed), 1
+    if augmentation is not None or reference:
+        params["swap"] = _uniform(words["swap"], 0, 1) < 0.5
+    if augmentation is None:
+        return params
+    height, width = size
+    if augmentation.rotate and height != width:
+        raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")
+    gate = _uniform(words["gate"], 0, 1) < augmentation.prob
+    if augmentation.rotate:
+        params["rotate"] = np.where(gate, draw_below(words["rotate"], 4), 0)
+    if augmentation.flip:
+        flip = 1 + draw_below(words["flip"], 3)
+        params["flip"] = np.where(gate & (allow_mirror | (flip == 3)), flip, 0)
+    if augmentation.crop:
+        _draw_crop(params, words, gate, augmentation, (height, width))
+        params["crop_round"] = params["crop"] * int(reference) * (1 - params["zero"])
+    if augmentation.pixel_shift:
+        shift = _uniform(words["shift"], -255.0, 255.0) * augmentation.pixel_shift_ratio
+        params["shift"] = np.where(gate, shift, 0)
+    if augmentation.gaussian_noise:
+        noisy = gate & (_uniform(words["noise"], 0, 1) < augmentation.prob)
+        params["noise_std"] = np.where(noisy, _uniform(words["noise_std"], 0, _MAX_NOISE_STD), 0)
+        wrapped = np.where(augmentation.pixel_shift | (params["zero"] == 1), NOISE_WRAPPED, NOISE_WRAPPED_SUM)
+        params["noise_mode"] = np.where(noisy, wrapped if reference else NOISE_GAUSSIAN, NOISE_NONE)
+    if augmentation.salt_and_pepper_noise:
+        salted = gate & (_uniform(words["salt"], 0, 1) < augmentation.prob)
+        num_pixels = height * width
+        num_draws = np.floor(num_pixels * _uniform(words["salt_ratio"], *_SALT_RATIO))
+        # A pixel escapes all draws with replacement with probability (1 - 1/n)^draws.
+        hit = -np.expm1(num_draws * math.log1p(-1.0 / num_pixels)) if num_pixels > 1 else np.ones_like(num_draws)
+        params["salt_threshold"] = np.where(salted, np.round(hit * 2.0**31), 0).astype(np.uint32)
+    return params
+
+
+def _draw_crop(
+    params: npt.NDArray[Any],
+    words: dict[str, npt.NDArray[np.uint32]],
+    gate: npt.NDArray[np.bool_],
+    augmentation: Augmentation,
+    size: tuple[int, int],
+) -> None:
+    ratio = augmentation.crop_ratio
+    cropped = gate & (_uniform(words["crop"], 0, 1) < augmentation.prob)
+    scale = 1 + _uniform(words["scale"], -ratio, ratio)
+    params["crop"] = cropped
+    for length, centre_word, start_field, length_field in (
+        (size[0], "centre_y", "crop_top", "crop_height"),
+        (size[1], "centre_x", "crop_left", "crop_width"),
+    ):
+        centre = length / 2 + _uniform(words[centre_word], -ratio, ratio) * length
+        start = np.trunc(centre - length * scale / 2)  # int() of the reference cuts towards zero
+        stop = np.trunc(centre + length * scale / 2)
+        params[start_field] = np.where(cropped, start, 0)
+        params[length_field] = np.where(cropped, np.maximum(stop - start, 1), 0)
+
+
+def draw_prompts(
+    prompts: ClassPrompts,
+    streams: Streams,
+    num_prompts: int,
+    *,
+    present: Sequence[Sequence[int]] | None = None,
+    present_fraction: float = 0.0,
+) -> tuple[npt.NDArray[np.int64], list[list[str]]]:
+    """Draws the classes of each sample and one paraphrase for each.
+
+    Args:
+        prompts: The dataset's classes.
+        streams: The samples' random streams.
+        num_prompts: Prompts per sample.
+        present: Per sample, the class ids present in its slice; needed where `present_fraction` is above 0.
+        present_fraction: Probability that a prompt is drawn from the classes present, rather than from all.
+
+    Returns:
+        The class ids, (num_samples, num_prompts) int64: from all classes of the dataset, without replacement where
+        there are enough; the first class throughout for instance datasets. And the texts, in the same order.
+    """
+    ids = np.array(prompts.class_ids, np.int64)
+    num_samples = len(streams.salt)
+    if prompts.instance_label:
+        chosen = np.full((num_samples, num_prompts), ids[0])
+    else:
+        words = streams.words(OPERATION_CLASSES, num_prompts)
+        chosen = ids[draw_classes(words, len(ids))]
+        if present_fraction > 0 and present is not None:
+            from_present = _uniform(streams.words(OPERATION_PRESENT, num_prompts), 0, 1) < present_fraction
+            for row in np.flatnonzero(from_present.any(axis=1)).tolist():
+                chosen[row] = _choose_present(ids, present[row], from_present[row], words[row])
+    return chosen, paraphrases(prompts, streams, chosen)
+
+
+def _choose_present(
+    ids: npt.NDArray[np.int64],
+    present: Sequence[int],
+    from_present: npt.NDArray[np.bool_],
+    words: npt.NDArray[np.uint32],
+) -> list[int]:
+    """One sample's classes, each from those present or from all, repeating none while there are others."""
+    everything = [int(i) for i in ids]
+    here = [int(i) for i in present]
+    chosen: list[int] = []
+    for wants_present, word in zip(from_present, words, strict=True):
+        left = [i for i in (here if wants_present else everything) if i not in chosen]
+        pool = left or [i for i in everything if i not in chosen] or everything
+        chosen.append(pool[int(draw_below(np.asarray(word), len(pool)))])
+    return chosen
+
+
+def paraphrases(prompts: ClassPrompts, streams: Streams, class_ids: npt.NDArray[np.int64]) -> list[list[str]]:
+    """One random paraphrase for each class id of each sample; `class_ids` is (num_samples, num_prompts)."""
+    words = streams.words(OPERATION_PARAPHRASES, class_ids.shape[1])
+    counts = np.array([[len(prompts.classes[int(i)]) for i in row] for row in class_ids]).reshape(class_ids.shape)
+    picks = draw_below(words, counts)
+    return [
+        [prompts.classes[int(i)][int(k)] for i, k in zip(row, pick, strict=True)]
+        for row, pick in zip(class_ids, picks, strict=True)
+    ]
+
+
+def redraw_foreground(
+    streams: Streams, rows: npt.NDArray[np.int64], foreground: npt.NDArray[np.int64], fraction: float
+) -> npt.NDArray[np.int64]:
+    """Replaces each row, with probability `fraction`, by one drawn uniformly from the rows that have foreground."""
+    if fraction <= 0 or len(foreground) == 0:
+        return rows
+    words = streams.words(OPERATION_FOREGROUND, 2)
+    drawn = foreground[draw_below(words[:, 1], len(foreground))]
+    return np.where(_uniform(words[:, 0], 0, 1) < fraction, drawn, rows)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Returns `value` if it lies in 0..1, else raises an `InputError` that calls it `name`."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; expected a number from 0 to 1.")
+    return float(value)

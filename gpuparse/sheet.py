@@ -1,0 +1,472 @@
+"""Draw training samples on one contact sheet: the encoded slices, the outlines of their masks and their prompts.
+
+Everything is laid out in pixels of the sheet, origin at the lower left as matplotlib has it. Only matplotlib's Agg
+canvas is used, never pyplot, so drawing works without a display and leaves no global state behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from contourpy import contour_generator
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import IdentityTransform
+from numpy.typing import NDArray
+from PIL import Image
+
+from gpuparse.errors import InputError
+
+__all__ = ["Panel", "contact_sheet"]
+
+# Okabe and Ito's palette for every kind of colour vision, its dark members lightened for the dark ground.
+_COLOURS = ("#56b4e9", "#e69f00", "#2fc99b", "#f0e442", "#ef8ac1", "#f4743b", "#8c9eff")
+# After one round of colours the next round is dashed, then dotted.
+_DASHES: tuple[Any, ...] = ("solid", (0, (3.2, 1.6)), (0, (1.0, 1.2)))
+_GROUND, _CARD, _EDGE = "#0d1117", "#161b22", "#2a313c"
+_TITLE_COLOUR, _TEXT_COLOUR, _CAPTION_COLOUR, _ABSENT_COLOUR = "#f0f6fc", "#d5dde5", "#9aa4af", "#6b7480"
+
+_DPI = 100
+_IMAGE_PX = 420  # side of the square that a slice is fitted into
+_PAD_PX = 14  # from a card's edge to what it holds
+_GAP_PX = 22  # between cards
+_MARGIN_PX = 34  # around the sheet
+_SWATCH_PX = 26  # room for the swatch before a prompt
+_OUTLINE_PX = 2.5
+_MAX_SIDE_PX = 65_000  # Agg cannot draw 2**16 pixels or more
+
+_Layer: TypeAlias = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One sample to draw.
+
+    Attributes:
+        image: (3, H, W), uint8 or float on the 0..255 scale, channels [slice i, i-1, i+1]; drawn as RGB. Values that
+            augmentation pushed out of 0..255 are clipped.
+        labels: Integers, (P, H, W): one mask per prompt, binary or a map of instance ids. Or (H, W): a class map.
+        prompts: The P prompts.
+        caption: Where the sample comes from, such as "SAMPLE_CT / case_001 / axis 0 / slice 12".
+        class_ids: For a class map only: the class of each prompt. Left out, prompt k stands for class k + 1.
+    """
+
+    image: NDArray[Any]
+    labels: NDArray[Any]
+    prompts: Sequence[str]
+    caption: str
+    class_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of a panel's legend."""
+
+    text: str
+    colour: str
+    swatch: tuple[str, ...]
+    dash: Any = "solid"
+
+
+@dataclass(frozen=True, eq=False)
+class _Card:
+    """A checked panel, ready to draw: (H, W, 3) uint8, outlines as (mask or id map, slot or None), legend."""
+
+    pixels: NDArray[np.uint8]
+    outlines: list[tuple[_Layer, int | None]]
+    caption: list[str]
+    entries: list[tuple[_Entry, list[str]]]
+
+
+class _Type:
+    """A font at a size, able to measure and wrap text. Sizes are in pixels of the sheet."""
+
+    def __init__(self, size_px: float, weight: str = "normal") -> None:
+        # DejaVu Sans comes with matplotlib, so the sheet looks the same everywhere.
+        self.font = FontProperties(family="DejaVu Sans", size=size_px * 72 / _DPI, weight=weight)
+        self.line_px = round(size_px * 1.42)
+        canvas: Any = FigureCanvasAgg(Figure(dpi=_DPI))  # matplotlib does not type its canvases
+        self._renderer = canvas.get_renderer()
+
+    def width_px(self, text: str) -> float:
+        """Width of one line."""
+        return float(self._renderer.get_text_width_height_descent(text, self.font, False)[0])
+
+    def wrap(self, text: str, width_px: float) -> list[str]:
+        """Break `text` into lines no wider than `width_px`, inside a word only if it does not fit a line."""
+        lines: list[str] = []
+        line = ""
+        for word in re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")):  # a no-break space stays whole
+            joined = f"{line} {word}" if line else word
+            if self.width_px(joined) <= width_px:
+                line = joined
+                continue
+            if line:
+                lines.append(line)
+            line = ""
+            for letter in word:
+                if line and self.width_px(line + letter) > width_px:
+                    lines.append(line)
+                    line = ""
+                line += letter
+        return [*lines, line] if line or not lines else lines
+
+
+def contact_sheet(
+    panels: Sequence[Panel],
+    path: str | os.PathLike[str],
+    *,
+    columns: int = 4,
+    title: str | None = None,
+) -> Path:
+    """Draw `panels` on one PNG, in reading order.
+
+    A binary mask is outlined in its prompt's colour. In a map of instance ids every instance has a colour of its own,
+    chosen by its id, so it keeps it from slice to slice. A prompt keeps its colour across the sheet where it can.
+    Prompts that occur twice with the same mask are listed once; prompts without a pixel are dimmed, "(absent)".
+
+    Args:
+        panels: At least one sample.
+        path: The file to write, ending in ``.png``. Missing folders are made; the file appears whole or not at all.
+        columns: Panels per row, at least 1.
+        title: A line above the panels.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: An argument has the wrong shape, type or range, or the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise InputError(f"path is {str(target)!r}; a contact sheet is a PNG. Pass a file name that ends in .png.")
+    if isinstance(columns, bool) or not isinstance(columns, int | np.integer) or columns < 1:
+        raise InputError(f"columns is {columns!r}; expected a whole number of at least 1. Pass for example columns=4.")
+    if not panels:
+        raise InputError("panels is empty; a contact sheet needs at least one. Pass one Panel per sample to draw.")
+
+    if not isinstance(title, str | None):
+        raise InputError(f"title is a {type(title).__name__}; expected str or None. Pass a short text.")
+
+    small, large = _Type(15.5), _Type(27, "bold")
+    owners: dict[str, int] = {}
+    cards = [_card(panel, f"panel {i}", owners, small) for i, panel in enumerate(panels)]
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    card_px = _IMAGE_PX + 2 * _PAD_PX
+    num_columns = min(int(columns), len(cards))
+    width_px = 2 * _MARGIN_PX + num_columns * card_px + (num_columns - 1) * _GAP_PX
+    title_lines = large.wrap(title, width_px - 2 * _MARGIN_PX) if title else []
+    title_px = len(title_lines) * large.line_px + 18 if title_lines else 0
+    row_px = [max(_card_height_px(card, small) for card in row) for row in rows]
+    height_px = 2 * _MARGIN_PX + title_px + sum(row_px) + (len(rows) - 1) * _GAP_PX
+    if max(width_px, height_px) > _MAX_SIDE_PX:
+        raise InputError(
+            f"the sheet would be {width_px} x {height_px} pixels; at most {_MAX_SIDE_PX} can be drawn. "
+            f"Pass fewer panels than {len(cards)}, or another number of columns than {columns}."
+        )
+
+    figure = Figure(figsize=(width_px / _DPI, height_px / _DPI), dpi=_DPI, facecolor=_GROUND)
+    _text(figure, title_lines, _MARGIN_PX, height_px - _MARGIN_PX, large, _TITLE_COLOUR)
+    top = height_px - _MARGIN_PX - title_px
+    for row, tall_px in zip(rows, row_px, strict=True):
+        for column, card in enumerate(row):
+            _draw_card(figure, card, _MARGIN_PX + column * (card_px + _GAP_PX), top, card_px, tall_px, small)
+        top -= tall_px + _GAP_PX
+    _write(figure, target)
+    return target
+
+
+def _write(figure: Figure, target: Path) -> None:
+    """Write the PNG beside its place, then rename it."""
+    canvas: Any = FigureCanvasAgg(figure)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                canvas.print_png(file, metadata={"Software": None})
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot write the contact sheet ({error}). Pass a path that can be written."
+        ) from error
+
+
+def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Card:
+    """Check one panel, choose its colours and wrap its text. `owners` remembers each prompt's colour slot."""
+    pixels, layers = _checked(panel, where)
+    # Equal masks share one outline: semantic sampling may draw a class twice, instance sampling always does.
+    first: dict[bytes, int] = {}
+    same_as = [first.setdefault(layer.tobytes(), k) for k, layer in enumerate(layers)]
+    num_ids = {k: np.count_nonzero(np.unique(layers[k])) for k in first.values()}
+    slots: dict[int, int] = {}
+    for k in first.values():
+        if num_ids[k] == 1:
+            texts = [text for text, same in zip(panel.prompts, same_as, strict=True) if same == k]
+            slots[k] = _choose_slot(texts, set(slots.values()), owners)
+
+    entries: dict[tuple[str, int], _Entry] = {}
+    for text, k in zip(panel.prompts, same_as, strict=True):
+        if num_ids[k] == 0:
+            entry = _Entry(f"{text} (absent)", _ABSENT_COLOUR, (_ABSENT_COLOUR,))
+        elif num_ids[k] == 1:
+            entry = _Entry(text, _colour(slots[k]), (_colour(slots[k]),), _dash(slots[k]))
+        else:
+            entry = _Entry(f"{text} ({num_ids[k]}\N{NO-BREAK SPACE}instances)", _TEXT_COLOUR, _COLOURS[:3])
+        entries.setdefault((text, k), entry)
+    width_px = _IMAGE_PX - _SWATCH_PX
+    return _Card(
+        pixels=pixels,
+        outlines=[(layers[k], slots.get(k)) for k in first.values() if num_ids[k]],
+        caption=font.wrap(panel.caption, _IMAGE_PX),
+        entries=[(entry, font.wrap(entry.text, width_px)) for entry in entries.values()],
+    )
+
+
+def _choose_slot(prompts: list[str], used: set[int], owners: dict[str, int]) -> int:
+    """Choose a colour slot for a mask: its prompts' own one if free in this panel, else the least taken one."""
+    num_colours = len(_COLOURS)
+    slot = next((owners[p] for p in prompts if p in owners and owners[p] not in used), None)
+    if slot is None:
+        start = 0
+        while all(start + c in used for c in range(num_colours)):
+            start += num_colours
+        taken = list(owners.values())
+        free = [start + c for c in range(num_colours) if start + c not in used]
+        slot = min(free, key=lambda s: (taken.count(s), s))
+    for prompt in prompts:
+        owners.setdefault(prompt, slot)
+    return slot
+
+
+def _colour(slot: int) -> str:
+    return _COLOURS[slot % len(_COLOURS)]
+
+
+def _dash(slot: int) -> Any:
+    return _DASHES[slot // len(_COLOURS) % len(_DASHES)]
+
+
+def _checked(panel: Panel, where: str) -> tuple[NDArray[np.uint8], list[_Layer]]:
+    """Return the pixels (H, W, 3) and one (H, W) mask or id map per prompt, or raise InputError."""
+    if not isinstance(panel, Panel):
+        raise InputError(f"{where} is a {type(panel).__name__}; expected a Panel. Wrap the sample in Panel(...).")
+    if not isinstance(panel.caption, str):
+        raise InputError(f"{where}: caption is a {type(panel.caption).__name__}; expected str. Pass a short text.")
+    where = f"{where} ({panel.caption!r})"
+    if isinstance(panel.prompts, str) or not isinstance(panel.prompts, Sequence):
+        raise InputError(
+            f"{where}: prompts is a {type(panel.prompts).__name__}; expected a sequence of strings. "
+            "Split joined prompts: text.split('[SEP]')."
+        )
+    prompts = list(panel.prompts)
+    wrong = next((p for p in prompts if not isinstance(p, str)), None)
+    if wrong is not None:
+        raise InputError(f"{where}: prompts holds {wrong!r}; expected strings only. Pass the prompts' texts.")
+
+    pixels = _checked_image(np.asarray(panel.image), where)
+    labels = np.asarray(panel.labels)
+    if labels.dtype == np.bool_:
+        labels = labels.astype(np.uint8)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{where}: labels has dtype {labels.dtype}; expected integers. Pass for example int64 masks.")
+    if labels.ndim not in (2, 3) or labels.shape[-2:] != pixels.shape[:2]:
+        height, width = pixels.shape[:2]
+        raise InputError(
+            f"{where}: labels has shape {labels.shape}; expected (P, {height}, {width}) or ({height}, {width}) like "
+            "the image. Pass image and labels of the same sample."
+        )
+    if labels.size and labels.min() < 0:
+        raise InputError(f"{where}: labels holds {labels.min()}; expected ids of at least 0. Pass 0 for background.")
+    if labels.ndim == 3:
+        if len(labels) != len(prompts):
+            raise InputError(
+                f"{where}: labels has {len(labels)} masks but there are {len(prompts)} prompts; expected one mask per "
+                "prompt. Pass as many of one as of the other."
+            )
+        return pixels, list(labels)
+    return pixels, _split_class_map(labels, panel.class_ids, len(prompts), where)
+
+
+def _checked_image(image: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    """Return (H, W, 3) uint8 from (3, H, W) uint8 or float, or raise InputError."""
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise InputError(f"{where}: image has shape {image.shape}; expected (3, H, W). Move the channels to the front.")
+    if image.dtype != np.uint8:
+        if not np.issubdtype(image.dtype, np.floating):
+            raise InputError(
+                f"{where}: image has dtype {image.dtype}; expected uint8 or float. Pass image.astype('uint8')."
+            )
+        if not np.isfinite(image).all():
+            raise InputError(f"{where}: image holds NaN or infinity; expected 0..255. Replace them before drawing.")
+        low, high = float(image.min()), float(image.max())
+        # A slice scaled to 0..1 would come out black without a word.
+        if 0 <= low < high <= 1 and not np.isin(image, (0, 1)).all():
+            raise InputError(
+                f"{where}: image has values in {low:.3g}..{high:.3g}; expected the 0..255 scale. Multiply it by 255."
+            )
+        image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    return np.ascontiguousarray(image.transpose(1, 2, 0))
+
+
+def _split_class_map(labels: _Layer, class_ids: Sequence[int] | None, num_prompts: int, where: str) -> list[_Layer]:
+    """Split a class map (H, W) into one binary mask per prompt, or raise InputError."""
+    ids = list(range(1, num_prompts + 1)) if class_ids is None else [int(i) for i in class_ids]
+    if len(ids) != num_prompts:
+        raise InputError(
+            f"{where}: there are {len(ids)} class_ids but {num_prompts} prompts; expected one class per prompt. "
+            "Pass as many of one as of the other."
+        )
+    unknown = sorted(set(np.unique(labels).tolist()) - {0, *ids})
+    if unknown:
+        raise InputError(
+            f"{where}: the class map holds {unknown}, which no prompt stands for; expected only 0 and {ids}. "
+            "Pass class_ids=, the class of each prompt, or masks of shape (P, H, W)."
+        )
+    return [(labels == i).astype(np.uint8) for i in ids]
+
+
+def _card_height_px(card: _Card, font: _Type) -> int:
+    num_lines = sum(len(lines) for _, lines in card.entries)
+    spacing_px = 5 * len(card.entries)
+    return 2 * _PAD_PX + _IMAGE_PX + 10 + (len(card.caption) + num_lines) * font.line_px + 8 + spacing_px
+
+
+def _draw_card(
+    figure: Figure, card: _Card, left: float, top: float, width_px: float, height_px: float, font: _Type
+) -> None:
+    """Draw one card with its upper left corner at (left, top)."""
+    figure.add_artist(
+        FancyBboxPatch(
+            (left, top - height_px),
+            width_px,
+            height_px,
+            boxstyle="round,pad=0,rounding_size=10",
+            facecolor=_CARD,
+            edgecolor=_EDGE,
+            linewidth=0.8,
+            transform=IdentityTransform(),
+        )
+    )
+    left, top = left + _PAD_PX, top - _PAD_PX
+    _draw_slice(figure, card, left, top)
+    top -= _IMAGE_PX + 10
+    top = _text(figure, card.caption, left, top, font, _CAPTION_COLOUR) - 8
+    for entry, lines in card.entries:
+        middle = top - font.line_px / 2
+        num = len(entry.swatch)
+        span = (_SWATCH_PX - 8) / num
+        for k, colour in enumerate(entry.swatch):
+            start = left + k * span
+            _lines(
+                figure,
+                [np.array([[start, middle], [start + span - (2 if num > 1 else 0), middle]])],
+                colour,
+                entry.dash,
+                3.4,
+            )
+        top = _text(figure, lines, left + _SWATCH_PX, top, font, entry.colour) - 5
+
+
+def _draw_slice(figure: Figure, card: _Card, left: float, top: float) -> None:
+    """Draw the slice, fitted into its square, and the outlines on it."""
+    height, width = card.pixels.shape[:2]
+    scale = _IMAGE_PX / max(height, width)
+    shown_w, shown_h = max(round(width * scale), 1), max(round(height * scale), 1)
+    x0, y1 = left + (_IMAGE_PX - shown_w) // 2, top - (_IMAGE_PX - shown_h) // 2
+    frame = Rectangle((left, top - _IMAGE_PX), _IMAGE_PX, _IMAGE_PX, facecolor="black", transform=IdentityTransform())
+    figure.add_artist(frame)
+    shown = Image.fromarray(card.pixels).resize((shown_w, shown_h), Image.Resampling.LANCZOS)
+    figure.figimage(np.asarray(shown), x0, y1 - shown_h, origin="upper", zorder=2)
+
+    def place(line: NDArray[np.float64]) -> NDArray[np.float64]:
+        x = x0 + (line[:, 0] + 0.5) * (shown_w / width)
+        y = y1 - (line[:, 1] + 0.5) * (shown_h / height)
+        return np.stack([x, y], axis=1)
+
+    for layer, slot in card.outlines:
+        by_colour: dict[str, list[NDArray[np.float64]]] = {}
+        for number, lines in _contours(layer):
+            colour = _colour(number - 1 if slot is None else slot)
+            by_colour.setdefault(colour, []).extend(place(line) for line in lines)
+        for colour, lines in by_colour.items():
+            _lines(figure, lines, colour, "solid" if slot is None else _dash(slot), _OUTLINE_PX, clip=frame)
+
+
+def _contours(layer: _Layer) -> list[tuple[int, list[NDArray[np.float64]]]]:
+    """Outlines of every id in `layer` (H, W): (id, lines (N, 2) as x, y with pixel centres at whole numbers)."""
+    rows, cols = np.nonzero(layer)
+    ids = layer[rows, cols]
+    order = np.argsort(ids, kind="stable")
+    rows, cols, ids = rows[order], cols[order], ids[order]
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, np.intp)
+    found = []
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        y, x = rows[start:stop], cols[start:stop]
+        # One pixel of margin closes the outline of a mask that touches the image's border.
+        corner_y, corner_x = y.min() - 1, x.min() - 1
+        crop = np.zeros((y.max() - corner_y + 2, x.max() - corner_x + 2), np.float64)
+        crop[y - corner_y, x - corner_x] = 1
+        lines = contour_generator(z=crop).lines(0.5)
+        found.append((int(ids[start]), [np.asarray(line) + (corner_x, corner_y) for line in lines]))
+    return found
+
+
+def _lines(
+    figure: Figure,
+    lines: list[NDArray[np.float64]],
+    colour: str,
+    dash: Any,
+    width_px: float,
+    clip: Rectangle | None = None,
+) -> None:
+    """Draw lines given in pixels of the sheet; a dark casing keeps them visible on bright tissue."""
+    width = width_px * 72 / _DPI
+    artist = LineCollection(
+        lines,
+        colors=colour,
+        linestyles=[dash],
+        linewidths=width,
+        capstyle="butt",
+        joinstyle="round",
+        transform=IdentityTransform(),
+        zorder=3,
+        antialiaseds=True,
+    )
+    if clip is not None:
+        artist.set_path_effects([withStroke(linewidth=width + 1.3, foreground="#000000a0")])
+        artist.set_clip_path(clip)
+    figure.add_artist(artist)
+
+
+def _text(figure: Figure, lines: list[str], left: float, top: float, font: _Type, colour: str) -> float:
+    """Draw lines of text downwards from `top`; return where the next one would begin."""
+    for line in lines:
+        figure.text(
+            left,
+            top - font.line_px * 0.76,
+            line,
+            color=colour,
+            fontproperties=font.font,
+            ha="left",
+            va="baseline",
+            transform=IdentityTransform(),
+            parse_math=False,
+            usetex=False,
+            zorder=4,
+        )
+        top -= font.line_px
+    return top
