@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 # Imported here, not on demand: a function and its module share a name, and only the first import of a submodule
 # binds that name to the module.
+from gpuparse.augment import augment
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
+from gpuparse.sampling import Augmentation, sample_params
 from gpuparse.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -25,14 +27,17 @@ __version__ = "0.1.0"
 _ON_DEMAND = {"DataLoader": "gpuparse.loader", "SliceDataset": "gpuparse.dataset"}
 
 __all__ = [
+    "Augmentation",
     "ConversionReport",
     "DataLoader",
     "GpuparseError",
     "SliceDataset",
     "Store",
+    "augment",
     "convert",
     "encode",
     "open_store",
+    "sample_params",
 ]
 
 

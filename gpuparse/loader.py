@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from gpuparse.render import Samples, StageTimes, render_on_host
 
 __all__ = ["DataLoader"]
 
-_LOG = logging.getLogger("gpuparse")
 _MAX_READ_THREADS = 8
 
 

@@ -8,7 +8,6 @@ operator returns, 11 MB per sample, which takes longer than making it (ARCHITECT
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,10 @@ import numpy.typing as npt
 from gpuparse.augment import LabelSpec
 from gpuparse.errors import MissingDependencyError
 from gpuparse.read import CompressedSlices
+from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import PLANE_DTYPE
 
 __all__ = ["BatchInput", "HostPipeline", "PipelineOptions"]
-
-_LOG = logging.getLogger("gpuparse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +67,18 @@ class BatchInput:
             lengths=tuple((int(a), int(b)) for a, b in lengths),
         )
         spec = LabelSpec(class_ids, np.ascontiguousarray(modes[:-1]), stacked=bool(modes[-1]))
-        return BatchInput(slices, params.view(params_dtype()), spec)
+        return BatchInput(slices, params.view(PARAMS_DTYPE), spec)
 
 
-def params_dtype() -> Any:
-    from gpuparse.sampling import PARAMS_DTYPE
-
-    return PARAMS_DTYPE
-
-
-NUM_ARRAYS = 10
+# DALI wants the same types and ranks from every step; these stand in where a step has no input.
+_STAND_INS = tuple(
+    np.zeros(shape, dtype)
+    for shape, dtype in (
+        (1, np.uint8), (1, np.int64), (1, np.int64), (1, np.uint8), (1, np.uint8),
+        ((1, 2), np.int32), (1, np.uint8), ((1, 1), np.int32), (1, np.int32),
+    )
+)  # fmt: skip
+NUM_ARRAYS = len(_STAND_INS) + 1
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class HostPipeline:
             except BaseException as error:  # DALI would repeat an exception for ever
                 self._failures[step] = error
         if arrays is None:  # a step that failed, or one past the end that DALI asks for in advance
-            arrays = [np.zeros(1, np.uint8)] * (NUM_ARRAYS - 1) + [np.array([-1 - step], np.int64)]
+            arrays = [*_STAND_INS, np.array([-1 - step], np.int64)]
         return [[array] for array in arrays]
 
     def _operator(self, *arrays: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

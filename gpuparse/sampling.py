@@ -167,7 +167,7 @@ def sample_params(
     """Draws the augmentation of some samples.
 
     Args:
-        augmentation: The laws; None draws nothing (with recipe "reference" the channel swap remains, as there).
+        augmentation: The laws; None draws nothing, not even the channel swap, which the reference keeps then.
         sample_ids: (num_samples,) whole numbers below 2^64.
         seed: Key of all draws.
         epoch: Key of all draws.
@@ -205,10 +205,9 @@ def params_from_streams(
     reference = recipe == "reference"
     if reference:
         params["zero"], params["wrap_ids"] = np.asarray(zeroed), 1
-    if augmentation is not None or reference:
-        params["swap"] = _uniform(words["swap"], 0, 1) < 0.5
     if augmentation is None:
         return params
+    params["swap"] = _uniform(words["swap"], 0, 1) < 0.5
     height, width = size
     if augmentation.rotate and height != width:
         raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")

@@ -1,0 +1,176 @@
+"""The command line: `gpuparse convert` and `gpuparse demo`.
+
+Exit status: 0 all done, 1 some files were skipped, 2 nothing was done or a bad file stopped the run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gpuparse import __version__
+from gpuparse.convert import CaseResult, ConversionReport, convert, find_datasets
+from gpuparse.errors import GpuparseError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="gpuparse",
+    help="Streams 3D medical volumes into BiomedParse v2 finetuning: converts npz folders to Zarr stores once, then "
+    "encodes and augments slices while training.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line; expected errors become one line on standard error."""
+    try:
+        app()
+    except GpuparseError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="yellow")
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gpuparse {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("convert")
+def _convert(
+    data_dir: Annotated[Path, typer.Argument(help="Folder with class_prompts.json and DATASETn/train/*.npz.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: into DATA_DIR.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Convert this dataset only; may be given several times.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Subfolder to read, and name of the store.")] = "train",
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")] = None,
+    on_error: Annotated[
+        str, typer.Option("--on-error", help="At a bad file: 'stop', or 'skip' it and list it at the end.")
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write every case anew; without it, unchanged cases are kept.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Convert npz volumes to Zarr stores.
+
+    Example: gpuparse convert data --out stores --dataset AMOS --jobs 8
+    """
+    console = Console(quiet=quiet)
+    names = list(dict.fromkeys(dataset)) if dataset else None
+    files = [
+        path
+        for name in (names if names is not None else find_datasets(data_dir, split))
+        for path in (data_dir / name / split).glob("*.npz")
+    ]
+    total_bytes = sum(path.stat().st_size for path in files)
+    num_jobs = jobs or len(os.sched_getaffinity(0))
+    start = time.perf_counter()
+    with _progress(console) as progress:
+        task = progress.add_task("converting", total=max(len(files), 1), rate="")
+        done_bytes = 0
+
+        def on_case(result: CaseResult) -> None:
+            nonlocal done_bytes
+            done_bytes += result.source_bytes
+            seconds = time.perf_counter() - start
+            done = int(progress.tasks[task].completed) + 1
+            rate = f"{done / seconds:.1f} cases/s  {_megabytes(done_bytes / seconds)}/s of {_megabytes(total_bytes)}"
+            progress.update(task, advance=1, description=result.dataset, rate=rate)
+
+        report = convert(
+            data_dir,
+            out_dir=out,
+            datasets=names,
+            split=split,
+            num_jobs=num_jobs,
+            on_error=on_error,  # type: ignore[arg-type]  # convert checks it
+            overwrite=overwrite,
+            on_case=on_case,
+        )
+    _print_report(console, report)
+    for failure in report.failures:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"skipped: {failure.reason}", markup=False, style="yellow"
+        )
+    if report.failures:
+        raise typer.Exit(1 if report.datasets else 2)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _print_report(console: Console, report: ConversionReport) -> None:
+    table = Table(title="Converted")
+    for name, justify in (("dataset", "left"), ("cases", "right"), ("kept", "right"), ("slices", "right"),
+                          ("voxels", "right"), ("npz", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for entry in report.datasets:
+        table.add_row(
+            entry.name,
+            str(entry.num_cases),
+            str(entry.num_kept),
+            str(entry.num_slices),
+            _megabytes(entry.raw_bytes),
+            _megabytes(entry.source_bytes),
+            _megabytes(entry.store_bytes),
+            f"{entry.seconds:.1f} s",
+        )
+    if report.datasets:
+        console.print(table)
+    for entry in report.datasets:
+        console.print(str(entry.store_path), highlight=False, soft_wrap=True)
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("gpuparse-demo"),
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")] = 8,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the sample data.")] = 2,
+) -> None:
+    """Make sample data, convert it, stream batches, and draw a contact sheet.
+
+    Example: gpuparse demo --out /tmp/gpuparse-demo
+    """
+    from gpuparse.demo import run_demo
+
+    run_demo(out, batch_size=batch_size, num_epochs=epochs, console=Console())

@@ -1,0 +1,138 @@
+"""The first thing a new user runs: sample volumes, conversion, batches, one picture, and what to do next."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel as TextPanel
+from rich.table import Table
+from torch.utils.data import ConcatDataset
+
+from gpuparse import kernels
+from gpuparse.convert import ConversionReport, convert
+from gpuparse.dataset import SliceDataset
+from gpuparse.loader import DataLoader
+from gpuparse.sample_data import make_sample_data
+from gpuparse.sheet import Panel, contact_sheet
+
+__all__ = ["run_demo"]
+
+_PANELS = 8
+
+
+def run_demo(out_dir: Path, *, batch_size: int, num_epochs: int, console: Console) -> Path:
+    """Runs the demo and returns the path of the contact sheet.
+
+    Args:
+        out_dir: Receives the sample data, their stores and the picture.
+        batch_size: Samples per batch.
+        num_epochs: Passes over the data; the last one is reported.
+        console: Where to print.
+    """
+    with console.status("making sample volumes"):
+        data_dir = make_sample_data(out_dir / "data")
+    with console.status("converting them to Zarr stores"):
+        report = convert(data_dir, out_dir=out_dir / "stores")
+    datasets = [SliceDataset(entry.store_path.parent) for entry in report.datasets]
+    loader = DataLoader(ConcatDataset(datasets), batch_size=batch_size, shuffle=True)
+    rates: list[float] = []
+    first_batch_seconds = 0.0
+    with console.status("streaming batches") as status:
+        for epoch in range(num_epochs):
+            start = time.perf_counter()
+            num_samples = 0
+            for step, batch in enumerate(loader):
+                num_samples += len(batch["text"])
+                if epoch == step == 0:
+                    first_batch_seconds = time.perf_counter() - start
+                status.update(f"streaming batches: epoch {epoch + 1} of {num_epochs}, {step + 1} of {len(loader)}")
+            rates.append(num_samples / (time.perf_counter() - start))
+    with console.status("drawing the contact sheet"):
+        sheet = _draw_sheet(datasets, out_dir / "contact_sheet.png")
+    _print_summary(console, report, loader, rates, first_batch_seconds, sheet)
+    return sheet
+
+
+def _draw_sheet(datasets: list[SliceDataset], path: Path) -> Path:
+    """Slices from every dataset and view, as they are before augmentation, richest masks first in each view."""
+    plain = [SliceDataset(d.root_dir, transforms=None, seed=d.seed, present_fraction=0.75) for d in datasets]
+    choices: list[tuple[int, int]] = []
+    spares: list[tuple[int, int]] = []
+    for number, dataset in enumerate(plain):
+        table = dataset.store.slices
+        axes = [int(axis) for axis in np.unique(table.axis)]
+        share = max(1, _PANELS // len(plain) // len(axes))
+        for axis in axes:
+            rows = np.flatnonzero(table.axis == axis)
+            counts = np.diff(table.class_indptr)[rows]
+            middle = -np.abs(table.position[rows] - np.median(table.position[rows]))
+            best = rows[np.lexsort((middle, counts))][::-1]
+            # One slice per case before a second one of the same.
+            firsts = [int(best[np.flatnonzero(table.case[best] == case)[0]]) for case in np.unique(table.case[best])]
+            choices += [(number, row) for row in firsts[:share]]
+            spares += [(number, row) for row in firsts[share:]]
+    choices = sorted(choices + spares[: max(0, _PANELS - len(choices))])
+    panels = [_panel(plain[number], row) for number, row in choices]
+    return contact_sheet(panels, path, title="gpuparse: encoded slices, masks and prompts")
+
+
+def _panel(dataset: SliceDataset, row: int) -> Panel:
+    item: dict[str, Any] = dataset[row]
+    table = dataset.store.slices
+    case = dataset.store.cases[int(table.case[row])].name
+    labels, prompts = item["labels"].numpy(), item["text"].split("[SEP]")
+    if item["instance_label"]:  # every prompt carries the same map
+        labels, prompts = labels[:1], prompts[:1]
+    return Panel(
+        image=item["image"].numpy(),
+        labels=labels,
+        prompts=tuple(prompts),
+        caption=f"{dataset.name} / {case} / axis {table.axis[row]} / slice {table.position[row]}",
+    )
+
+
+def _print_summary(
+    console: Console,
+    report: ConversionReport,
+    loader: DataLoader,
+    rates: list[float],
+    first_batch_seconds: float,
+    sheet: Path,
+) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("dataset", "left"), ("cases", "right"), ("slices", "right"), ("voxels", "right"),
+                          ("npz", "right"), ("Zarr store", "right"), ("PNGs", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for entry in report.datasets:
+        sizes = (entry.raw_bytes, entry.source_bytes, entry.store_bytes)
+        table.add_row(
+            entry.name,
+            str(entry.num_cases),
+            str(entry.num_slices),
+            *(f"{n / 1e6:.1f} MB" for n in sizes),
+            "none",
+        )
+    cores = kernels.default_num_threads()
+    lines = Table(box=None, show_header=False, pad_edge=False)
+    lines.add_row("device", f"{loader.device}, {cores} core{'s' * (cores > 1)} ({platform.machine()})")
+    lines.add_row(
+        "speed", f"{rates[-1]:.0f} samples/s, encoded to 512x512 and augmented, batches of {loader.batch_size}"
+    )
+    lines.add_row("first batch", f"after {first_batch_seconds:.2f} s")
+    lines.add_row("picture", str(sheet))
+    console.print(TextPanel(table, title="sample data", title_align="left", expand=False))
+    console.print(TextPanel(lines, title="streamed through DALI", title_align="left", expand=False))
+    console.print("What to do next", style="bold")
+    console.print(
+        "  1. Put your volumes into DATA_DIR/DATASET1/train/*.npz (imgs, gts, spacing) and your prompts into\n"
+        "     DATA_DIR/class_prompts.json.\n"
+        "  2. gpuparse convert DATA_DIR\n"
+        '  3. loader = gpuparse.DataLoader(gpuparse.SliceDataset("DATA_DIR/DATASET1"), batch_size=8, shuffle=True)',
+        highlight=False,
+        soft_wrap=True,
+    )

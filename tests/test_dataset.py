@@ -1,0 +1,211 @@
+"""SliceDataset: the reference's items, drawn reproducibly, under any torch DataLoader."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from comparing import same
+from oracle import encode_with_cv2, pad_to_square
+from torch.utils.data import ConcatDataset, Subset, default_collate
+
+import gpuparse
+from gpuparse import Augmentation, SliceDataset
+from gpuparse.dataset import FlatDataset
+from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
+
+
+@pytest.fixture(scope="module")
+def cells(sample_stores):
+    return SliceDataset(sample_stores["SAMPLE_CELLS"].parent)
+
+
+@pytest.fixture(scope="module")
+def ct(sample_stores):
+    return SliceDataset(sample_stores["SAMPLE_CT"].parent)
+
+
+def test_item_has_the_references_keys_types_and_shapes(ct):
+    item = ct[3]
+    assert list(item) == ["image", "labels", "text", "class_ids", "mask_file", "instance_label", "multiclass_label"]
+    assert (item["image"].dtype, item["image"].shape) == (torch.float32, (3, 512, 512))
+    assert (item["labels"].dtype, item["labels"].shape) == (torch.int64, (4, 512, 512))
+    assert len(item["text"].split("[SEP]")) == len(item["class_ids"].split("&")) == 4
+    assert item["instance_label"] == 0
+    assert type(item["instance_label"]) is int
+    assert item["multiclass_label"] is False
+    assert item["mask_file"].endswith("train_mask/case_001_003.png")
+
+
+@pytest.mark.parametrize("name", ["SAMPLE_CT", "SAMPLE_CELLS"])
+def test_items_without_augmentation_equal_cv2(name, sample_stores, sample_dir):
+    dataset = SliceDataset(sample_stores[name].parent, transforms=None)
+    table = dataset.store.slices
+    rng = np.random.default_rng(0)
+    for row in rng.choice(len(dataset), 8, replace=False):
+        case = dataset.store.cases[table.case[row]]
+        with np.load(sample_dir / name / "train" / f"{case.name}.npz") as source:
+            image, mask = encode_with_cv2(
+                source["imgs"], source["gts"], axis=table.axis[row], positions=[table.position[row]], pad=pad_to_square
+            )
+        item = dataset[int(row)]
+        difference = np.abs(item["image"].numpy() - image[0])
+        assert difference.max() <= 1
+        assert np.count_nonzero(difference) <= 3 * 512 * 512 // 100_000
+        classes = [int(c) for c in item["class_ids"].split("&")]
+        if item["instance_label"]:
+            assert classes == [1] * 4
+            expected = np.repeat(mask, 4, axis=0)
+        else:
+            expected = np.stack([mask[0] == c for c in classes])
+        np.testing.assert_array_equal(item["labels"].numpy(), expected)
+
+
+def test_all_class_masks(sample_stores, sample_dir):
+    item = SliceDataset(sample_stores["SAMPLE_CT"].parent, all_class_masks=True, transforms=None)[14]
+    with np.load(sample_dir / "SAMPLE_CT" / "train" / "case_001.npz") as source:
+        mask = cv2.resize(pad_to_square(source["gts"][14]), (512, 512), interpolation=cv2.INTER_NEAREST)
+    np.testing.assert_array_equal(item["labels"].numpy(), mask)
+    assert item["class_ids"] == "1&2&3&4&5&6"
+    assert len(item["text"].split("[SEP]")) == 6
+    assert item["multiclass_label"] is True
+    instances = SliceDataset(sample_stores["SAMPLE_CELLS"].parent, all_class_masks=True, transforms=None)[40]
+    assert set(instances["labels"].unique().tolist()) == {0, 1}
+
+
+def test_views_select_axes_and_change_no_sample(cells):
+    axes = cells.store.slices.axis
+    assert set(np.unique(axes).tolist()) == {0, 1, 2}
+    one = SliceDataset(cells.root_dir, views=(1,))
+    rows = np.flatnonzero(axes == 1)
+    assert len(one) == len(rows)
+    assert same(one[5], cells[int(rows[5])])
+    assert "_view1_005.png" in one[5]["mask_file"]
+
+
+def test_items_depend_on_seed_epoch_and_name_alone(ct):
+    again = SliceDataset(ct.root_dir)
+    assert same(again[7], ct[7])
+    assert same(again[7 - len(again)], ct[7])
+    assert not same(SliceDataset(ct.root_dir, seed=1)[7], ct[7])
+    assert not same(SliceDataset(ct.root_dir, name="OTHER")[7], ct[7])
+    again.set_epoch(1)
+    assert again.epoch == 1
+    assert not same(again[7], ct[7])
+    again.set_epoch(0)
+    assert same(again[7], ct[7])
+
+
+def test_a_store_path_is_as_good_as_its_folder(ct, sample_stores):
+    assert same(SliceDataset(sample_stores["SAMPLE_CT"])[2]["image"], ct[2]["image"])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_worker_processes_make_the_same_items(ct, context):
+    subset = Subset(ct, range(0, 20, 3))
+    loader = torch.utils.data.DataLoader(subset, batch_size=3, num_workers=2, multiprocessing_context=context)
+    batches = list(loader)
+    expected = [default_collate([subset[i] for i in range(k, min(k + 3, 7))]) for k in (0, 3, 6)]
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
+
+
+def test_set_epoch_reaches_persistent_workers(ct):
+    dataset = SliceDataset(ct.root_dir)
+    loader = torch.utils.data.DataLoader(
+        Subset(dataset, [1, 2]), batch_size=None, num_workers=1, persistent_workers=True
+    )
+    first = list(loader)
+    dataset.set_epoch(5)
+    second = list(loader)
+    assert same(second, [dataset[1], dataset[2]])
+    assert not same(first, second)
+
+
+def test_pickling_keeps_the_dataset(ct):
+    assert same(pickle.loads(pickle.dumps(ct))[9], ct[9])
+
+
+def test_foreground_fraction_one_shows_only_foreground(cells):
+    dataset = SliceDataset(cells.root_dir, foreground_fraction=1.0, transforms=None, num_prompts=1, img_size=(64, 64))
+    empty = np.flatnonzero(np.diff(dataset.store.slices.class_indptr) == 0)
+    rows = empty[:5] if len(empty) else range(5)
+    assert all(dataset[int(i)]["labels"].any() for i in rows)
+
+
+def test_flat_dataset_follows_composition(ct, cells):
+    flat = FlatDataset(Subset(ConcatDataset([ct, Subset(cells, [5, 3])]), [len(ct) + 1, 0, len(ct), 2]))
+    samples = flat.describe(np.arange(4), 0)
+    expected = [cells[3], ct[0], cells[5], ct[2]]
+    assert list(samples.texts) == [item["text"] for item in expected]
+    assert list(samples.mask_files) == [item["mask_file"] for item in expected]
+
+
+def test_corrupt_chunk_names_the_slice(sample_stores, tmp_path):
+    store = tmp_path / "SAMPLE_CT" / "train.zarr"
+    shutil.copytree(sample_stores["SAMPLE_CT"], store)
+    shard = store / "cases" / "case_002" / "0" / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    dataset = SliceDataset(store.parent, transforms=None)
+    rows = np.flatnonzero(dataset.store.slices.case == 1)
+    with pytest.raises(ChunkCorruptError, match=r"dataset 'SAMPLE_CT', case 'case_002', axis 0, slice \d+.*crc32c"):
+        [dataset[int(row)] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_prompts": 0}, "num_prompts is 0; expected a whole number of at least 1"),
+        ({"transforms": lambda x: x}, "transforms is function; expected gpuparse.Augmentation"),
+        ({"img_size": (512,)}, "size is .512,.; expected .rows, columns."),
+        ({"img_size": (0, 5)}, "expected 1 to 16384 pixels"),
+        ({"recipe": "other"}, "recipe is 'other'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"views": "all"}, "views is 'all'; expected 'auto' or axes"),
+        ({"views": (0, 2)}, r"views is \(0, 2\); .* has slices along \(0,\)"),
+        ({"views": ()}, r"views is \(\)"),
+        ({"present_fraction": 1.5}, "present_fraction is 1.5; expected a number from 0 to 1"),
+        ({"foreground_fraction": -0.5}, "foreground_fraction is -0.5"),
+        ({"img_size": (64, 32)}, "rotate=True needs square slices"),
+    ],
+)
+def test_arguments_are_refused_by_name(ct, arguments, message):
+    with pytest.raises(InputError, match=message):
+        SliceDataset(ct.root_dir, **arguments)[0]
+
+
+def test_non_square_items_without_quarter_turns(ct):
+    item = SliceDataset(ct.root_dir, img_size=(64, 96), transforms=Augmentation(rotate=False))[5]
+    assert item["image"].shape == (3, 64, 96)
+    assert item["labels"].shape == (4, 64, 96)
+
+
+def test_missing_stores_and_splits(tmp_path, ct):
+    with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make it with `gpuparse convert"):
+        SliceDataset(tmp_path)
+    with pytest.raises(StoreFormatError, match="--split val"):
+        SliceDataset(ct.root_dir, split="val")
+    with pytest.raises(InputError, match="split is 'test'; expected one of train, val"):
+        SliceDataset(ct.root_dir, split="test")
+    with pytest.raises(IndexError, match="index 1000000 is out of range"):
+        ct[1_000_000]
+
+
+def test_flat_dataset_refuses_what_it_cannot_read(ct):
+    with pytest.raises(InputError, match="dataset is TensorDataset; expected a SliceDataset"):
+        FlatDataset(torch.utils.data.TensorDataset(torch.zeros(3)))
+    with pytest.raises(InputError, match="datasets have img_size"):
+        FlatDataset(ConcatDataset([ct, SliceDataset(ct.root_dir, img_size=(64, 64))]))
+    flat = FlatDataset(ConcatDataset([ct, SliceDataset(ct.root_dir, num_prompts=2)]))
+    with pytest.raises(InputError, match="labels of different shapes"):
+        flat.describe(np.array([0, len(ct)]), 0)
+
+
+def test_reprs_say_what_there_is(ct):
+    assert repr(ct).startswith("SliceDataset('SAMPLE_CT', split='train', 114 slices of 4 cases, 4 prompts")
+    assert "1 chunks" not in repr(gpuparse.open_store(ct.store.path))

@@ -1,0 +1,215 @@
+"""DataLoader: what default_collate would have made, through DALI, safely and without leaving anything behind."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from comparing import same
+from torch.utils.data import ConcatDataset, Subset, default_collate
+
+import gpuparse
+from gpuparse import DataLoader, SliceDataset
+from gpuparse.batch import BufferPool
+from gpuparse.errors import ChunkCorruptError, InputError, MissingDependencyError
+from gpuparse.plan import EpochPlan
+
+
+@pytest.fixture(scope="module")
+def ct(sample_stores):
+    return SliceDataset(sample_stores["SAMPLE_CT"].parent, img_size=(96, 96))
+
+
+@pytest.fixture(scope="module")
+def both(ct, sample_stores):
+    return ConcatDataset([ct, SliceDataset(sample_stores["SAMPLE_CELLS"].parent, img_size=(96, 96))])
+
+
+def own_threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith("gpuparse-fetch")}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_are_the_collated_items(both, shuffle):
+    dataset = Subset(both, range(100, 131))
+    loader = DataLoader(dataset, batch_size=8, shuffle=shuffle, seed=3)
+    batches = list(loader)
+    plan = EpochPlan(31, 8, shuffle, seed=3)
+    assert len(loader) == len(batches) == 4
+    for step, batch in enumerate(batches):
+        assert same(batch, default_collate([dataset[int(i)] for i in plan.samples(step)]))
+
+
+def test_full_size_batches_equal_the_golden_files(golden_dir, volumes_dir, tmp_path):
+    names = sorted(path.stem for path in golden_dir.glob("*.npz"))
+    gpuparse.convert(volumes_dir, out_dir=tmp_path, datasets=names)
+    for name in names:
+        with np.load(golden_dir / f"{name}.npz") as golden:
+            dataset = SliceDataset(tmp_path / name, transforms=None, all_class_masks=True)
+            loader = DataLoader(Subset(dataset, golden["index"].tolist()), batch_size=4)
+            images = torch.cat([batch["image"] for batch in loader]).numpy()
+            labels = torch.cat([batch["labels"] for batch in loader]).numpy()
+            difference = np.abs(images - golden["image_ipp"])
+            assert difference.max() <= 1
+            assert np.count_nonzero(difference) < difference.size / 100_000
+            np.testing.assert_array_equal(labels, golden["mask"])
+
+
+def test_threads_batch_size_and_depth_change_no_bit(both):
+    dataset = Subset(both, range(90, 130, 2))
+    reference = list(DataLoader(dataset, batch_size=1, num_threads=1, prefetch_depth=1))
+    other = list(DataLoader(dataset, batch_size=7, num_threads=5, prefetch_depth=4))
+    for key in ("image", "labels"):
+        assert torch.equal(torch.cat([b[key] for b in reference]), torch.cat([b[key] for b in other]))
+    assert [t for b in reference for t in b["text"]] == [t for b in other for t in b["text"]]
+
+
+def test_epochs_count_up_and_set_epoch_goes_back(ct):
+    loader = DataLoader(Subset(ct, range(12)), batch_size=6, shuffle=True)
+    first, second = list(loader), list(loader)
+    assert sorted(f for b in first for f in b["mask_file"]) == sorted(f for b in second for f in b["mask_file"])
+    assert not same(first[0], second[0])
+    loader.set_epoch(0)
+    assert same(list(loader), first)
+    assert same(list(loader), second)
+
+
+def test_drop_last_and_empty_datasets(ct):
+    assert [len(b["text"]) for b in DataLoader(Subset(ct, range(10)), batch_size=4, drop_last=True)] == [4, 4]
+    assert [len(b["text"]) for b in DataLoader(Subset(ct, range(10)), batch_size=4)] == [4, 4, 2]
+    assert list(DataLoader(Subset(ct, []), batch_size=4)) == []
+    assert len(DataLoader(Subset(ct, range(3)), batch_size=4, drop_last=True)) == 0
+
+
+def test_all_class_masks_and_other_types(ct):
+    dataset = SliceDataset(ct.root_dir, img_size=(96, 96), all_class_masks=True)
+    batch = next(iter(DataLoader(dataset, batch_size=3)))
+    assert same(batch, default_collate([dataset[i] for i in range(3)]))
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        small = next(iter(DataLoader(dataset, batch_size=3, image_dtype=name, labels_dtype="uint8")))
+        assert torch.equal(small["image"], batch["image"].to(dtype))
+        assert torch.equal(small["labels"], batch["labels"].to(torch.uint8))
+
+
+def test_held_batches_are_never_written_again(both):
+    loader = DataLoader(both, batch_size=4, shuffle=True)
+    held, copies = [], []
+    for batch in loader:
+        held.append(batch["image"][1:2])  # a view keeps the whole buffer
+        copies.append(batch["image"][1:2].clone())
+        if len(held) == 30:
+            break
+    for _ in range(2):
+        list(loader)
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_buffers_return_when_the_last_tensor_is_gone():
+    pool = BufferPool(max_free=1)
+    array = pool.take((4, 8), np.float32)
+    address = array.ctypes.data
+    part = torch.from_numpy(array)[2]
+    del array
+    gc.collect()
+    other = pool.take((4, 8), np.float32)
+    assert other.ctypes.data != address
+    del part
+    gc.collect()
+    again = pool.take((8, 4), np.float32)  # same size, other shape
+    assert again.ctypes.data == address
+    del other, again
+    gc.collect()
+    assert len(pool._free[128]) == 1
+
+
+def test_breaking_out_leaves_no_thread(ct):
+    loader = DataLoader(ct, batch_size=4)
+    for _ in range(3):
+        for batch in loader:
+            assert batch["image"].shape[0] == 4
+            break
+    iterator = iter(loader)
+    next(iterator)
+    del iterator, batch
+    gc.collect()
+    assert own_threads() == set()
+
+
+def test_two_iterators_side_by_side(ct):
+    loader = DataLoader(Subset(ct, range(8)), batch_size=4)
+    pairs = list(zip(iter(loader), iter(loader), strict=True))
+    loader.set_epoch(0)
+    assert same([a for a, _ in pairs], list(loader))
+    assert same([b for _, b in pairs], list(loader))
+
+
+def test_corrupt_chunk_reaches_the_loop_by_name(ct, tmp_path):
+    store = tmp_path / "SAMPLE_CT" / "train.zarr"
+    shutil.copytree(ct.store.path, store)
+    shard = store / "cases" / "case_003" / "0" / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    loader = DataLoader(SliceDataset(store.parent), batch_size=4, shuffle=True)
+    with pytest.raises(ChunkCorruptError, match="dataset 'SAMPLE_CT', case 'case_003', axis 0, slice"):
+        list(loader)
+    assert own_threads() == set()
+
+
+def test_failure_while_rendering_reaches_the_loop(ct, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("made to fail")
+
+    monkeypatch.setattr("gpuparse.loader.render_on_host", fail)
+    with pytest.raises(RuntimeError, match="made to fail"):
+        list(DataLoader(ct, batch_size=4))
+    assert own_threads() == set()
+
+
+def test_stage_times_and_repr(ct):
+    loader = DataLoader(ct, batch_size=50)
+    assert repr(loader) == "DataLoader(114 samples, 3 batches of 50, shuffle=False, device='cpu')"
+    list(loader)
+    assert loader.times.num_batches == 3
+    assert set(loader.times.seconds) == {"plan", "read", "decode", "encode", "augment", "wait"}
+    assert repr(loader.times).startswith("StageTimes(3 batches: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+        ({"prefetch_depth": 0}, "prefetch_depth is 0"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"device": "cuda:0"}, "device is 'cuda:0'; this version of gpuparse makes batches on the CPU only"),
+        ({"device": "tpu"}, "device is 'tpu'; expected None or 'cpu'"),
+        ({"image_dtype": "float64"}, "image_dtype is 'float64'; expected float32, float16, bfloat16"),
+        ({"labels_dtype": "int32"}, "labels_dtype is 'int32'; expected int64, uint8"),
+        ({"seed": 1.5}, "seed is 1.5"),
+    ],
+)
+def test_arguments_are_refused_by_name(ct, arguments, message):
+    with pytest.raises(InputError, match=message):
+        DataLoader(ct, **arguments)
+
+
+def test_uint8_labels_refuse_wide_instance_ids(sample_stores):
+    dataset = SliceDataset(sample_stores["SAMPLE_CELLS"].parent, img_size=(96, 96))
+    with pytest.raises(InputError, match="labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits"):
+        list(DataLoader(dataset, batch_size=64, labels_dtype="uint8"))
+
+
+def test_negative_epochs_are_refused(ct):
+    with pytest.raises(InputError, match="epoch is -1"):
+        DataLoader(ct).set_epoch(-1)
+
+
+def test_missing_dali_is_named(ct, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(MissingDependencyError, match=r"needs NVIDIA DALI.*pip install gpuparse\[cuda12\]"):
+        list(DataLoader(ct, batch_size=4))
