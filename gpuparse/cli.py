@@ -19,6 +19,7 @@ from rich.table import Table
 from gpuparse import __version__
 from gpuparse.convert import CaseResult, ConversionReport, convert, find_datasets
 from gpuparse.errors import GpuparseError
+from gpuparse.splits import ValSplit
 
 __all__ = ["app", "main"]
 
@@ -76,13 +77,27 @@ def _convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write every case anew; without it, unchanged cases are kept.")
     ] = False,
+    val_fraction: Annotated[
+        float | None, typer.Option("--val-fraction", help="Share of the cases (or groups) set apart for validation.")
+    ] = None,
+    split_seed: Annotated[int, typer.Option("--split-seed", help="Another seed sets other cases apart.")] = 0,
+    group_regex: Annotated[
+        str | None,
+        typer.Option("--group-regex", help="Finds the patient in a case's name; a patient's cases stay together."),
+    ] = None,
+    split_file: Annotated[
+        Path | None, typer.Option("--split-file", help='JSON file {"train": [cases], "val": [cases]}.')
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Convert npz volumes to Zarr stores.
 
-    Example: gpuparse convert data --out stores --dataset AMOS --jobs 8
+    Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8
     """
     console = Console(quiet=quiet)
+    val_split = None
+    if val_fraction is not None or split_file is not None:
+        val_split = ValSplit(val_fraction or 0.0, split_seed, group_regex, split_file)
     names = list(dict.fromkeys(dataset)) if dataset else None
     files = [
         path
@@ -112,6 +127,7 @@ def _convert(
             num_jobs=num_jobs,
             on_error=on_error,  # type: ignore[arg-type]  # convert checks it
             overwrite=overwrite,
+            val_split=val_split,
             on_case=on_case,
         )
     _print_report(console, report)

@@ -15,8 +15,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ import zarr
 from gpuparse.case import case_settings, convert_case, replace_folder
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.splits import ValSplit, assign_splits
 from gpuparse.store import FORMAT_VERSION, SliceTable, compressors, open_store, split_code
 from gpuparse.volume import check_name
 
@@ -120,6 +121,7 @@ class _Job:
     prompts: ClassPrompts
     store_path: Path
     split: str
+    val_split: ValSplit | None = None
     work_path: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,6 +147,7 @@ def convert(
     num_jobs: int = 1,
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
+    val_split: ValSplit | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
 ) -> ConversionReport:
     """Converts BiomedParse's folder layout into one Zarr store per dataset.
@@ -159,6 +162,8 @@ def convert(
         on_error: `stop` ends at the first bad file with its error; `skip` goes on and lists it in the report.
         overwrite: Write every case anew and drop the store that is there, once the new one is whole. Without it,
             cases whose source and settings have not changed are kept.
+        val_split: How to set cases apart for validation; they stay in the same store, and `SliceDataset(split="val")`
+            reads them. None keeps what the store has, or sets none apart.
         on_case: Called in this process after each file.
 
     Returns:
@@ -173,11 +178,13 @@ def convert(
         raise InputError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    if val_split is not None and split != "train":
+        raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
     jobs = _collect(Path(data_dir), Path(out_dir) if out_dir is not None else Path(data_dir), datasets, split)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
     for job in jobs:
-        reports += _convert_dataset(job, num_jobs, on_error, overwrite, on_case, failures)
+        reports += _convert_dataset(replace(job, val_split=val_split), num_jobs, on_error, overwrite, on_case, failures)
     return ConversionReport(tuple(reports), tuple(failures))
 
 
@@ -298,7 +305,8 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
 def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
     """Writes a new slice index and makes it the one in force by replacing the root's attributes in one rename."""
     generation = f"index/{uuid.uuid4().hex[:12]}"
-    columns = _slice_columns(cases, job.split)
+    splits, val_settings = _val_cases(job, [case["name"] for case in cases])
+    columns = _slice_columns(cases, job.split, splits)
     root = zarr.open_group(work_path / "incoming" / generation, mode="w-", zarr_format=3)
     for name, values in columns.items():
         array = root.create_array(
@@ -320,6 +328,7 @@ def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
         "instance_label": job.prompts.instance_label,
         "index": generation,
         "settings": case_settings(job.prompts),
+        "val_split": val_settings,
         "num_cases": len(cases),
         "num_slices": len(columns["case"]),
     }
@@ -331,6 +340,28 @@ def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
             shutil.rmtree(past, ignore_errors=True)
 
 
+def _val_cases(job: _Job, names: list[str]) -> tuple[dict[str, bool], dict[str, Any] | None]:
+    """Which cases are for validation, and the settings to record with that."""
+    earlier: dict[str, bool] = {}
+    recorded: dict[str, Any] | None = None
+    if job.store_path.is_dir():
+        store = open_store(job.store_path)
+        recorded = store.attributes.get("val_split")
+        val_cases = set(store.slices.case[store.slices.split == split_code("val")].tolist())
+        earlier = {case.name: number in val_cases for number, case in enumerate(store.cases)}
+    if job.val_split is None and recorded is not None:
+        file = Path(recorded["file"]) if recorded["file"] is not None else None
+        if file is not None:  # the file may be gone or have moved: what it said stays, new cases are for training
+            return {name: earlier.get(name, False) for name in names}, recorded
+        split = ValSplit(recorded["fraction"], recorded["seed"], recorded["group_regex"])
+    elif job.val_split is None:
+        return dict.fromkeys(names, False), None
+    else:
+        split = job.val_split
+    keep = earlier if recorded == split.settings() else None
+    return assign_splits(job.name, names, split, keep), split.settings()
+
+
 def _current_index(work_path: Path) -> str | None:
     try:
         name: str = json.loads((work_path / "zarr.json").read_text())["attributes"]["gpuparse"]["index"]
@@ -339,10 +370,13 @@ def _current_index(work_path: Path) -> str | None:
     return name
 
 
-def _slice_columns(cases: list[dict[str, Any]], split: str) -> dict[str, npt.NDArray[Any]]:
+def _slice_columns(
+    cases: list[dict[str, Any]], split: str, val_cases: Mapping[str, bool]
+) -> dict[str, npt.NDArray[Any]]:
     case_column, axis_column, position_column, counts = [], [], [], []
     class_ids: list[npt.NDArray[np.int32]] = []
     zeroed: list[npt.NDArray[np.uint8]] = []
+    split_column: list[npt.NDArray[np.uint8]] = []
     for number, case in enumerate(cases):
         for axis in case["axes"]:
             num_slices = case["shape"][axis]
@@ -357,6 +391,8 @@ def _slice_columns(cases: list[dict[str, Any]], split: str) -> dict[str, npt.NDA
             position_column.append(np.arange(num_slices, dtype=np.int32))
             counts.append(present.sum(axis=1))
             class_ids.append(ids[np.nonzero(present)[1]])
+            code = split_code("val" if split == "val" or val_cases[case["name"]] else "train")
+            split_column.append(np.full(num_slices, code, np.uint8))
             zeroed.append(np.zeros(num_slices, np.uint8))
             for start, stop in case["zeroed_runs"][str(axis)]:
                 zeroed[-1][start:stop] = 1
@@ -367,7 +403,7 @@ def _slice_columns(cases: list[dict[str, Any]], split: str) -> dict[str, npt.NDA
         class_indptr=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
         class_ids=np.concatenate(class_ids),
         zeroed=np.concatenate(zeroed),
-        split=np.full(sum(map(len, case_column)), split_code("val" if split == "val" else "train"), np.uint8),
+        split=np.concatenate(split_column),
     )
     return {
         **vars(table),

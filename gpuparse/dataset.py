@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import zlib
@@ -12,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset
 
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.encode import check_size
@@ -33,7 +35,7 @@ from gpuparse.sampling import (
 from gpuparse.store import Store, open_store, split_code
 from gpuparse.views import Recipe, check_recipe
 
-__all__ = ["FlatDataset", "SliceDataset"]
+__all__ = ["SliceDataset"]
 
 _LOG = logging.getLogger("gpuparse")
 _DEFAULT_TRANSFORMS = Augmentation()
@@ -50,9 +52,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
     What is drawn for an item depends on seed, epoch, dataset name and slice alone. Call `set_epoch` before each epoch
     when a plain torch DataLoader is used, else every epoch draws the same; `gpuparse.DataLoader` does it itself.
 
+    With `split="val"` and recipe "corrected" items are fixed: no augmentation, and one prompt for each class of the
+    dataset in the order of its prompts (one in all for instance datasets), each its first paraphrase.
+
     Args:
-        root_dir: A dataset's folder, holding `<split>.zarr`, or a store.
-        split: `train` or `val`.
+        root_dir: A dataset's folder, holding `<split>.zarr` or a `train.zarr` with a validation part, or a store.
+        split: `train` or `val`, whole volumes each, as conversion stored it.
         num_prompts: Prompts per sample.
         all_class_masks: One map of all classes, with one prompt for each, instead of a mask per prompt.
         transforms: What is drawn and applied; None switches augmentation off.
@@ -96,7 +101,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.split = split
         self.num_prompts = num_prompts
         self.all_class_masks = bool(all_class_masks)
-        self.transforms = transforms
+        self.fixed = split == "val" and recipe == "corrected"
+        self.transforms = None if self.fixed else transforms
         self.img_size = check_size(img_size)
         self.recipe = check_recipe(recipe)
         self.seed = check_seed(seed)
@@ -148,12 +154,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
             "multiclass_label": samples.multiclass_labels[0],
         }
 
-    def describe(self, indices: npt.NDArray[np.int64], epoch: int) -> Samples:
+    def describe(self, indices: npt.NDArray[np.int64], epoch: npt.ArrayLike) -> Samples:
         """Draws some items without reading a pixel.
 
         Args:
             indices: (n,) from 0 to len - 1.
-            epoch: The epoch to draw for.
+            epoch: The epoch to draw for, one for all or one each.
         """
         table, prompts = self.store.slices, self.store.prompts
         # The row of the store, not of this selection: choosing other views changes no sample.
@@ -161,7 +167,9 @@ class SliceDataset(Dataset[dict[str, Any]]):
             np.uint64
         )
         streams = sample_streams(self.seed, epoch, sample_ids)
-        rows = redraw_foreground(streams, self._rows[indices], self._foreground, self.foreground_fraction)
+        rows = self._rows[indices]
+        if not self.fixed:
+            rows = redraw_foreground(streams, rows, self._foreground, self.foreground_fraction)
         params = params_from_streams(
             self.transforms,
             streams,
@@ -170,9 +178,16 @@ class SliceDataset(Dataset[dict[str, Any]]):
             allow_mirror=self.allow_mirror,
             zeroed=table.zeroed[rows] != 0,
         )
-        if self.all_class_masks:
+        if self.fixed and not self.all_class_masks:
+            classes = prompts.class_ids[:1] if prompts.instance_label else prompts.class_ids
+            class_ids = np.tile(np.array(classes), (len(rows), 1))
+            texts = [[prompts.classes[i][0] for i in classes]] * len(rows)
+            label_ids, mode = class_ids, 1 if prompts.instance_label else 0
+        elif self.all_class_masks:
             everything = np.tile(np.sort(np.array(prompts.class_ids)), (len(rows), 1))
             class_ids, texts = everything, paraphrases(prompts, streams, everything)
+            if self.fixed:
+                texts = [[prompts.classes[i][0] for i in sorted(prompts.class_ids)]] * len(rows)
             label_ids, mode = everything[:, :1], 3 if prompts.instance_label else 2
         else:
             present = [table.classes_in(row).tolist() for row in rows] if self.present_fraction else None
@@ -199,6 +214,22 @@ class SliceDataset(Dataset[dict[str, Any]]):
             multiclass_labels=(self.all_class_masks,) * len(rows),
         )
 
+    def cases_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """(n,) the number of the case that each item is cut from."""
+        return self.store.slices.case[self._rows[indices]]
+
+    def fingerprint(self) -> list[object]:
+        """What tells this dataset's list of samples and their random numbers from another's, as JSON values."""
+        cases = json.dumps([(case.name, case.shape) for case in self.store.cases])
+        return [
+            self.name,
+            self.split,
+            len(self),
+            hashlib.sha256(cases.encode() + self._rows.tobytes()).hexdigest()[:16],
+            self.seed,
+            self.recipe,
+        ]
+
     def _mask_file(self, key: SliceKey) -> str:
         """What the reference calls this slice's mask; no such file exists here."""
         view = f"_view{key.axis}" if key.axis else ""
@@ -207,16 +238,22 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
     def _select(self, views: Literal["auto"] | Sequence[int]) -> npt.NDArray[np.int64]:
         axes = self.store.slices.axis
+        members = self.store.slices.split == split_code(self.split)
+        if not members.any() and len(members):
+            raise InputError(
+                f"'{self.store.path}' has no slices in split {self.split!r}. "
+                "Convert with --val-fraction or --split-file to have a validation part."
+            )
         if isinstance(views, str):
             if views != "auto":
                 raise InputError(f"views is {views!r}; expected 'auto' or axes such as (0,) or (0, 1, 2).")
-            return np.arange(len(axes), dtype=np.int64)
+            return np.flatnonzero(members).astype(np.int64)
         wanted = sorted({int(view) for view in views})
-        there = sorted({int(axis) for axis in np.unique(axes)})
+        there = sorted({int(axis) for axis in np.unique(axes[members])})
         missing = [view for view in wanted if view not in there]
         if missing or not wanted:
             raise InputError(f"views is {tuple(views)}; '{self.store.path}' has slices along {tuple(there)}.")
-        return np.flatnonzero(np.isin(axes, wanted)).astype(np.int64)
+        return np.flatnonzero(members & np.isin(axes, wanted)).astype(np.int64)
 
     def _decide_mirror(self) -> bool:
         transforms = self.transforms
@@ -235,64 +272,11 @@ def _open_split(root_dir: str, split: str) -> Store:
     split_code(split)
     if root_dir.rstrip("/").endswith(".zarr"):
         return open_store(root_dir)
-    path = Path(root_dir) / f"{split}.zarr"
+    own, shared = Path(root_dir) / f"{split}.zarr", Path(root_dir) / "train.zarr"
+    path = own if own.is_dir() else shared
     if not path.is_dir():
         raise StoreFormatError(
-            f"'{root_dir}' holds no {split}.zarr. Make it with `gpuparse convert {Path(root_dir).parent}"
-            f"{'' if split == 'train' else f' --split {split}'}`, or name a .zarr folder."
+            f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. Make it with "
+            f"`gpuparse convert {Path(root_dir).parent}`, or name a .zarr folder."
         )
     return open_store(path)
-
-
-class FlatDataset:
-    """A `SliceDataset`, a `ConcatDataset` of them or a `Subset` of either, as one list of samples.
-
-    Args:
-        dataset: The dataset as the user composed it.
-
-    Raises:
-        InputError: Something in it is no `SliceDataset`, or the parts have different sizes.
-    """
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        parts, self._part, self._index = _flatten(dataset)
-        self.parts: tuple[SliceDataset, ...] = tuple(parts)
-        sizes = {part.img_size for part in self.parts}
-        if len(sizes) > 1:
-            raise InputError(f"the datasets have img_size {sorted(sizes)}; expected one size for all.")
-        self.size: tuple[int, int] = sizes.pop() if sizes else (512, 512)
-
-    def __len__(self) -> int:
-        return len(self._part)
-
-    def describe(self, numbers: npt.NDArray[np.int64], epoch: int) -> Samples:
-        """Draws the samples of the given numbers, each from 0 to len - 1."""
-        owners, indices = self._part[numbers], self._index[numbers]
-        described, places = [], []
-        for part in np.unique(owners):
-            chosen = np.flatnonzero(owners == part)
-            described.append(self.parts[part].describe(indices[chosen], epoch))
-            places.append(chosen)
-        return Samples.join(described, np.argsort(np.concatenate(places), kind="stable"))
-
-
-def _flatten(dataset: Any) -> tuple[list[SliceDataset], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    if isinstance(dataset, SliceDataset):
-        return [dataset], np.zeros(len(dataset), np.int32), np.arange(len(dataset), dtype=np.int64)
-    if isinstance(dataset, Subset):
-        parts, owners, indices = _flatten(dataset.dataset)
-        chosen = np.asarray(dataset.indices, np.int64)
-        return parts, owners[chosen], indices[chosen]
-    if isinstance(dataset, ConcatDataset):
-        pieces = [_flatten(part) for part in dataset.datasets]
-        offsets = np.cumsum([0] + [len(parts) for parts, _, _ in pieces])
-        return (
-            [part for parts, _, _ in pieces for part in parts],
-            np.concatenate([owners + offset for (_, owners, _), offset in zip(pieces, offsets, strict=False)]).astype(
-                np.int32
-            ),
-            np.concatenate([indices for _, _, indices in pieces]),
-        )
-    raise InputError(
-        f"dataset is {type(dataset).__name__}; expected a SliceDataset, a ConcatDataset of them, or a Subset of either."
-    )

@@ -8,6 +8,7 @@ operator returns, 11 MB per sample, which takes longer than making it (ARCHITECT
 from __future__ import annotations
 
 import concurrent.futures
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.augment import LabelSpec
-from gpuparse.errors import MissingDependencyError
+from gpuparse.errors import InputError, MissingDependencyError
 from gpuparse.read import CompressedSlices
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import PLANE_DTYPE
@@ -107,6 +108,7 @@ class HostPipeline:
 
     Raises:
         MissingDependencyError: DALI is not installed.
+        InputError: This process was forked from one that has used DALI.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class HostPipeline:
         render: Callable[[int, BatchInput], None],
         options: PipelineOptions,
     ) -> None:
+        _refuse_after_fork()
         fn, pipeline_class = _import_dali()
         self._fetch = fetch
         self._render = render
@@ -185,6 +188,20 @@ class HostPipeline:
             except BaseException as error:
                 self._failures[step] = error
         return np.array([step], np.int64)
+
+
+_dali_process: int | None = None
+
+
+def _refuse_after_fork() -> None:
+    """DALI's threads do not survive a fork, and its locks may be held for ever in the child."""
+    global _dali_process
+    if _dali_process not in (None, os.getpid()):
+        raise InputError(
+            f"this process was forked from process {_dali_process} after a gpuparse.DataLoader had run there, and DALI "
+            "cannot go on in a forked process. Start processes with the 'spawn' method, or fork before the first batch."
+        )
+    _dali_process = os.getpid()
 
 
 def _import_dali() -> tuple[Any, Any]:

@@ -14,7 +14,18 @@ import numpy.typing as npt
 
 from gpuparse.errors import InputError
 
-__all__ = ["EpochPlan", "Streams", "draw_below", "permute", "philox4x32", "sample_streams"]
+__all__ = [
+    "EpochPlan",
+    "Ranks",
+    "Streams",
+    "check_epoch",
+    "check_seed",
+    "draw_below",
+    "draw_classes",
+    "permute",
+    "philox4x32",
+    "sample_streams",
+]
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -87,19 +98,18 @@ class Streams:
         return philox4x32(counter, self.key[:, None]).reshape(len(self.salt), -1)[:, :num_words]
 
 
-def sample_streams(seed: int, epoch: int, sample_ids: npt.ArrayLike) -> Streams:
+def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Streams:
     """The streams of the given samples in one epoch.
 
     Args:
         seed: 0 .. 2^64 - 1.
-        epoch: 0 .. 2^32 - 1.
+        epoch: 0 .. 2^32 - 1, one for all or one each.
         sample_ids: (num_samples,) whole numbers below 2^64.
     """
     seed_low, seed_high = _words(check_seed(seed))
     id_low, id_high = _words(sample_ids)
-    counter = np.stack(
-        [id_low, id_high, np.full_like(id_low, epoch), np.full_like(id_low, OPERATION_SAMPLE_KEY)], axis=-1
-    )
+    epochs, purpose = np.broadcast_arrays(np.asarray(epoch), np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
+    counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purpose], axis=-1)
     words = philox4x32(counter, np.stack([seed_low, seed_high]))
     return Streams(key=np.ascontiguousarray(words[:, :2]), salt=np.ascontiguousarray(words[:, 2]))
 
@@ -115,14 +125,15 @@ def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArr
     return result
 
 
-def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int, stream: int = 0) -> npt.NDArray[np.int64]:
     """A keyed bijection of 0 .. length - 1: six Feistel rounds over the next power of four, walked until inside.
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
         length: Size of the range, up to 2^62.
         seed: Key.
-        epoch: Key.
+        epoch: Key, below 2^32.
+        stream: Key, below 2^28; sets permutations apart that serve different ends.
 
     Returns:
         (n,) int64, each position's image. Memory and time depend on n alone.
@@ -143,7 +154,7 @@ def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int) -> npt
         for round_number in range(6):
             counter = np.zeros((len(pending), 4), np.uint32)
             counter[:, 0] = right.astype(np.uint32)
-            counter[:, 1] = round_number
+            counter[:, 1] = 8 * stream + round_number
             counter[:, 2] = epoch
             counter[:, 3] = OPERATION_ORDER
             left, right = right, (left ^ philox4x32(counter, key)[:, 0].astype(np.uint64)) & mask
@@ -153,53 +164,99 @@ def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int) -> npt
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """One epoch's order, cut into batches.
+class Ranks:
+    """Which of how many processes this one is, over all nodes.
 
     Attributes:
-        num_samples: Samples in the dataset.
-        batch_size: Samples per batch.
-        shuffle: Whether the order is permuted; otherwise it is the dataset's.
-        drop_last: Whether a last batch that is short is left out.
-        seed: Key of the order.
-        epoch: Which epoch; each has another order.
+        rank: 0 .. world_size - 1.
+        world_size: Processes that share the epoch.
+    """
 
-    >>> plan = EpochPlan(num_samples=10, batch_size=4, shuffle=False)
-    >>> plan.num_batches, plan.samples(2).tolist()
-    (3, [8, 9])
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.world_size, int) and isinstance(self.rank, int) and 0 <= self.rank < self.world_size):
+            raise InputError(
+                f"rank is {self.rank!r} of world_size {self.world_size!r}; expected 0 <= rank < world_size, both whole "
+                "numbers, and the global rank, not the local one."
+            )
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch cut into global batches, and each global batch into the ranks' parts.
+
+    Global batch s holds the positions from `start + s * batch_size * world_size` on; rank r takes the r-th run of
+    `batch_size` of them. Joined in rank order, the ranks' batches are therefore the same stream of positions for any
+    world size with the same global batch. Every rank has `num_batches` batches. A last global batch that is short is
+    left out with `drop_last`; otherwise it is shared out evenly, and where it does not divide by the world size, the
+    epoch's first positions fill it up (fewer than `world_size` repeats).
+
+    Attributes:
+        num_samples: Positions in the epoch.
+        batch_size: Positions per batch and rank.
+        drop_last: See above.
+        ranks: Who takes which part.
+        start: Positions that were handed out before this plan begins.
+
+    >>> plan = EpochPlan(num_samples=10, batch_size=2, ranks=Ranks(1, 2))
+    >>> plan.num_batches, [plan.positions(step).tolist() for step in range(3)]
+    (3, [[2, 3], [6, 7], [9]])
     """
 
     num_samples: int
     batch_size: int
-    shuffle: bool
     drop_last: bool = False
-    seed: int = 0
-    epoch: int = 0
+    ranks: Ranks = Ranks()
+    start: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1.")
-        if not 0 <= self.epoch < 2**32:
-            raise InputError(f"epoch is {self.epoch}; expected 0 to 2^32 - 1.")
-        check_seed(self.seed)
+        if not 0 <= self.start <= self.num_samples:
+            raise InputError(f"position is {self.start}; this epoch has {self.num_samples} samples.")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Positions per batch over all ranks."""
+        return self.batch_size * self.ranks.world_size
 
     @property
     def num_batches(self) -> int:
-        """Batches in the epoch."""
-        full, rest = divmod(self.num_samples, self.batch_size)
+        """Batches of every rank."""
+        full, rest = divmod(self.num_samples - self.start, self.global_batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def samples(self, step: int) -> npt.NDArray[np.int64]:
-        """(batch,) int64 sample numbers of batch `step`; the last batch may be short.
+    def positions(self, step: int) -> npt.NDArray[np.int64]:
+        """(batch,) int64 positions of this rank's batch `step`.
 
         Raises:
             InputError: There is no such batch.
         """
         if not 0 <= step < self.num_batches:
             raise InputError(f"step is {step}; this epoch has {self.num_batches} batches.")
-        start = step * self.batch_size
-        positions = np.arange(start, min(start + self.batch_size, self.num_samples), dtype=np.int64)
-        return permute(positions, self.num_samples, self.seed, self.epoch) if self.shuffle else positions
+        first = self.start + step * self.global_batch_size
+        there = min(self.global_batch_size, self.num_samples - first)
+        share = -(-there // self.ranks.world_size)
+        places = self.ranks.rank * share + np.arange(share, dtype=np.int64)
+        filled: npt.NDArray[np.int64] = np.where(places < there, first + places, (places - there) % self.num_samples)
+        return filled
+
+    def consumed(self, num_steps: int) -> int:
+        """The position after `num_steps` global batches of this plan."""
+        return min(self.start + num_steps * self.global_batch_size, self.num_samples)
+
+
+def check_epoch(epoch: int) -> int:
+    """Returns `epoch` if it is a whole number below 2^32.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not isinstance(epoch, int | np.integer) or isinstance(epoch, bool) or not 0 <= epoch < 2**32:
+        raise InputError(f"epoch is {epoch!r}; expected 0 to 2^32 - 1.")
+    return int(epoch)
 
 
 def draw_classes(words: npt.NDArray[Any], num_classes: int) -> npt.NDArray[np.int64]:

@@ -333,20 +333,18 @@ def decode_on_host(slices: CompressedSlices, num_threads: int = 1) -> npt.NDArra
     return arena
 
 
-_pools: dict[tuple[int, int], concurrent.futures.ThreadPoolExecutor] = {}
-
-
 def parallel_map(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:
-    """`list(map(function, items))` on `num_threads` threads; the first exception is raised when all have ended."""
-    if num_threads <= 1 or len(items) <= 1:
+    """`list(map(function, items))` on `num_threads` threads; the first exception is raised when all have ended.
+
+    The threads live as long as the call: about 50 microseconds each, and none is left behind or lost in a fork.
+    """
+    num_threads = min(num_threads, len(items))
+    if num_threads <= 1:
         return [function(item) for item in items]
-    key = (os.getpid(), num_threads)  # a forked child must not wait for its parent's threads
-    pool = _pools.get(key)
-    if pool is None:
-        pool = _pools[key] = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="gpuparse-read")
     # One task per thread, each taking every n-th item: submitting a task costs as much as reading a small chunk.
-    strides = [items[k::num_threads] for k in range(min(num_threads, len(items)))]
-    parts = list(pool.map(lambda part: [function(item) for item in part], strides))
+    strides = [items[k::num_threads] for k in range(num_threads)]
+    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="gpuparse-read") as pool:
+        parts = list(pool.map(lambda part: [function(item) for item in part], strides))
     results: list[Any] = [None] * len(items)
     for k, part in enumerate(parts):
         results[k::num_threads] = part

@@ -158,7 +158,7 @@ def sample_params(
     sample_ids: npt.ArrayLike,
     *,
     seed: int,
-    epoch: int,
+    epoch: npt.ArrayLike,
     size: tuple[int, int] = (512, 512),
     recipe: Recipe = "corrected",
     allow_mirror: bool = True,
@@ -170,7 +170,7 @@ def sample_params(
         augmentation: The laws; None draws nothing, not even the channel swap, which the reference keeps then.
         sample_ids: (num_samples,) whole numbers below 2^64.
         seed: Key of all draws.
-        epoch: Key of all draws.
+        epoch: Key of all draws, one for all or one each.
         size: Rows and columns of an encoded slice.
         recipe: "reference" keeps what the reference does to 8-bit numbers: noise wraps at 256, crops are rounded, ids
             are cut to 8 bits. "corrected" does none of that.

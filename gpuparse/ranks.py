@@ -1,0 +1,49 @@
+"""Which rank this process is: from arguments, else torch.distributed, else the launcher's environment."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed
+
+from gpuparse.errors import InputError
+from gpuparse.plan import Ranks
+
+__all__ = ["detect_ranks"]
+
+# torchrun and every launcher that follows it; srun. SLURM's variables also stand in jobs that start one process only,
+# such as an interactive shell: there the number of tasks of the *step* is 1.
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+
+
+def detect_ranks(rank: int | None = None, world_size: int | None = None) -> Ranks:
+    """Finds this process's global rank.
+
+    Args:
+        rank: Global rank; give both or neither.
+        world_size: Number of processes.
+
+    Returns:
+        The arguments if given, else what an initialised torch.distributed says, else RANK and WORLD_SIZE, else
+        SLURM_PROCID and SLURM_STEP_NUM_TASKS, else rank 0 of 1.
+
+    Raises:
+        InputError: Only one is given, or the values make no rank.
+    """
+    if (rank is None) != (world_size is None):
+        raise InputError(f"rank is {rank} and world_size is {world_size}; give both, or neither to have them found.")
+    if rank is not None and world_size is not None:
+        return Ranks(rank, world_size)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    for rank_name, size_name in _LAUNCHERS:
+        if rank_name in os.environ and size_name in os.environ:
+            values = os.environ[rank_name], os.environ[size_name]
+            try:
+                return Ranks(int(values[0]), int(values[1]))
+            except ValueError as error:
+                raise InputError(
+                    f"the environment has {rank_name}={values[0]!r} and {size_name}={values[1]!r}, which make no rank "
+                    f"({error}). Give rank and world_size."
+                ) from error
+    return Ranks()
