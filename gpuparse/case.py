@@ -28,12 +28,25 @@ __all__ = ["case_settings", "convert_case", "replace_folder"]
 _CASE_VERSION = 1  # of a case's layout; cases written under another number are written again
 
 
-def convert_case(path: Path, work_path: Path, prompts: ClassPrompts) -> dict[str, Any] | GpuparseError:
-    """Reads, checks and writes one case; returns its summary, or the error that it met."""
+def convert_case(
+    path: Path, work_path: Path, prompts: ClassPrompts, earlier: Path | None
+) -> dict[str, Any] | GpuparseError:
+    """Reads, checks and writes one case, unless it is there already.
+
+    Args:
+        path: The source file.
+        work_path: Receives the case as `cases/<name>`.
+        prompts: The dataset's classes.
+        earlier: The case's folder in the store that is being extended, if it has one.
+
+    Returns:
+        The case's summary with `place`, its folder now, and `kept`; or the error that it met.
+    """
     try:
-        kept = _kept_case(path, work_path, prompts)
-        if kept is not None:
-            return kept
+        for folder in (work_path / "cases" / path.stem, earlier):
+            kept = _kept_case(path, folder, prompts) if folder is not None else None
+            if kept is not None:
+                return kept
         volume = read_volume(path)
         axes = select_axes(volume.image.shape, volume.spacing_mm)
         presence = _presence(path, volume, axes, prompts)
@@ -50,11 +63,9 @@ def case_settings(prompts: ClassPrompts) -> dict[str, Any]:
             "instance_label": prompts.instance_label}  # fmt: skip
 
 
-def _kept_case(path: Path, work_path: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
-    meta = work_path / "cases" / path.stem / "zarr.json"
-    if not meta.is_file():
-        return None
+def _kept_case(path: Path, folder: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
     try:
+        meta = folder / "zarr.json"
         summary: dict[str, Any] = json.loads(meta.read_text())["attributes"]["gpuparse"]
         stat = path.stat()
         same = summary["source"]["mtime_ns"] == stat.st_mtime_ns and summary["source"]["bytes"] == stat.st_size
@@ -62,7 +73,7 @@ def _kept_case(path: Path, work_path: Path, prompts: ClassPrompts) -> dict[str, 
             return None
     except (KeyError, ValueError, OSError):
         return None
-    return {**summary, "kept": True}
+    return {**summary, "place": str(folder), "kept": True}
 
 
 def _presence(path: Path, volume: Volume, axes: Sequence[int], prompts: ClassPrompts) -> dict[str, Any]:
@@ -150,7 +161,7 @@ def _write_case(
         raise VolumeFormatError(f"{path}: its case could not be written into {work_path}: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {**summary, "kept": False}
+    return {**summary, "place": str(target), "kept": False}
 
 
 def _write_array(group: zarr.Group, name: str, data: npt.NDArray[Any], chunks: tuple[int, int, int]) -> None:

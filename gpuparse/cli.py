@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gpuparse import __version__
-from gpuparse.convert import CaseResult, ConversionReport, convert, find_datasets
+from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
 from gpuparse.errors import GpuparseError
 from gpuparse.splits import ValSplit
 
@@ -104,7 +104,7 @@ def _convert(
         for name in (names if names is not None else find_datasets(data_dir, split))
         for path in (data_dir / name / split).glob("*.npz")
     ]
-    total_bytes = sum(path.stat().st_size for path in files)
+    total_bytes = sum(map(file_size, files))
     num_jobs = jobs or len(os.sched_getaffinity(0))
     start = time.perf_counter()
     with _progress(console) as progress:

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import zarr
-
-from gpuparse.case import case_settings, convert_case, replace_folder
+from gpuparse.case import convert_case
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.splits import ValSplit, assign_splits
-from gpuparse.store import FORMAT_VERSION, SliceTable, compressors, open_store, split_code
+from gpuparse.publish import PublishTarget, publish
+from gpuparse.splits import ValSplit
+from gpuparse.store import open_store
 from gpuparse.volume import check_name
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
@@ -114,20 +109,19 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """One dataset to convert."""
+    """One dataset to convert, and how."""
 
-    name: str
     files: tuple[Path, ...]
-    prompts: ClassPrompts
-    store_path: Path
-    split: str
-    val_split: ValSplit | None = None
-    work_path: Path = field(init=False)
+    target: PublishTarget
+    overwrite: bool
+    on_error: str
+    num_jobs: int
 
-    def __post_init__(self) -> None:
-        # A store that is there already receives cases in place: nothing lists them until the index is published.
-        hidden = self.store_path.with_name(f".{self.store_path.name}.partial")
-        object.__setattr__(self, "work_path", self.store_path if self.store_path.exists() else hidden)
+    @property
+    def work_path(self) -> Path:
+        """Where cases grow until they are published; what a run that ended early leaves there, the next one uses."""
+        store_path = self.target.store_path
+        return store_path.with_name(f".{store_path.name}.partial")
 
 
 def find_datasets(data_dir: str | os.PathLike[str], split: str = "train") -> list[str]:
@@ -180,15 +174,17 @@ def convert(
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
-    jobs = _collect(Path(data_dir), Path(out_dir) if out_dir is not None else Path(data_dir), datasets, split)
+    targets = _collect(Path(data_dir), Path(out_dir) if out_dir is not None else Path(data_dir), datasets, split)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for job in jobs:
-        reports += _convert_dataset(replace(job, val_split=val_split), num_jobs, on_error, overwrite, on_case, failures)
+    for target in targets:
+        files = tuple(sorted((Path(data_dir) / target.name / split).glob("*.npz")))
+        job = _Job(files, replace(target, val_split=val_split), overwrite, on_error, num_jobs)
+        reports += _convert_dataset(job, on_case, failures)
     return ConversionReport(tuple(reports), tuple(failures))
 
 
-def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, split: str) -> list[_Job]:
+def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, split: str) -> list[PublishTarget]:
     check_name(split, "split")
     if isinstance(datasets, str):
         raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
@@ -213,9 +209,8 @@ def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, spli
             "Add an entry, or name the datasets to convert with --dataset."
         )
     return [
-        _Job(
+        PublishTarget(
             name=name,
-            files=tuple(sorted((data_dir / name / split).glob("*.npz"))),
             prompts=parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"),
             store_path=out_dir / name / f"{split}.zarr",
             split=split,
@@ -225,63 +220,62 @@ def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, spli
 
 
 def _convert_dataset(
-    job: _Job,
-    num_jobs: int,
-    on_error: str,
-    overwrite: bool,
-    on_case: Callable[[CaseResult], None] | None,
-    failures: list[Failure],
+    job: _Job, on_case: Callable[[CaseResult], None] | None, failures: list[Failure]
 ) -> list[DatasetReport]:
     start = time.perf_counter()
-    if job.store_path.exists() and not overwrite:
-        open_store(job.store_path)  # refuses a folder of another kind or version before anything is touched
-    work_path = job.work_path
-    if overwrite:
-        work_path = job.store_path.with_name(f".{job.store_path.name}.partial")
+    target, work_path = job.target, job.work_path
+    earlier: dict[str, Path] = {}
+    if job.overwrite:
         shutil.rmtree(work_path, ignore_errors=True)
+    elif target.store_path.exists():
+        store = open_store(target.store_path)  # refuses a folder of another kind or version
+        earlier = {case.name: store.case_path(number) for number, case in enumerate(store.cases)}
     done: list[dict[str, Any]] = []
-    num_kept = 0
     try:
-        for path, outcome in _run_cases(job, work_path, num_jobs):
+        for path, outcome in _run_cases(job, earlier):
+            state: Literal["written", "kept", "failed"] = "failed"
             if isinstance(outcome, GpuparseError):
-                if on_error == "stop":
+                if job.on_error == "stop":
                     raise outcome
                 failures.append(Failure(path, str(outcome)))
             else:
                 done.append(outcome)
-                num_kept += outcome["kept"]
+                state = "kept" if outcome["kept"] else "written"
             if on_case is not None:
-                failed = isinstance(outcome, GpuparseError)
-                state: Any = "failed" if failed else "kept" if outcome["kept"] else "written"  # type: ignore[index]
-                on_case(CaseResult(job.name, path, path.stat().st_size, state))
+                on_case(CaseResult(target.name, path, file_size(path), state))
         if not done:
             return []
-        done.sort(key=lambda case: case["name"])
-        _publish(job, work_path, done)
+        publish(target, work_path, sorted(done, key=lambda case: str(case["name"])), overwrite=job.overwrite)
+    except BaseException:
+        if job.overwrite:  # no later run would use what this one wrote
+            shutil.rmtree(work_path, ignore_errors=True)
+        raise
     finally:
         _remove_leftovers(work_path)
-    if work_path != job.store_path:
-        replace_folder(work_path, job.store_path)
+    num_kept = sum(case["kept"] for case in done)
     return [
         DatasetReport(
-            name=job.name,
-            store_path=job.store_path,
+            name=target.name,
+            store_path=target.store_path,
             num_written=len(done) - num_kept,
             num_kept=num_kept,
-            num_slices=len(open_store(job.store_path).slices),
+            num_slices=len(open_store(target.store_path).slices),
             source_bytes=sum(case["source"]["bytes"] for case in done),
             raw_bytes=sum(case["raw_bytes"] for case in done),
-            store_bytes=sum(p.stat().st_size for p in job.store_path.rglob("*") if p.is_file()),
+            store_bytes=sum(p.stat().st_size for p in target.store_path.rglob("*") if p.is_file()),
             seconds=time.perf_counter() - start,
         )
     ]
 
 
-def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path, dict[str, Any] | GpuparseError]]:
-    num_jobs = min(num_jobs, len(job.files))
+def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, Any] | GpuparseError]]:
+    def arguments(path: Path) -> tuple[Path, Path, ClassPrompts, Path | None]:
+        return path, job.work_path, job.target.prompts, earlier.get(path.stem)
+
+    num_jobs = min(job.num_jobs, len(job.files))
     if num_jobs == 1:
         for path in job.files:
-            yield path, convert_case(path, work_path, job.prompts)
+            yield path, convert_case(*arguments(path))
         return
     # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
     context = multiprocessing.get_context("spawn")
@@ -292,7 +286,7 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
         try:
             while True:
                 for path in itertools.islice(paths, 2 * num_jobs - len(window)):
-                    window.append((path, pool.submit(convert_case, path, work_path, job.prompts)))
+                    window.append((path, pool.submit(convert_case, *arguments(path))))
                 if not window:
                     return
                 path, future = window.pop(0)
@@ -302,121 +296,12 @@ def _run_cases(job: _Job, work_path: Path, num_jobs: int) -> Iterator[tuple[Path
                 future.cancel()
 
 
-def _publish(job: _Job, work_path: Path, cases: list[dict[str, Any]]) -> None:
-    """Writes a new slice index and makes it the one in force by replacing the root's attributes in one rename."""
-    generation = f"index/{uuid.uuid4().hex[:12]}"
-    splits, val_settings = _val_cases(job, [case["name"] for case in cases])
-    columns = _slice_columns(cases, job.split, splits)
-    root = zarr.open_group(work_path / "incoming" / generation, mode="w-", zarr_format=3)
-    for name, values in columns.items():
-        array = root.create_array(
-            name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(1, n) for n in values.shape),
-            compressors=compressors(), fill_value=0,
-        )  # fmt: skip
-        array[...] = values
-    root.attrs["case_names"] = [case["name"] for case in cases]
-    (work_path / "index").mkdir(exist_ok=True)
-    os.replace(work_path / "incoming" / generation, work_path / generation)
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    for folder in ("cases", "index"):
-        _write_json(work_path / folder / "zarr.json", group)
-    attributes = {
-        "format_version": FORMAT_VERSION,
-        "name": job.name,
-        "split": job.split,
-        "class_prompts": job.prompts.to_json(),
-        "instance_label": job.prompts.instance_label,
-        "index": generation,
-        "settings": case_settings(job.prompts),
-        "val_split": val_settings,
-        "num_cases": len(cases),
-        "num_slices": len(columns["case"]),
-    }
-    old = _current_index(work_path)
-    _write_json(work_path / "zarr.json", {**group, "attributes": {"gpuparse": attributes}})
-    for past in (work_path / "index").iterdir():
-        # The index that was in force until now stays: a training run may be reading it.
-        if past.is_dir() and f"index/{past.name}" not in (generation, old):
-            shutil.rmtree(past, ignore_errors=True)
-
-
-def _val_cases(job: _Job, names: list[str]) -> tuple[dict[str, bool], dict[str, Any] | None]:
-    """Which cases are for validation, and the settings to record with that."""
-    earlier: dict[str, bool] = {}
-    recorded: dict[str, Any] | None = None
-    if job.store_path.is_dir():
-        store = open_store(job.store_path)
-        recorded = store.attributes.get("val_split")
-        val_cases = set(store.slices.case[store.slices.split == split_code("val")].tolist())
-        earlier = {case.name: number in val_cases for number, case in enumerate(store.cases)}
-    if job.val_split is None and recorded is not None:
-        file = Path(recorded["file"]) if recorded["file"] is not None else None
-        if file is not None:  # the file may be gone or have moved: what it said stays, new cases are for training
-            return {name: earlier.get(name, False) for name in names}, recorded
-        split = ValSplit(recorded["fraction"], recorded["seed"], recorded["group_regex"])
-    elif job.val_split is None:
-        return dict.fromkeys(names, False), None
-    else:
-        split = job.val_split
-    keep = earlier if recorded == split.settings() else None
-    return assign_splits(job.name, names, split, keep), split.settings()
-
-
-def _current_index(work_path: Path) -> str | None:
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 where it is gone or a link to nowhere."""
     try:
-        name: str = json.loads((work_path / "zarr.json").read_text())["attributes"]["gpuparse"]["index"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return name
-
-
-def _slice_columns(
-    cases: list[dict[str, Any]], split: str, val_cases: Mapping[str, bool]
-) -> dict[str, npt.NDArray[Any]]:
-    case_column, axis_column, position_column, counts = [], [], [], []
-    class_ids: list[npt.NDArray[np.int32]] = []
-    zeroed: list[npt.NDArray[np.uint8]] = []
-    split_column: list[npt.NDArray[np.uint8]] = []
-    for number, case in enumerate(cases):
-        for axis in case["axes"]:
-            num_slices = case["shape"][axis]
-            by_class = case["class_runs"][str(axis)]
-            ids = np.array(sorted(map(int, by_class)), np.int32)
-            present = np.zeros((num_slices, len(ids)), bool)
-            for k, class_id in enumerate(ids):
-                for start, stop in by_class[str(class_id)]:
-                    present[start:stop, k] = True
-            case_column.append(np.full(num_slices, number, np.int32))
-            axis_column.append(np.full(num_slices, axis, np.uint8))
-            position_column.append(np.arange(num_slices, dtype=np.int32))
-            counts.append(present.sum(axis=1))
-            class_ids.append(ids[np.nonzero(present)[1]])
-            code = split_code("val" if split == "val" or val_cases[case["name"]] else "train")
-            split_column.append(np.full(num_slices, code, np.uint8))
-            zeroed.append(np.zeros(num_slices, np.uint8))
-            for start, stop in case["zeroed_runs"][str(axis)]:
-                zeroed[-1][start:stop] = 1
-    table = SliceTable(
-        case=np.concatenate(case_column),
-        axis=np.concatenate(axis_column),
-        position=np.concatenate(position_column),
-        class_indptr=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
-        class_ids=np.concatenate(class_ids),
-        zeroed=np.concatenate(zeroed),
-        split=np.concatenate(split_column),
-    )
-    return {
-        **vars(table),
-        "case_shape": np.array([case["shape"] for case in cases], np.int32),
-        "case_spacing_mm": np.array([case["spacing_mm"] for case in cases], np.float64),
-        "case_axes": np.array([sum(1 << axis for axis in case["axes"]) for case in cases], np.uint8),
-    }
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(data, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _remove_leftovers(work_path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -116,12 +117,14 @@ class CaseInfo:
 
     Attributes:
         name: Its name, the source file's stem.
+        folder: Its folder in `cases/`: the name, with a suffix where it replaces an earlier version.
         shape: Voxels along z, y, x.
         spacing_mm: Voxel size along z, y, x.
         axes: The axes along which it is sliced.
     """
 
     name: str
+    folder: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     axes: tuple[int, ...]
@@ -186,12 +189,16 @@ class Store:
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         try:
-            array = self._index[name]
-            return np.asarray(array[:])  # type: ignore[index]
+            values = np.ascontiguousarray(self._index[name][...])  # type: ignore[index]
+            checksums: Any = self._index.attrs["crc32c"]
+            # Zarr reads a file that is gone as zeros: only a checksum of the values tells.
+            if checksums[name] != google_crc32c.value(values.tobytes()):
+                raise ValueError("its values do not match their crc32c")
         except (KeyError, ValueError, OSError) as error:
             raise StoreFormatError(
                 f"'{self.path}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
             ) from error
+        return values
 
     @functools.cached_property
     def slices(self) -> SliceTable:
@@ -204,21 +211,25 @@ class Store:
     @functools.cached_property
     def cases(self) -> tuple[CaseInfo, ...]:
         """All cases, in the order that the slice index counts them."""
-        names: Any = self._index.attrs["case_names"]
+        names: Any = self._index.attrs.get("case_names")
+        folders: Any = self._index.attrs.get("case_folders")
+        if names is None or folders is None:
+            raise StoreFormatError(f"'{self.path}': the slice index names no cases. {_REMEDY}")
         shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
         return tuple(
             CaseInfo(
                 name,
+                folder,
                 tuple(map(int, shape)),  # type: ignore[arg-type]
                 tuple(map(float, spacing)),  # type: ignore[arg-type]
                 tuple(i for i in range(3) if mask >> i & 1),
             )
-            for name, shape, spacing, mask in zip(names, shapes, spacings, axes.tolist(), strict=True)
+            for name, folder, shape, spacing, mask in zip(names, folders, shapes, spacings, axes.tolist(), strict=True)
         )
 
     def case_path(self, case: int) -> Path:
         """The folder of one case, itself an OME-Zarr image."""
-        return self.path / "cases" / self.cases[case].name
+        return self.path / "cases" / self.cases[case].folder
 
     def layout(self, case: int, array_path: str) -> ArrayLayout:
         """The chunk layout of one array of a case, checked and remembered.
