@@ -8,22 +8,22 @@
 
 // Mirrored by PARAMS_DTYPE in gpuparse/sampling.py: the same fields in the same order, 72 bytes.
 struct AugmentParams {
-  int32_t rotate;       // quarter turns counter-clockwise, 0..3
-  int32_t flip;         // 0 none, 1 vertical (rows), 2 horizontal (columns), 3 both
-  int32_t crop;         // 1: take the region below and resize it to the full size
-  int32_t crop_top;     // the region in the turned and flipped image; what lies outside is 0
+  int32_t rotate;    // quarter turns counter-clockwise, 0..3
+  int32_t flip;      // 0 none, 1 vertical (rows), 2 horizontal (columns), 3 both
+  int32_t crop;      // 1: take the region below and resize it to the full size
+  int32_t crop_top;  // the region in the turned and flipped image; what lies outside is 0
   int32_t crop_left;
   int32_t crop_height;
   int32_t crop_width;
-  int32_t crop_round;   // 1: round to whole grey levels after resizing, as an 8-bit image would
-  float shift;          // added to every pixel
+  int32_t crop_round;  // 1: round to whole grey levels after resizing, as an 8-bit image would
+  float shift;         // added to every pixel
   float noise_std;
-  int32_t noise_mode;   // 0 none, 1 Gaussian, 2 Gaussian cut to 8 bits, 3 the same and the sum cut to 8 bits
+  int32_t noise_mode;       // 0 none, 1 Gaussian, 2 Gaussian cut to 8 bits, 3 the same and the sum cut to 8 bits
   uint32_t salt_threshold;  // a pixel is hit where its 31-bit random number is below this
-  int32_t swap;         // 1: channels 1 and 2 change places
-  int32_t zero;         // 1: image and mask are 0 before anything else
-  int32_t wrap_ids;     // 1: mask ids are cut to 8 bits
-  uint32_t key0;        // the sample's random stream
+  int32_t swap;             // 1: channels 1 and 2 change places
+  int32_t zero;             // 1: image and mask are 0 before anything else
+  int32_t wrap_ids;         // 1: mask ids are cut to 8 bits
+  uint32_t key0;            // the sample's random stream
   uint32_t key1;
   uint32_t stream_salt;
 };
@@ -58,9 +58,7 @@ GP_FN Position symmetry_source(int32_t rotate, int32_t flip, int32_t height, int
   return {y, x};
 }
 
-GP_FN float lerp(float a, float b, float weight) {
-  return gp_add(gp_mul(a, gp_sub(1.0f, weight)), gp_mul(b, weight));
-}
+GP_FN float lerp(float a, float b, float weight) { return gp_add(gp_mul(a, gp_sub(1.0f, weight)), gp_mul(b, weight)); }
 
 GP_FN float add_noise(float value, float normal, const AugmentParams &params) {
   const float noise = gp_mul(normal, params.noise_std);
@@ -142,9 +140,9 @@ GP_FN float geometric_pixel(const uint8_t *GP_RESTRICT channel, const AugmentPar
 
 // The id under a pixel: augmentation's geometry and encoding's composed, both nearest, read from the native labels.
 GP_FN uint32_t geometric_label(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
-                               const int32_t *GP_RESTRICT nearest, int32_t nearest_length,
-                               const AugmentParams &params, const int32_t *crop_table, const CropTables &tables,
-                               int32_t height, int32_t width, int32_t y, int32_t x) {
+                               const int32_t *GP_RESTRICT nearest, int32_t nearest_length, const AugmentParams &params,
+                               const int32_t *crop_table, const CropTables &tables, int32_t height, int32_t width,
+                               int32_t y, int32_t x) {
   if (params.zero) return 0;
   if (params.crop) {
     y = params.crop_top + tables.nearest[(int64_t)crop_table[0] * tables.length + y];
@@ -165,8 +163,8 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
                            const int32_t *GP_RESTRICT linear_index, const float *GP_RESTRICT linear_weight,
                            const int32_t *GP_RESTRICT crop_nearest, int32_t crop_length,
                            const int32_t *GP_RESTRICT prompt_ids, const int32_t *GP_RESTRICT label_modes,
-                           int32_t num_prompts, int32_t height, int32_t width, int32_t image_type,
-                           int32_t label_type, void *GP_RESTRICT out_image, void *GP_RESTRICT out_labels) {
+                           int32_t num_prompts, int32_t height, int32_t width, int32_t image_type, int32_t label_type,
+                           void *GP_RESTRICT out_image, void *GP_RESTRICT out_labels) {
   const int32_t num_pixels = height * width;
   const int32_t num_quads = (num_pixels + 3) / 4;
   const int32_t quad = (int32_t)(element % num_quads);
@@ -179,8 +177,8 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
 
   uint32_t salt[4] = {0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu};
   if (params.salt_threshold) {
-    const PhiloxWords words =
-        philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0, params.key1);
+    const PhiloxWords words = philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0,
+                                         params.key1);
     salt[0] = words.w0, salt[1] = words.w1, salt[2] = words.w2, salt[3] = words.w3;
   }
   for (int32_t channel = 0; channel < 3; ++channel) {
@@ -220,9 +218,8 @@ GP_KERNEL(augment,
            const AugmentParams *GP_RESTRICT all_params, const int32_t *GP_RESTRICT crop_tables,
            const int32_t *GP_RESTRICT linear_index, const float *GP_RESTRICT linear_weight,
            const int32_t *GP_RESTRICT crop_nearest, int32_t crop_length, const int32_t *GP_RESTRICT prompt_ids,
-           const int32_t *GP_RESTRICT label_modes, int32_t num_prompts, int32_t height,
-           int32_t width, int32_t image_type, int32_t label_type, void *GP_RESTRICT out_image,
-           void *GP_RESTRICT out_labels),
+           const int32_t *GP_RESTRICT label_modes, int32_t num_prompts, int32_t height, int32_t width,
+           int32_t image_type, int32_t label_type, void *GP_RESTRICT out_image, void *GP_RESTRICT out_labels),
           (images, arena, blocks, label_planes, nearest, nearest_length, all_params, crop_tables, linear_index,
-           linear_weight, crop_nearest, crop_length, prompt_ids, label_modes, num_prompts, height, width,
-           image_type, label_type, out_image, out_labels))
+           linear_weight, crop_nearest, crop_length, prompt_ids, label_modes, num_prompts, height, width, image_type,
+           label_type, out_image, out_labels))

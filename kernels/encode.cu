@@ -65,8 +65,7 @@ GP_KERNEL(encode,
 // The mask half: nearest neighbour, index table per source length. Ids keep their width up to 32 bits.
 GP_FN void encode_mask_element(int64_t element, const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks,
                                const Plane *GP_RESTRICT planes, const int32_t *GP_RESTRICT nearest_index,
-                               int32_t table_length, int32_t out_height, int32_t out_width,
-                               uint32_t *GP_RESTRICT out) {
+                               int32_t table_length, int32_t out_height, int32_t out_width, uint32_t *GP_RESTRICT out) {
   const int32_t out_x = (int32_t)(element % out_width);
   const int64_t row = element / out_width;
   const int32_t out_y = (int32_t)(row % out_height);

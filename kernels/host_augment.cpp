@@ -144,10 +144,10 @@ void lerp_columns(const uint8_t *channel, const AugmentParams &params, const int
   memset(region.data(), 0, params.crop_width + 1);
   const int32_t start = gp_max(0, params.crop_left);
   const int32_t stop = gp_min(width, params.crop_left + params.crop_width);
-  if (stop > start) memcpy(region.data() + start - params.crop_left, channel + (int64_t)y * width + start, stop - start);
+  if (stop > start)
+    memcpy(region.data() + start - params.crop_left, channel + (int64_t)y * width + start, stop - start);
   region[params.crop_width] = region[params.crop_width - 1];
-  for (int32_t x = 0; x < width; ++x)
-    out[x] = lerp((float)region[index[x]], (float)region[index[x] + 1], weight[x]);
+  for (int32_t x = 0; x < width; ++x) out[x] = lerp((float)region[index[x]], (float)region[index[x] + 1], weight[x]);
 }
 
 void geometry_row(const Batch &batch, int64_t sample, const uint8_t *channel, int32_t y, Scratch &scratch) {
@@ -187,7 +187,8 @@ void noise_row(const AugmentParams &params, int32_t channel, uint32_t first_quad
                                          params.stream_salt, params.key0, params.key1);
     const NormalPair a = gp_normal_pair(words.w0, words.w1);
     const NormalPair b = gp_normal_pair(words.w2, words.w3);
-    normals[4 * i] = a.first, normals[4 * i + 1] = a.second, normals[4 * i + 2] = b.first, normals[4 * i + 3] = b.second;
+    normals[4 * i] = a.first, normals[4 * i + 1] = a.second, normals[4 * i + 2] = b.first,
+                normals[4 * i + 3] = b.second;
   }
   float *GP_RESTRICT value = scratch.value.data();
   if (params.noise_mode == kNoiseGaussian)
@@ -255,8 +256,8 @@ void labels_of_row(const Batch &batch, int64_t sample, const std::vector<uint32_
 
 void finish_band(const Batch &batch, int64_t sample, int32_t first_row, const Prepared &prepared) {
   const AugmentParams &params = batch.params[sample];
-  const uint8_t *images =
-      prepared.turned.empty() ? batch.images + sample * 3 * batch.num_pixels() : prepared.turned.data();
+  const uint8_t *images = prepared.turned.empty() ? batch.images + sample * 3 * batch.num_pixels()
+                                                  : prepared.turned.data();
   Scratch scratch(batch.width);
   std::vector<uint32_t> ids(batch.width);
   for (int32_t y = first_row; y < gp_min(first_row + kBandRows, batch.height); ++y) {
@@ -289,10 +290,12 @@ extern "C" void gpuparse_augment(int64_t num_samples, int32_t num_threads, const
                                  int32_t crop_length, const int32_t *prompt_ids, const int32_t *label_modes,
                                  int32_t num_prompts, int32_t height, int32_t width, int32_t image_type,
                                  int32_t label_type, void *out_image, void *out_labels) {
-  const Batch batch = {images,      arena,       blocks,    label_planes, nearest,
-                       nearest_length, params,   crop_tables, {linear_index, linear_weight, crop_nearest, crop_length},
-                       prompt_ids,  label_modes, num_prompts, height,     width,
-                       image_type,  label_type,  out_image, out_labels};
+  const Batch batch = {images,       arena,       blocks,
+                       label_planes, nearest,     nearest_length,
+                       params,       crop_tables, {linear_index, linear_weight, crop_nearest, crop_length},
+                       prompt_ids,   label_modes, num_prompts,
+                       height,       width,       image_type,
+                       label_type,   out_image,   out_labels};
   std::vector<Prepared> prepared(num_samples);
   for (int64_t sample = 0; sample < num_samples; ++sample)
     if ((params[sample].rotate || params[sample].flip) && !params[sample].zero)
