@@ -96,6 +96,7 @@ class _Shard:
 
     def __init__(self, path: str, num_chunks: int, recorded_bytes: int | None) -> None:
         self.path = path
+        self.file = -1
         self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.index = self._read_index(num_chunks, recorded_bytes)
