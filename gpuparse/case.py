@@ -23,7 +23,7 @@ from gpuparse.store import IMAGE_PATH, LABELS_PATH, chunk_shape, compressors, sh
 from gpuparse.views import select_axes
 from gpuparse.volume import Volume, read_volume
 
-__all__ = ["case_settings", "convert_case", "replace_folder"]
+__all__ = ["case_settings", "convert_case", "replace_folder", "stored_case"]
 
 _CASE_VERSION = 1  # of a case's layout; cases written under another number are written again
 
@@ -64,12 +64,22 @@ def case_settings(prompts: ClassPrompts) -> dict[str, Any]:
 
 
 def _kept_case(path: Path, folder: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
+    summary = stored_case(folder, prompts)
+    if summary is None:
+        return None
     try:
-        meta = folder / "zarr.json"
-        summary: dict[str, Any] = json.loads(meta.read_text())["attributes"]["gpuparse"]
         stat = path.stat()
-        same = summary["source"]["mtime_ns"] == stat.st_mtime_ns and summary["source"]["bytes"] == stat.st_size
-        if not same or summary["settings"] != case_settings(prompts):
+        unchanged = (stat.st_mtime_ns, stat.st_size) == (summary["source"]["mtime_ns"], summary["source"]["bytes"])
+    except (KeyError, OSError):
+        return None
+    return summary if unchanged else None
+
+
+def stored_case(folder: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
+    """The summary of a case that is in a store, as `convert_case` returns it; None if it does not fit the settings."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "zarr.json").read_text())["attributes"]["gpuparse"]
+        if summary["settings"] != case_settings(prompts):
             return None
     except (KeyError, ValueError, OSError):
         return None

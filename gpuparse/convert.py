@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuparse.case import convert_case
+from gpuparse.case import convert_case, stored_case
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.publish import PublishTarget, publish
@@ -155,7 +155,7 @@ def convert(
             `if __name__ == "__main__":` guard.
         on_error: `stop` ends at the first bad file with its error; `skip` goes on and lists it in the report.
         overwrite: Write every case anew and drop the store that is there, once the new one is whole. Without it,
-            cases whose source and settings have not changed are kept.
+            cases whose source and settings have not changed are kept, and so are those whose source is gone or bad.
         val_split: How to set cases apart for validation; they stay in the same store, and `SliceDataset(split="val")`
             reads them. None keeps what the store has, or sets none apart.
         on_case: Called in this process after each file.
@@ -245,6 +245,7 @@ def _convert_dataset(
                 on_case(CaseResult(target.name, path, file_size(path), state))
         if not done:
             return []
+        done += _orphans(job, earlier, {str(case["name"]) for case in done}, failures)
         publish(target, work_path, sorted(done, key=lambda case: str(case["name"])), overwrite=job.overwrite)
     except BaseException:
         if job.overwrite:  # no later run would use what this one wrote
@@ -266,6 +267,24 @@ def _convert_dataset(
             seconds=time.perf_counter() - start,
         )
     ]
+
+
+def _orphans(job: _Job, earlier: Mapping[str, Path], names: set[str], failures: list[Failure]) -> list[dict[str, Any]]:
+    """Cases of the store without a usable source in this run. They stay: the store may be all that is left of them."""
+    kept = []
+    for name in sorted(set(earlier) - names):
+        case = stored_case(earlier[name], job.target.prompts)
+        if case is not None:
+            kept.append(case)
+        else:
+            failures.append(
+                Failure(
+                    earlier[name],
+                    f"{earlier[name]}: written with other settings, and there is no source to write it again; it left "
+                    "the index. Bring back the source, or the class ids and instance_label it was written with.",
+                )
+            )
+    return kept
 
 
 def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, Any] | GpuparseError]]:

@@ -2,7 +2,7 @@
 
 On the CPU the graph is `external_source(step)` -> one Python operator that decodes, encodes and augments. That operator
 writes straight into the torch tensors of its batch and hands on only the batch's number: DALI would copy what an
-operator returns, 11 MB per sample, which takes longer than making it (ARCHITECTURE.md has the figures).
+operator returns, 11 MB per sample (ARCHITECTURE.md has the figures).
 """
 
 from __future__ import annotations
