@@ -186,7 +186,8 @@ class MixedOrder:
 class BlockOrder:
     """Volumes in random order, a few at a time; the samples of those few in random order.
 
-    Holds 24 bytes per volume. A reader meets at most `volumes_per_block` volumes at a time, two blocks' at a border.
+    Holds 32 bytes per volume, and about 200 while an epoch begins. A reader meets at most `volumes_per_block` volumes
+    at a time, two blocks' at a border.
 
     Args:
         volume_sizes: Samples of each volume, in the order of the sample numbers.
@@ -209,11 +210,12 @@ class BlockOrder:
 
     def _layout(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The volumes in this epoch's order, and where each begins; the last call is remembered."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        layout = self._epoch  # read once: an iterator in another epoch may replace it from its thread
+        if layout is None or layout[0] != epoch:
             count = len(self._sizes)
             volumes = permute(np.arange(count), count, self.seed, epoch, stream=_STREAM_VOLUMES)
-            self._epoch = (epoch, volumes, np.concatenate([[0], np.cumsum(self._sizes[volumes])]))
-        return self._epoch[1], self._epoch[2]
+            layout = self._epoch = (epoch, volumes, np.concatenate([[0], np.cumsum(self._sizes[volumes])]))
+        return layout[1], layout[2]
 
     def draw(self, positions: npt.NDArray[np.int64], epoch: int) -> Draws:
         """See `Order`."""
