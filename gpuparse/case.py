@@ -20,7 +20,7 @@ import zarr
 from gpuparse.errors import GpuparseError, VolumeFormatError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, chunk_shape, compressors, shard_shape
-from gpuparse.views import select_axes
+from gpuparse.views import select_axes, view_geometry
 from gpuparse.volume import Volume, read_volume
 
 __all__ = ["case_settings", "convert_case", "replace_folder", "stored_case"]
@@ -117,10 +117,12 @@ def _presence(path: Path, volume: Volume, axes: Sequence[int], prompts: ClassPro
         present = np.zeros((num_slices, len(ids)), bool)
         present[coordinates[axis], inverse] = True
         class_runs[str(axis)] = {str(int(class_id)): _runs(present[:, k]) for k, class_id in enumerate(ids)}
+        view = view_geometry(labels.shape, axis, "reference")
+        padded = view.padded_height * view.padded_width > view.height * view.width
         pixels = labels.size // num_slices
         full = np.bincount(coordinates[axis][low_bytes == 255], minlength=num_slices)
         other = np.bincount(coordinates[axis][(low_bytes != 255) & (low_bytes != 0)], minlength=num_slices)
-        zeroed_runs[str(axis)] = _runs((full > 0) & (full < pixels) & (other == 0))
+        zeroed_runs[str(axis)] = _runs((full > 0) & (other == 0) & (padded | (full < pixels)))
     return {"axes": list(axes), "class_runs": class_runs, "zeroed_runs": zeroed_runs}
 
 

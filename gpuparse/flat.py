@@ -143,13 +143,15 @@ class FlatDataset:
             if last == keys[0]:
                 sizes[-1][-1] += lengths[0]
                 keys, lengths = keys[1:], lengths[1:]
+                if not keys:
+                    continue
             if not seen.isdisjoint(keys) or len(set(keys)) < len(keys):
                 raise InputError(
                     "shuffle_block needs the slices of a volume to stand together; a Subset in this dataset scatters "
                     "them. Use a Subset in the dataset's own order."
                 )
             seen.update(keys)
-            last = keys[-1] if keys else last
+            last = keys[-1]
             sizes.append(lengths)
         return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
 

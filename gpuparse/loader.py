@@ -139,6 +139,7 @@ class DataLoader:
         """Makes the next iteration run epoch `epoch`: from its start, or from where a loaded state stands in it."""
         if self._begun or check_epoch(epoch) != self._epoch:
             self._epoch, self._position, self._begun = check_epoch(epoch), 0, False
+            self._owner = None  # an iterator under way goes on, and moves this place no more
 
     def state_dict(self) -> dict[str, Any]:
         """Where the most recent iteration stands; the same on every rank, small, and plain JSON.
@@ -178,7 +179,7 @@ class DataLoader:
                 )
         replace(self._plan, start=int(state["position"]))  # refuses a position outside the epoch
         self._epoch, self._position = check_epoch(int(state["epoch"])), int(state["position"])
-        self._begun = False
+        self._begun, self._owner = False, None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._begun:  # the last iteration was left before its end, or still runs: this one is the next epoch

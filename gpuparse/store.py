@@ -282,8 +282,6 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise StoreFormatError(f"'{path}': attributes {', '.join(missing)} are missing. {_REMEDY}")
     try:
         return Store(path, attributes)
-    except StoreFormatError:
-        raise
     except InputError as error:
         raise StoreFormatError(f"{error} {_REMEDY}") from error
 

@@ -133,7 +133,8 @@ def _read_members(path: Path, raw: bytes) -> dict[str, npt.NDArray[Any]]:
 def _read_array(archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
     with archive.open(f"{key}.npy") as member:
         array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
-        member.read(1)  # reaching the end is what makes zipfile compare the member's checksum
+        if member.read(1):  # reaching the end is also what makes zipfile compare the member's checksum
+            raise ValueError(f"{key} is longer than its header says")
         return array
 
 
