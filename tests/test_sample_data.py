@@ -205,7 +205,9 @@ def test_a_broken_volume_is_refused_by_name(tmp_path, content):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr("gpuparse.sample_data._cases", lambda root, seed: iter([(root / "a.npz", {"imgs": np.zeros(1)})]))
+    monkeypatch.setattr(
+        "gpuparse.sample_data._cases", lambda root, seed: iter([(root / "a.npz", {"imgs": np.zeros(1)})])
+    )
     with pytest.raises(InputError, match=r"file: cannot write sample data there .*Pass a writable folder"):
         make_sample_data(tmp_path / "file")
 

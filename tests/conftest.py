@@ -1,0 +1,135 @@
+"""Fixtures shared by the tests: folders of volumes, stores made from them, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+import gpuparse
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared"  # real volumes and golden files: beside the checkout, too large to be part of it
+
+# The same examples in every run: a failure seen once can be seen again. No deadline: shared runners stall at times.
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """None where CuPy can use a CUDA device, else what stands in the way."""
+    try:
+        import cupy
+
+        cupy.zeros(1, np.uint8).get()
+    except Exception as error:  # CuPy's own classes, ImportError, a loader's OSError: all mean the same here
+        return f"no CUDA device is usable through CuPy: {type(error).__name__}: {error}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)  # small tensors: more threads only take turns
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = why_no_gpu()
+    if reason is not None and os.environ.get("GPUPARSE_REQUIRE_GPU") == "1":
+        pytest.fail(f"GPUPARSE_REQUIRE_GPU=1, but {reason}", pytrace=False)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def sample_dir(tmp_path_factory) -> Path:
+    """The generated sample data: SAMPLE_CT (semantic), SAMPLE_CELLS (instances, isotropic). Read it, do not write."""
+    from gpuparse.sample_data import make_sample_data
+
+    return make_sample_data(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.fixture(scope="session")
+def volumes_dir(request) -> Path:
+    """A folder in BiomedParse's layout: the real volumes where they are at hand, else the generated ones."""
+    if (SHARED / "data" / "class_prompts.json").is_file():
+        return SHARED / "data"
+    return request.getfixturevalue("sample_dir")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The reference's own output for some slices of the real volumes, one npz per dataset."""
+    golden = SHARED / "golden"
+    if not golden.is_dir():
+        pytest.skip(f"no golden files in {golden}")
+    return golden
+
+
+@pytest.fixture(scope="session")
+def sample_stores(sample_dir, tmp_path_factory) -> dict[str, Path]:
+    """Dataset name -> its store, for the sample data. Read them, do not write."""
+    report = gpuparse.convert(sample_dir, out_dir=tmp_path_factory.mktemp("sample-stores"))
+    return {dataset.name: dataset.store_path for dataset in report.datasets}
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """Where `write_case` puts its datasets and their class_prompts.json."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def write_case(data_dir):
+    """A function that writes one npz case and its dataset's prompts into `data_dir` and returns the npz's path."""
+
+    def write(
+        imgs,
+        gts=None,
+        *,
+        spacing=(1.0, 1.0, 5.0),
+        name="case",
+        dataset="DATA",
+        split="train",
+        prompts=None,
+        instance_label=0,
+        **members,
+    ) -> Path:
+        """Prompts not given are made up for the ids in `gts`; a dataset keeps those it has from earlier calls."""
+        imgs = np.asarray(imgs)
+        gts = np.zeros(imgs.shape, np.uint8) if gts is None else np.asarray(gts)
+        path = data_dir / dataset / split / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, imgs=imgs, gts=gts, spacing=np.asarray(spacing), **members)
+        if prompts is None:
+            ids = [1] if instance_label else sorted({1, *(int(i) for i in np.unique(gts) if i)})
+            prompts = {str(i): [f"structure {i}"] for i in ids}
+        prompts_path = data_dir / "class_prompts.json"
+        entries = json.loads(prompts_path.read_text()) if prompts_path.exists() else {}
+        entries[dataset] = {**entries.get(dataset, {}), **prompts, "instance_label": instance_label}
+        prompts_path.write_text(json.dumps(entries))
+        return path
+
+    return write
+
+
+class Trap:
+    """Unpickled, it makes the folder `path`: proof that something ran."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.fixture
+def trap(tmp_path) -> Trap:
+    """An object to pickle into a file; `trap.path` exists once it has been unpickled."""
+    return Trap(tmp_path / "unpickled")

@@ -1,0 +1,240 @@
+"""Converting again: what is kept, what is written anew, and that no run leaves a store between two states."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import zarr
+from oracle import files_below
+
+import gpuparse
+from gpuparse.errors import InputError, StoreFormatError, VolumeFormatError
+from gpuparse.store import open_store
+
+
+def states_of(data_dir, **arguments):
+    """Converts; returns file stem -> what became of it, and the store."""
+    seen = []
+    (dataset,) = gpuparse.convert(data_dir, on_case=seen.append, **arguments).datasets
+    return {s.path.stem: s.state for s in seen}, open_store(dataset.store_path)
+
+
+def voxels(store, case, array="0"):
+    names = [c.name for c in store.cases]
+    return zarr.open_array(store.case_path(names.index(case)) / array, mode="r")[...]
+
+
+@pytest.fixture
+def two_cases(write_case, data_dir):
+    """A converted folder of two cases, `a` full of 1 and `b` full of 2."""
+    for name, value in (("a", 1), ("b", 2)):
+        write_case(np.full((3, 8, 8), value, np.uint8), np.full((3, 8, 8), value), name=name)
+    write_case(np.full((3, 8, 8), 1, np.uint8), np.full((3, 8, 8), 1), name="a", prompts={"1": ["one"], "2": ["two"]})
+    return states_of(data_dir)[1]
+
+
+def test_cases_that_did_not_change_are_kept(two_cases, data_dir):
+    before = files_below(two_cases.path / "cases")
+    times = [p.stat().st_mtime_ns for p in sorted((two_cases.path / "cases").rglob("c/0/0/0"))]
+    states, store = states_of(data_dir)
+    assert states == {"a": "kept", "b": "kept"}
+    assert files_below(store.path / "cases") == before
+    assert [p.stat().st_mtime_ns for p in sorted((store.path / "cases").rglob("c/0/0/0"))] == times
+    assert store.cases == two_cases.cases
+    report = gpuparse.convert(data_dir).datasets[0]
+    assert (report.num_written, report.num_kept, report.num_slices) == (0, 2, 6)
+
+
+def test_changed_new_and_removed_sources_are_followed(two_cases, data_dir, write_case):
+    changed = np.arange(4 * 9 * 8, dtype=np.uint8).reshape(4, 9, 8)
+    write_case(changed, name="a")
+    write_case(np.full((2, 8, 8), 9, np.uint8), name="c")
+    (data_dir / "DATA/train/b.npz").unlink()
+    states, store = states_of(data_dir)
+    assert states == {"a": "written", "c": "written"}
+    assert [(c.name, c.shape) for c in store.cases] == [("a", (4, 9, 8)), ("c", (2, 8, 8))]
+    np.testing.assert_array_equal(voxels(store, "a"), changed)
+    assert len(store.slices) == 6
+    assert store.slices.class_ids.size == 0
+
+
+def test_a_source_that_was_touched_is_written_again(two_cases, data_dir):
+    path = data_dir / "DATA/train/a.npz"
+    os.utime(path, ns=(0, 0))
+    assert states_of(data_dir)[0] == {"a": "written", "b": "kept"}
+
+
+def test_a_case_whose_summary_is_damaged_is_written_again(two_cases, data_dir):
+    for name, text in (("a", "{"), ("b", '{"attributes": {"gpuparse": {}}}')):
+        (two_cases.path / "cases" / name / "zarr.json").write_text(text)
+    states, store = states_of(data_dir)
+    assert states == {"a": "written", "b": "written"}
+    np.testing.assert_array_equal(voxels(store, "b"), np.full((3, 8, 8), 2))
+
+
+def test_new_prompt_texts_reach_the_store_without_writing_cases(two_cases, data_dir):
+    prompts = {"DATA": {"1": ["first"], "2": ["second", "another"], "instance_label": 0}}
+    (data_dir / "class_prompts.json").write_text(json.dumps(prompts))
+    states, store = states_of(data_dir)
+    assert states == {"a": "kept", "b": "kept"}
+    assert store.prompts.classes == {1: ("first",), 2: ("second", "another")}
+
+
+def test_other_classes_or_another_kind_of_label_write_all_cases_again(two_cases, data_dir):
+    prompts = {"DATA": {"1": ["nucleus"], "instance_label": 1}}
+    (data_dir / "class_prompts.json").write_text(json.dumps(prompts))
+    states, store = states_of(data_dir)
+    assert states == {"a": "written", "b": "written"}
+    assert store.slices.class_ids.tolist() == [1] * 6  # the first class, whatever the ids
+    prompts["DATA"]["instance_label"] = 0
+    (data_dir / "class_prompts.json").write_text(json.dumps(prompts))
+    with pytest.raises(VolumeFormatError, match=r"b\.npz: gts holds class 2, for which class_prompts\.json has no"):
+        gpuparse.convert(data_dir)
+
+
+def test_overwrite_writes_everything_and_drops_what_is_gone(two_cases, data_dir):
+    (data_dir / "DATA/train/b.npz").unlink()
+    assert states_of(data_dir)[0] == {"a": "kept"}
+    assert (two_cases.path / "cases/b").exists()
+    states, store = states_of(data_dir, overwrite=True)
+    assert states == {"a": "written"}
+    assert sorted(p.name for p in store.path.iterdir()) == ["cases", "index", "zarr.json"]
+    assert sorted(p.name for p in (store.path / "cases").iterdir()) == ["a", "zarr.json"]
+    assert sorted(p.name for p in store.path.parent.iterdir()) == ["train", "train.zarr"]
+
+
+def test_a_failed_overwrite_leaves_the_old_store(two_cases, data_dir):
+    before = files_below(two_cases.path)
+    (data_dir / "DATA/train/b.npz").write_bytes(b"broken")
+    with pytest.raises(VolumeFormatError, match=r"b\.npz"):
+        gpuparse.convert(data_dir, overwrite=True)
+    assert files_below(two_cases.path) == before
+    # Case `a` was written before `b` failed, but an overwriting run starts from nothing: no run would ever use it.
+    assert sorted(p.name for p in two_cases.path.parent.iterdir()) == ["train", "train.zarr"]
+
+
+def test_a_failed_run_leaves_the_old_store_as_it_was(two_cases, data_dir, write_case):
+    # `a` is new and good, `b` is broken: the index in force still describes the old `a`.
+    before = files_below(two_cases.path)
+    write_case(np.zeros((5, 9, 7), np.uint8), name="a")
+    (data_dir / "DATA/train/b.npz").write_bytes(b"broken")
+    with pytest.raises(VolumeFormatError, match=r"b\.npz"):
+        gpuparse.convert(data_dir)
+    store = open_store(two_cases.path)
+    assert store.layout(0, "0").shape == store.cases[0].shape == (3, 8, 8)
+    np.testing.assert_array_equal(voxels(store, "a"), np.full((3, 8, 8), 1))
+    assert files_below(two_cases.path) == before
+
+
+def test_a_store_opened_before_a_run_stays_readable_after_it(two_cases, data_dir, write_case):
+    reader = open_store(two_cases.path)  # has read nothing of the index yet
+    write_case(np.zeros((2, 8, 8), np.uint8), name="aa")
+    _, store = states_of(data_dir)
+    assert [c.name for c in store.cases] == ["a", "aa", "b"]
+    assert [c.name for c in reader.cases] == ["a", "b"]
+    assert reader.slices.class_ids.tolist() == [1] * 3 + [2] * 3
+    np.testing.assert_array_equal(voxels(reader, "b"), np.full((3, 8, 8), 2))
+    for _ in range(3):
+        states_of(data_dir)
+    assert len([p for p in (store.path / "index").iterdir() if p.is_dir()]) == 2  # the one in force and its forerunner
+
+
+def test_an_interrupted_run_leaves_no_store_and_the_next_takes_up_its_cases(write_case, data_dir):
+    for name in "abc":
+        write_case(np.full((3, 8, 8), ord(name), np.uint8), name=name)
+
+    def interrupt(result):
+        if result.path.stem == "b":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpuparse.convert(data_dir, on_case=interrupt)
+    assert sorted(p.name for p in (data_dir / "DATA").iterdir()) == [".train.zarr.partial", "train"]
+    states, store = states_of(data_dir)
+    assert states == {"a": "kept", "b": "kept", "c": "written"}
+    assert sorted(p.name for p in (data_dir / "DATA").iterdir()) == ["train", "train.zarr"]
+    np.testing.assert_array_equal(voxels(store, "b"), np.full((3, 8, 8), ord("b")))
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2])
+def test_bad_files_can_be_skipped_and_are_reported(write_case, data_dir, num_jobs):
+    for name in "abcde":
+        write_case(np.full((3, 8, 8), ord(name), np.uint8), name=name)
+    bad = data_dir / "DATA/train"
+    (bad / "b.npz").write_bytes(b"broken")
+    (bad / "d.npz").unlink()
+    (bad / "d.npz").symlink_to("nowhere")
+    seen = []
+    report = gpuparse.convert(data_dir, on_error="skip", num_jobs=num_jobs, on_case=seen.append)
+    assert [f.path.name for f in report.failures] == ["b.npz", "d.npz"]
+    assert "b.npz: not a complete npz" in report.failures[0].reason
+    assert "d.npz: cannot be read" in report.failures[1].reason
+    assert [s.state for s in seen] == ["written", "failed", "written", "failed", "written"]
+    assert [s.source_bytes for s in seen] == [p.stat().st_size if p.exists() else 0 for p in sorted(bad.iterdir())]
+    assert str(report).splitlines()[1:] == [f"skipped: {f.reason}" for f in report.failures]
+    store = open_store(report.datasets[0].store_path)
+    assert [c.name for c in store.cases] == ["a", "c", "e"]
+    np.testing.assert_array_equal(voxels(store, "e"), np.full((3, 8, 8), ord("e")))
+    assert sorted(p.name for p in (data_dir / "DATA").iterdir()) == ["train", "train.zarr"]
+
+
+def test_two_processes_stop_at_the_first_bad_file_and_leave_no_store(write_case, data_dir):
+    for name in "abcdefgh":
+        write_case(np.zeros((3, 8, 8), np.uint8), name=name)
+    (data_dir / "DATA/train/a.npz").write_bytes(b"broken")
+    with pytest.raises(VolumeFormatError, match=r"a\.npz: not a complete npz"):
+        gpuparse.convert(data_dir, num_jobs=2)
+    assert not (data_dir / "DATA/train.zarr").exists()
+    partial = data_dir / "DATA/.train.zarr.partial"
+    assert {p.name for p in partial.iterdir()} <= {"cases"}  # finished cases only, for the next run
+    assert {p.name for p in (partial / "cases").iterdir()} < set("bcdefgh")
+
+
+def test_a_full_disk_leaves_nothing_of_a_case(write_case, data_dir, tmp_path, monkeypatch):
+    write_case(np.zeros((3, 8, 8), np.uint8))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gpuparse.case._write_array", full)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(VolumeFormatError, match=r"case\.npz: its case could not be written into .*No space left"):
+        gpuparse.convert(data_dir, out_dir=out)
+    assert list(out.rglob("*")) == []
+
+
+def test_a_dataset_without_one_good_file_makes_no_store_and_the_next_goes_on(write_case, data_dir, tmp_path):
+    write_case(np.zeros((3, 8, 8), np.uint8), dataset="A").write_bytes(b"broken")
+    write_case(np.zeros((3, 8, 8), np.uint8), dataset="B")
+    out = tmp_path / "out"
+    report = gpuparse.convert(data_dir, on_error="skip", out_dir=out)
+    assert [d.name for d in report.datasets] == ["B"]
+    assert [f.path.parts[-3] for f in report.failures] == ["A"]
+    assert sorted(p.name for p in out.iterdir()) == ["B"]
+
+
+@pytest.mark.parametrize("content", [{"notes.txt": "mine"}, {"zarr.json": '{"zarr_format": 3, "node_type": "group"}'}])
+def test_a_folder_that_is_no_store_is_not_touched(write_case, data_dir, content):
+    write_case(np.zeros((3, 8, 8), np.uint8))
+    folder = data_dir / "DATA/train.zarr"
+    folder.mkdir()
+    for name, text in content.items():
+        (folder / name).write_text(text)
+    with pytest.raises(StoreFormatError, match=r"train\.zarr' is (no Zarr v3 node|a Zarr group but no gpuparse store)"):
+        gpuparse.convert(data_dir)
+    assert {name: data.decode() for name, data in files_below(folder).items()} == content
+
+
+def test_a_store_of_another_version_is_not_touched(two_cases, data_dir):
+    path = two_cases.path / "zarr.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    before = files_below(two_cases.path)
+    with pytest.raises(InputError, match=r"'train\.zarr' has format_version 99; this gpuparse reads 1\..*--overwrite"):
+        gpuparse.convert(data_dir)
+    assert files_below(two_cases.path) == before
+    assert states_of(data_dir, overwrite=True)[0] == {"a": "written", "b": "written"}
