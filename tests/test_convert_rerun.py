@@ -49,17 +49,27 @@ def test_cases_that_did_not_change_are_kept(two_cases, data_dir):
     assert (report.num_written, report.num_kept, report.num_slices) == (0, 2, 6)
 
 
-def test_changed_new_and_removed_sources_are_followed(two_cases, data_dir, write_case):
+def test_changed_and_new_sources_are_followed_and_removed_ones_lose_nothing(two_cases, data_dir, write_case):
     changed = np.arange(4 * 9 * 8, dtype=np.uint8).reshape(4, 9, 8)
     write_case(changed, name="a")
     write_case(np.full((2, 8, 8), 9, np.uint8), name="c")
     (data_dir / "DATA/train/b.npz").unlink()
     states, store = states_of(data_dir)
     assert states == {"a": "written", "c": "written"}
-    assert [(c.name, c.shape) for c in store.cases] == [("a", (4, 9, 8)), ("c", (2, 8, 8))]
+    # The store may be all that is left of `b`: it stays until an overwriting run.
+    assert [(c.name, c.shape) for c in store.cases] == [("a", (4, 9, 8)), ("b", (3, 8, 8)), ("c", (2, 8, 8))]
     np.testing.assert_array_equal(voxels(store, "a"), changed)
-    assert len(store.slices) == 6
-    assert store.slices.class_ids.size == 0
+    np.testing.assert_array_equal(voxels(store, "b"), np.full((3, 8, 8), 2))
+    assert len(store.slices) == 9
+    assert store.slices.class_ids.tolist() == [2] * 3
+
+
+def test_a_case_without_source_that_fits_no_more_is_reported(two_cases, data_dir):
+    (data_dir / "DATA/train/b.npz").unlink()
+    (data_dir / "class_prompts.json").write_text(json.dumps({"DATA": {"1": ["one"], "instance_label": 0}}))
+    report = gpuparse.convert(data_dir)
+    assert [c.name for c in open_store(two_cases.path).cases] == ["a"]
+    assert "written with other settings, and there is no source to write it again" in report.failures[0].reason
 
 
 def test_a_source_that_was_touched_is_written_again(two_cases, data_dir):

@@ -15,8 +15,9 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 
 import gpuparse
 from gpuparse import Augmentation, SliceDataset
-from gpuparse.dataset import FlatDataset
 from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
+from gpuparse.flat import FlatDataset
+from gpuparse.order import Draws
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_foreground_fraction_one_shows_only_foreground(cells):
 
 def test_flat_dataset_follows_composition(ct, cells):
     flat = FlatDataset(Subset(ConcatDataset([ct, Subset(cells, [5, 3])]), [len(ct) + 1, 0, len(ct), 2]))
-    samples = flat.describe(np.arange(4), 0)
+    samples = flat.describe(Draws(np.arange(4), np.zeros(4, np.int64)))
     expected = [cells[3], ct[0], cells[5], ct[2]]
     assert list(samples.texts) == [item["text"] for item in expected]
     assert list(samples.mask_files) == [item["mask_file"] for item in expected]
@@ -188,7 +189,9 @@ def test_non_square_items_without_quarter_turns(ct):
 def test_missing_stores_and_splits(tmp_path, ct):
     with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make it with `gpuparse convert"):
         SliceDataset(tmp_path)
-    with pytest.raises(StoreFormatError, match="--split val"):
+    with pytest.raises(StoreFormatError, match=r"holds no val.zarr and no train.zarr"):
+        SliceDataset(tmp_path, split="val")
+    with pytest.raises(InputError, match=r"has no slices in split 'val'.*--val-fraction or --split-file"):
         SliceDataset(ct.root_dir, split="val")
     with pytest.raises(InputError, match="split is 'test'; expected one of train, val"):
         SliceDataset(ct.root_dir, split="test")
@@ -203,7 +206,7 @@ def test_flat_dataset_refuses_what_it_cannot_read(ct):
         FlatDataset(ConcatDataset([ct, SliceDataset(ct.root_dir, img_size=(64, 64))]))
     flat = FlatDataset(ConcatDataset([ct, SliceDataset(ct.root_dir, num_prompts=2)]))
     with pytest.raises(InputError, match="labels of different shapes"):
-        flat.describe(np.array([0, len(ct)]), 0)
+        flat.describe(Draws(np.array([0, len(ct)]), np.zeros(2, np.int64)))
 
 
 def test_reprs_say_what_there_is(ct):

@@ -17,6 +17,7 @@ import gpuparse
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.batch import BufferPool
 from gpuparse.errors import ChunkCorruptError, InputError, MissingDependencyError
+from gpuparse.order import PlainOrder
 from gpuparse.plan import EpochPlan
 
 
@@ -39,10 +40,11 @@ def test_batches_are_the_collated_items(both, shuffle):
     dataset = Subset(both, range(100, 131))
     loader = DataLoader(dataset, batch_size=8, shuffle=shuffle, seed=3)
     batches = list(loader)
-    plan = EpochPlan(31, 8, shuffle, seed=3)
+    order, plan = PlainOrder(31, shuffle, seed=3), EpochPlan(31, 8)
     assert len(loader) == len(batches) == 4
     for step, batch in enumerate(batches):
-        assert same(batch, default_collate([dataset[int(i)] for i in plan.samples(step)]))
+        numbers = order.draw(plan.positions(step), epoch=0).numbers
+        assert same(batch, default_collate([dataset[int(i)] for i in numbers]))
 
 
 def test_full_size_batches_equal_the_golden_files(golden_dir, volumes_dir, tmp_path):
@@ -173,7 +175,7 @@ def test_failure_while_rendering_reaches_the_loop(ct, monkeypatch):
 
 def test_stage_times_and_repr(ct):
     loader = DataLoader(ct, batch_size=50)
-    assert repr(loader) == "DataLoader(114 samples, 3 batches of 50, shuffle=False, device='cpu')"
+    assert repr(loader) == "DataLoader(114 samples, 3 batches of 50, shuffle=False, device='cpu', rank 0 of 1)"
     list(loader)
     assert loader.times.num_batches == 3
     assert set(loader.times.seconds) == {"plan", "read", "decode", "encode", "augment", "wait"}

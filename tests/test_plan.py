@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gpuparse.errors import InputError
-from gpuparse.plan import EpochPlan, check_seed, draw_below, draw_classes, permute, philox4x32, sample_streams
+from gpuparse.plan import (
+    EpochPlan,
+    check_epoch,
+    check_seed,
+    draw_below,
+    draw_classes,
+    permute,
+    philox4x32,
+    sample_streams,
+)
 
 WORD = st.integers(0, 2**32 - 1)
 SEED = st.integers(0, 2**64 - 1)
@@ -193,33 +202,21 @@ def test_a_partial_shuffle_by_hand():
     assert draw_classes(words, 4).tolist() == [[2, 1, 3, 0]]
 
 
-@given(
-    num_samples=st.integers(0, 150),
-    batch_size=st.integers(1, 40),
-    shuffle=st.booleans(),
-    drop_last=st.booleans(),
-    seed=SEED,
-    epoch=EPOCH,
-)
-def test_an_epochs_batches_hold_every_sample_once(num_samples, batch_size, shuffle, drop_last, seed, epoch):
-    plan = EpochPlan(num_samples, batch_size, shuffle, drop_last, seed, epoch)
-    batches = [plan.samples(step) for step in range(plan.num_batches)]
-    sizes = [len(batch) for batch in batches]
-    full, rest = divmod(num_samples, batch_size)
-    assert sizes == [batch_size] * full + ([rest] if rest and not drop_last else [])
-    seen = np.concatenate([np.zeros(0, np.int64), *batches])
-    if shuffle:
-        order = permute(np.arange(num_samples), num_samples, seed, epoch)
-        np.testing.assert_array_equal(seen, order[: len(seen)])
-        assert len(np.unique(seen)) == len(seen)
-    else:
-        np.testing.assert_array_equal(seen, np.arange(len(seen)))
+@given(num_samples=st.integers(0, 150), batch_size=st.integers(1, 40), drop_last=st.booleans(), data=st.data())
+def test_an_epochs_batches_hold_every_position_once_and_in_order(num_samples, batch_size, drop_last, data):
+    start = data.draw(st.integers(0, num_samples))
+    plan = EpochPlan(num_samples, batch_size, drop_last, start=start)
+    batches = [plan.positions(step).tolist() for step in range(plan.num_batches)]
+    expected = [list(range(k, min(k + batch_size, num_samples))) for k in range(start, num_samples, batch_size)]
+    assert batches == [batch for batch in expected if len(batch) == batch_size or not drop_last]
+    for step in range(plan.num_batches + 1):
+        assert plan.consumed(step) == start + sum(map(len, batches[:step]))
 
 
 @pytest.mark.parametrize("step", [-1, 3])
 def test_steps_outside_the_epoch_are_refused(step):
     with pytest.raises(InputError, match=rf"step is {step}; this epoch has 3 batches"):
-        EpochPlan(10, 4, shuffle=True).samples(step)
+        EpochPlan(10, 4).positions(step)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +224,18 @@ def test_steps_outside_the_epoch_are_refused(step):
     [
         ({"batch_size": 0}, r"batch_size is 0; expected a whole number of at least 1"),
         ({"batch_size": 2.0}, r"batch_size is 2\.0; expected a whole number"),
-        ({"epoch": -1}, r"epoch is -1; expected 0 to 2\^32 - 1"),
-        ({"epoch": 2**32}, r"epoch is 4294967296; expected 0 to 2\^32 - 1"),
-        ({"seed": -1}, r"seed is -1; expected a whole number"),
+        ({"batch_size": True}, r"batch_size is True; expected a whole number"),
+        ({"start": -1}, r"position is -1; this epoch has 10 samples"),
+        ({"start": 11}, r"position is 11; this epoch has 10 samples"),
     ],
 )
 def test_unusable_plans_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        EpochPlan(**{"num_samples": 10, "batch_size": 4, "shuffle": True, **arguments})
+        EpochPlan(**{"num_samples": 10, "batch_size": 4, **arguments})
+
+
+def test_epochs_outside_32_bits_are_refused():
+    assert check_epoch(np.int64(2**32 - 1)) == 2**32 - 1
+    for epoch in (-1, 2**32, 1.0, True, None):
+        with pytest.raises(InputError, match=r"epoch is .*; expected 0 to 2\^32 - 1"):
+            check_epoch(epoch)
