@@ -17,9 +17,9 @@ from gpuparse import kernels
 from gpuparse.errors import InputError
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import (
-    PLANE_DTYPE,
     Recipe,
     ResamplingTables,
+    array_planes,
     linear_table,
     nearest_indices,
     resampling_tables,
@@ -146,13 +146,7 @@ def augment(
         )
     spec = _label_spec(class_ids, labels, num_samples)
     view = view_geometry(mask.shape, 0, recipe)
-    planes = np.zeros(num_samples, PLANE_DTYPE)
-    planes["first_block"] = np.arange(num_samples)
-    planes["row_stride"], planes["column_stride"] = view.width * mask.itemsize, mask.itemsize
-    planes["block_height"], planes["block_width"] = view.height, view.width
-    planes["blocks_per_row"], planes["itemsize"], planes["column_table"] = 1, mask.itemsize, 1
-    for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
-        planes[name] = getattr(view, name)
+    planes = array_planes(view, num_samples, (view.width * mask.itemsize, mask.itemsize), mask.itemsize)
     blocks = np.arange(num_samples, dtype=np.int64) * (view.height * view.width * mask.itemsize)
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
     contiguous = mask if mask.flags.c_contiguous else mask.copy()
@@ -189,7 +183,7 @@ def _label_spec(class_ids: npt.ArrayLike | None, labels: str, num_samples: int) 
     ids = np.asarray(class_ids if class_ids is not None else [], np.int64)
     if ids.ndim != 2 or len(ids) != num_samples or ids.shape[1] == 0:
         raise InputError(f"class_ids has shape {ids.shape}; expected (batch, num_prompts) with batch {num_samples}.")
-    if ids.min() < 0 or ids.max() >= 2**31:
+    if num_samples and (ids.min() < 0 or ids.max() >= 2**31):
         raise InputError(f"class_ids has values {ids.min()}..{ids.max()}; expected 0 to 2^31 - 1.")
     if labels == "foreground":
         return LabelSpec(np.ascontiguousarray(ids[:, :1], np.int32), modes, stacked=False)

@@ -263,9 +263,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
             return True
         prompt = names_a_side(self.store.prompts)
         if prompt is None:
-            return True
-        _LOG.info("%s: mirroring is off, the prompt %r names a side; mirror=True switches it on.", self.name, prompt)
-        return False
+            _LOG.info("%s: mirroring is on, no prompt names a side; mirror=False switches it off.", self.name)
+        else:
+            _LOG.info(
+                "%s: mirroring is off, the prompt %r names a side; mirror=True switches it on.", self.name, prompt
+            )
+        return prompt is None
 
 
 def _open_split(root_dir: str, split: str) -> Store:

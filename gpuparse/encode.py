@@ -16,7 +16,14 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.errors import InputError
-from gpuparse.views import PLANE_DTYPE, Recipe, ResamplingTables, channel_positions, resampling_tables, view_geometry
+from gpuparse.views import (
+    Recipe,
+    ResamplingTables,
+    array_planes,
+    channel_positions,
+    resampling_tables,
+    view_geometry,
+)
 
 __all__ = ["EncodedSlices", "check_size", "encode", "encode_masks", "encode_planes"]
 
@@ -99,16 +106,9 @@ def encode(
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
 
     def planes_of(array: Any, slices: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        strides = np.array([array.shape[1] * array.shape[2], array.shape[2], 1]) * array.itemsize
+        strides = [int(n) * array.itemsize for n in (array.shape[1] * array.shape[2], array.shape[2], 1)]
         rows, columns = (i for i in range(3) if i != axis)
-        planes = np.zeros(len(slices), PLANE_DTYPE)
-        planes["first_block"] = np.arange(len(slices))
-        planes["row_stride"], planes["column_stride"] = strides[rows], strides[columns]
-        planes["block_height"], planes["block_width"] = view.height, view.width
-        planes["blocks_per_row"], planes["itemsize"] = 1, array.itemsize
-        for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
-            planes[name] = getattr(view, name)
-        planes["column_table"] = 1
+        planes = array_planes(view, len(slices), (strides[rows], strides[columns]), array.itemsize)
         return planes, np.asarray(slices, np.int64) * strides[axis]
 
     triplets = [p for position in chosen for p in channel_positions(position, view.num_slices)]

@@ -120,6 +120,14 @@ class DataLoader:
         # One buffer in the user's hands, the next ones being made, one to spare.
         self._pool = BufferPool(max_free=prefetch_depth + 2)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For processes started with 'spawn': locks and buffers stay behind.
+        return {**vars(self), "_pool": None, "_owner": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pool = BufferPool(max_free=self.prefetch_depth + 2)
+
     def __len__(self) -> int:
         return self._plan.num_batches
 

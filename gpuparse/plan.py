@@ -95,7 +95,7 @@ class Streams:
         counter[..., 0] = np.arange(num_blocks, dtype=np.uint32)
         counter[..., 1] = operation
         counter[..., 3] = self.salt[:, None]
-        return philox4x32(counter, self.key[:, None]).reshape(len(self.salt), -1)[:, :num_words]
+        return philox4x32(counter, self.key[:, None]).reshape(len(self.salt), 4 * num_blocks)[:, :num_words]
 
 
 def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Streams:
@@ -108,7 +108,10 @@ def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -
     """
     seed_low, seed_high = _words(check_seed(seed))
     id_low, id_high = _words(sample_ids)
-    epochs, purpose = np.broadcast_arrays(np.asarray(epoch), np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
+    values = np.asarray(epoch)
+    for value in {values.min(initial=0).item(), values.max(initial=0).item()}:
+        check_epoch(value)
+    epochs, purpose = np.broadcast_arrays(values, np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
     counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purpose], axis=-1)
     words = philox4x32(counter, np.stack([seed_low, seed_high]))
     return Streams(key=np.ascontiguousarray(words[:, :2]), salt=np.ascontiguousarray(words[:, 2]))

@@ -174,7 +174,8 @@ def sample_params(
         size: Rows and columns of an encoded slice.
         recipe: "reference" keeps what the reference does to 8-bit numbers: noise wraps at 256, crops are rounded, ids
             are cut to 8 bits. "corrected" does none of that.
-        allow_mirror: Whether a flip of one axis may be drawn; where not, it becomes no flip.
+        allow_mirror: What `mirror="auto"` came to: whether a flip of one axis may be drawn; where not, it becomes no
+            flip. With `mirror=False` none is drawn in any case.
         zeroed: (num_samples,) bool, items whose mask is exactly {0, 255}; only recipe "reference" blanks them.
 
     Returns:
@@ -216,7 +217,8 @@ def params_from_streams(
         params["rotate"] = np.where(gate, draw_below(words["rotate"], 4), 0)
     if augmentation.flip:
         flip = 1 + draw_below(words["flip"], 3)
-        params["flip"] = np.where(gate & (allow_mirror | (flip == 3)), flip, 0)
+        mirrors = allow_mirror and augmentation.mirror is not False
+        params["flip"] = np.where(gate & (mirrors | (flip == 3)), flip, 0)
     if augmentation.crop:
         _draw_crop(params, words, gate, augmentation, (height, width))
         params["crop_round"] = params["crop"] * int(reference) * (1 - params["zero"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ __all__ = [
     "Recipe",
     "ResamplingTables",
     "ViewGeometry",
+    "array_planes",
     "check_recipe",
     "channel_positions",
     "linear_table",
@@ -170,6 +171,28 @@ def view_geometry(shape: Sequence[int], axis: int, recipe: Recipe = "corrected")
         padded_height=height + (total if rows_padded else 0),
         padded_width=width + (0 if rows_padded else total),
     )
+
+
+def array_planes(view: ViewGeometry, num_planes: int, strides: tuple[int, int], itemsize: int) -> npt.NDArray[Any]:
+    """Planes of slices that lie in memory as a whole, one block each, in the order of the block table.
+
+    Args:
+        view: Their geometry; the resampling tables are number 0 for rows and 1 for columns.
+        num_planes: How many.
+        strides: Bytes between rows and between columns.
+        itemsize: Bytes of a pixel.
+
+    Returns:
+        (num_planes,) PLANE_DTYPE.
+    """
+    planes = np.zeros(num_planes, PLANE_DTYPE)
+    planes["first_block"] = np.arange(num_planes)
+    planes["row_stride"], planes["column_stride"] = strides
+    planes["block_height"], planes["block_width"] = view.height, view.width
+    planes["blocks_per_row"], planes["itemsize"], planes["column_table"] = 1, itemsize, 1
+    for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
+        planes[name] = getattr(view, name)
+    return planes
 
 
 @functools.lru_cache(maxsize=1024)
