@@ -257,9 +257,9 @@ def linear_table(source: int, target: int) -> tuple[npt.NDArray[np.int32], npt.N
         centres the edge pixel counts alone.
     """
     scale = 1.0 / (target / source)
-    position = ((np.arange(target, dtype=np.float64) + 0.5) * scale - 0.5).astype(np.float32)
+    position = (np.arange(target, dtype=np.float64) + 0.5) * scale - 0.5
     index = np.floor(position).astype(np.int32)
-    weight = (position - index.astype(np.float32)).astype(np.float32)
+    weight = (position - index).astype(np.float32)
     outside = (index < 0) | (index >= source - 1)
     weight[outside] = 0
     indices: npt.NDArray[np.int32] = np.clip(index, 0, source - 1).astype(np.int32)
