@@ -23,7 +23,7 @@ class ValSplit:
         fraction: Share of the groups, rounded, at least one group where there are two.
         seed: Key of the choice.
         group_regex: Finds a case's group in its name: the first parenthesised part, or all that matches. Cases of one
-            group (a patient, a site) stay together. None makes every case a group.
+            group (a patient, a site) stay together; a file that splits one is refused. None makes every case a group.
         file: A JSON file {"train": [case names], "val": [case names]}, or such an object per dataset.
     """
 
@@ -69,11 +69,19 @@ def assign_splits(
         Case name -> True for validation.
 
     Raises:
-        InputError: The file does not fit the cases, or the expression finds no group in a name.
+        InputError: The file does not fit the cases or splits a group, or the expression finds no group in a name.
     """
-    if split.file is not None:
-        return _from_file(dataset, names, split.file)
     groups = {name: _group(name, split.group_regex) for name in names}
+    if split.file is not None:
+        listed = _from_file(dataset, names, split.file)
+        val = {groups[name]: name for name, value in listed.items() if value}
+        for name, value in listed.items():
+            if not value and groups[name] in val:
+                raise InputError(
+                    f"{split.file}: group {groups[name]!r} has case {name!r} in train and case {val[groups[name]]!r} "
+                    "in val. Mend the file."
+                )
+        return listed
     decided = {groups[name]: value for name, value in (earlier or {}).items() if name in groups}
     everything = set(groups.values())
     wanted = round(split.fraction * len(everything))

@@ -1,0 +1,1 @@
+"""What gpuparse is measured against: the methods of the reference, written anew."""
