@@ -450,7 +450,7 @@ def test_no_thread_is_left_behind(both, monkeypatch):
     use()
     deadline = time.monotonic() + 10
     warm = num_tasks()
-    for _ in range(3):
+    for _ in range(2):
         use()
     while num_tasks() > warm and time.monotonic() < deadline:  # the kernel takes a moment to reap a thread
         time.sleep(0.01)

@@ -197,7 +197,8 @@ def test_linear_tables_are_the_map_of_cv2(source, target):
     left = row[0, indices]
     mixed = left.astype(np.float64) * (1 - weights.astype(np.float64)) + right * weights.astype(np.float64)
     expected = cv2.resize(row, (target, 1), interpolation=cv2.INTER_LINEAR)[0]
-    np.testing.assert_allclose(mixed, expected, rtol=0, atol=255 * 2**-20)  # cv2 adds in float32
+    # For one row cv2 has its phases in float32, which grow coarser along the source, and it adds in float32.
+    np.testing.assert_allclose(mixed, expected, rtol=0, atol=255 * (2**-20 + source * 2**-23))
 
 
 def test_weights_sum_to_one_and_equal_lengths_copy():
