@@ -107,8 +107,8 @@ def augment(
 
     Args:
         image: (batch, 3, height, width) uint8, encoded slices; numpy (CPU) or CuPy (its GPU, on the current stream).
-        mask: (batch, rows, columns) uint8, uint16 or uint32 on the same device, at native or at encoded size: it is
-            padded square and resized by nearest neighbour as `gpuparse.encode` would.
+        mask: (batch, rows, columns) uint8, uint16 or uint32 on the same device, at native size: it is padded square
+            and resized by nearest neighbour as `gpuparse.encode` would (an encoded mask that is square stays as it is).
         params: (batch,) PARAMS_DTYPE, from `sample_params` or made by hand.
         class_ids: (batch, num_prompts) class ids; needed for "prompts", "instances" and "foreground".
         labels: "prompts": binary, per prompt; "instances": the id map, once per prompt; "classes": one id map;
@@ -199,7 +199,14 @@ def _check_params(params: npt.NDArray[Any], num_samples: int, height: int, width
             raise InputError(f"params[{name!r}] has values {np.unique(params[name])}; expected {low} to {high}.")
     if height != width and bool(np.any(params["rotate"] % 2)):
         raise InputError(f"params['rotate'] asks for a quarter turn of {height}x{width} slices; expected square ones.")
+    # A sum that is cut to 8 bits goes through an integer, which infinity has none of.
+    for name, used in (("noise_std", params["noise_mode"] > 0), ("shift", params["noise_mode"] == 3)):
+        if not np.isfinite(params[name][used]).all():
+            raise InputError(f"params[{name!r}] holds NaN or infinity; expected grey levels.")
     crops = params[params["crop"] == 1]
+    for name in ("crop_top", "crop_left"):
+        if len(crops) and np.abs(crops[name].astype(np.int64)).max() > 4 * max(height, width):
+            raise InputError(f"params[{name!r}] is {crops[name].min()}..{crops[name].max()}; expected within 4 sides.")
     for name in ("crop_height", "crop_width"):
         if len(crops) and not (crops[name].min() >= 1 and crops[name].max() <= 4 * max(height, width)):
             raise InputError(f"params[{name!r}] is {crops[name].min()}..{crops[name].max()}; expected 1 to 4 sides.")

@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import Dataset
 
 from gpuparse.augment import LabelSpec, OutputTypes
-from gpuparse.encode import check_size
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.plan import check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
@@ -33,7 +32,7 @@ from gpuparse.sampling import (
     redraw_foreground,
 )
 from gpuparse.store import Store, open_store, split_code
-from gpuparse.views import Recipe, check_recipe
+from gpuparse.views import Recipe, check_recipe, check_size
 
 __all__ = ["SliceDataset"]
 

@@ -21,13 +21,12 @@ from gpuparse.views import (
     ResamplingTables,
     array_planes,
     channel_positions,
+    check_size,
     resampling_tables,
     view_geometry,
 )
 
-__all__ = ["EncodedSlices", "check_size", "encode", "encode_masks", "encode_planes"]
-
-MAX_SIDE = 16384  # of an encoded slice
+__all__ = ["EncodedSlices", "encode", "encode_masks", "encode_planes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +44,6 @@ class EncodedSlices:
     def __repr__(self) -> str:
         mask = "None" if self.mask is None else f"{tuple(self.mask.shape)} {self.mask.dtype}"
         return f"EncodedSlices(image={tuple(self.image.shape)} {self.image.dtype}, mask={mask})"
-
-
-def check_size(size: Sequence[int]) -> tuple[int, int]:
-    """Returns `size` as (rows, columns).
-
-    Raises:
-        InputError: It is not two whole numbers from 1 to 16384.
-    """
-    try:
-        height, width = (int(n) for n in size)
-    except (TypeError, ValueError):
-        raise InputError(f"size is {size!r}; expected (rows, columns), such as (512, 512).") from None
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise InputError(f"size is {size!r}; expected 1 to {MAX_SIDE} pixels a side.")
-    return height, width
 
 
 def encode(

@@ -7,6 +7,7 @@ the sample's own Philox streams at a fixed place, so that switching one effect o
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from gpuparse.errors import InputError
 from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
 from gpuparse.prompts import ClassPrompts
-from gpuparse.views import Recipe, check_recipe
+from gpuparse.views import Recipe, check_recipe, check_size
 
 __all__ = ["PARAMS_DTYPE", "Augmentation", "draw_prompts", "identity_params", "names_a_side", "sample_params"]
 
@@ -115,7 +116,7 @@ class Augmentation:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise InputError(f"Augmentation: {name} is {value!r}; expected a number from {low:g} to {high:g}.")
 
@@ -123,7 +124,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 # Words in any case; single letters and heart, vessel and lung abbreviations only in capitals, as they are written.
 _SIDE_WORDS = re.compile(r"(?<![a-z])(?:left|right|lt|rt|sinister|dexter)(?![a-z])", re.IGNORECASE)
 _SIDE_CODES = re.compile(
-    r"(?<![A-Za-z])(?:[LR]|LV|RV|LA|RA|LVOT|RVOT|LAA|RAA|LAD|LCA|RCA|LCX|LUL|LLL|RUL|RML|RLL)(?![A-Za-z0-9])"
+    r"(?<![A-Za-z])(?:[LR]|LV|RV|LA|RA|LVOT|RVOT|LAA|RAA|LAD|LCA|RCA|LCX|LPA|RPA|LUL|LLL|RUL|RML|RLL"
+    r"|LK|RK|LHV|RHV|LPV|RPV|LUQ|LLQ|RUQ|RLQ)(?![A-Za-z0-9])"
 )
 
 
@@ -182,11 +184,20 @@ def sample_params(
         (num_samples,) PARAMS_DTYPE.
 
     Raises:
-        InputError: The recipe is unknown, or quarter turns are asked for of slices that are not square.
+        InputError: The recipe is unknown, an id or the size is out of range, or quarter turns are asked for of slices
+            that are not square.
     """
-    streams = sample_streams(seed, epoch, np.atleast_1d(np.asarray(sample_ids)))
+    ids = np.atleast_1d(np.asarray(sample_ids))
+    if ids.size and (ids.dtype.kind not in "ui" or ids.ndim != 1 or ids.min() < 0):
+        raise InputError(f"sample_ids is {sample_ids!r}; expected a row of whole numbers from 0 to 2^64 - 1.")
+    streams = sample_streams(seed, epoch, ids)
     return params_from_streams(
-        augmentation, streams, size=size, recipe=check_recipe(recipe), allow_mirror=allow_mirror, zeroed=zeroed
+        augmentation,
+        streams,
+        size=check_size(size),
+        recipe=check_recipe(recipe),
+        allow_mirror=allow_mirror,
+        zeroed=zeroed,
     )
 
 

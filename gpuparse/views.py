@@ -23,6 +23,7 @@ __all__ = [
     "ViewGeometry",
     "array_planes",
     "check_recipe",
+    "check_size",
     "channel_positions",
     "linear_table",
     "nearest_indices",
@@ -35,6 +36,9 @@ Recipe = Literal["corrected", "reference"]
 
 CUBIC_A = -0.75
 """The cubic kernel's parameter, OpenCV's choice for INTER_CUBIC."""
+
+MAX_SIDE = 16384
+"""The longest side of an encoded slice in pixels."""
 
 PLANE_DTYPE = np.dtype(
     [
@@ -68,6 +72,21 @@ def check_recipe(recipe: str) -> Recipe:
     if recipe not in ("corrected", "reference"):
         raise InputError(f"recipe is {recipe!r}; expected 'corrected' (default) or 'reference'.")
     return recipe  # type: ignore[return-value]
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """Returns `size` as (rows, columns).
+
+    Raises:
+        InputError: It is not two whole numbers from 1 to 16384.
+    """
+    try:
+        height, width = (int(n) for n in size)
+    except (TypeError, ValueError):
+        raise InputError(f"size is {size!r}; expected (rows, columns), such as (512, 512).") from None
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise InputError(f"size is {size!r}; expected 1 to {MAX_SIDE} pixels a side.")
+    return height, width
 
 
 def select_axes(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:

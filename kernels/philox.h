@@ -72,7 +72,8 @@ struct NormalPair {
   float first, second;
 };
 
-// Two standard normals from two words. The uniform is ((word >> 8) + 1/2) / 2^24, never 0; the tail ends at 5.9.
+// Two standard normals from two words. The uniform is ((word >> 8) + 1/2) / 2^24, rounded to float32: never 0, at most
+// 1 (where the radius is 0); the tail ends at 5.9.
 GP_FN NormalPair gp_normal_pair(uint32_t radius_word, uint32_t angle_word) {
   const float u = gp_mul(gp_add((float)(int32_t)(radius_word >> 8), 0.5f), 5.9604644775390625e-8f);
   const float radius = gp_sqrt(gp_mul(-2.0f, gp_log(u)));

@@ -118,6 +118,26 @@ def test_regions_of_no_size_or_far_too_large_are_refused(field, value):
     augment(**good(params=params))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"noise_mode": 1, "noise_std": np.nan}, r"params\['noise_std'\] holds NaN or infinity; expected grey levels"),
+        ({"noise_mode": 3, "shift": np.inf}, r"params\['shift'\] holds NaN or infinity"),
+        ({"crop": 1, "crop_height": 9, "crop_width": 9, "crop_top": 65}, r"params\['crop_top'\] is 0\.\.65; expected"),
+        (
+            {"crop": 1, "crop_height": 9, "crop_width": 9, "crop_left": -(2**31)},
+            r"params\['crop_left'\] is -2147483648",
+        ),
+    ],
+)
+def test_tables_that_no_pixel_could_follow_are_refused(fields, message):
+    params = identity_params(2)
+    for name, value in fields.items():
+        params[name] = [0, value] if name in ("crop_top", "crop_left") else value
+    with pytest.raises(InputError, match=message):
+        augment(**good(params=params))
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 def test_quarter_turns_of_oblong_slices_are_refused(turns):
     image = np.zeros((2, 3, 16, 20), np.uint8)

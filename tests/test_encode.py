@@ -14,11 +14,11 @@ from oracle import encode_with_cv2, gather, neighbours, pad_as_reference, pad_to
 
 import gpuparse
 from gpuparse import kernels
-from gpuparse.encode import check_size, encode, encode_masks, encode_planes
+from gpuparse.encode import encode, encode_masks, encode_planes
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
 from gpuparse.store import open_store
-from gpuparse.views import PLANE_DTYPE, resampling_tables, view_geometry
+from gpuparse.views import PLANE_DTYPE, check_size, resampling_tables, view_geometry
 
 RNG = np.random.default_rng(0)
 

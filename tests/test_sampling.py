@@ -190,12 +190,20 @@ def test_the_defaults_are_the_references():
         ({"epoch": -1}, r"epoch is -1; expected"),
         ({"epoch": 2**32}, r"epoch is 4294967296; expected"),
         ({"recipe": "exact"}, r"recipe is 'exact'; expected 'corrected' \(default\) or 'reference'"),
+        ({"size": 512}, r"size is 512; expected \(rows, columns\)"),
+        ({"sample_ids": [-1]}, r"sample_ids is \[-1\]; expected a row of whole numbers"),
+        ({"sample_ids": [1.5]}, r"sample_ids is \[1\.5\]; expected a row of whole numbers"),
+        ({"sample_ids": [[1], [2]]}, r"sample_ids is .*; expected a row of whole numbers"),
         ({"size": (40, 56)}, r"rotate=True needs square slices, img_size is \(40, 56\)\. Use rotate=False"),
     ],
 )
 def test_draws_out_of_range_are_refused_by_name(changes, message):
     with pytest.raises(InputError, match=message):
-        sample_params(Augmentation(), [1, 2], **{"seed": 0, "epoch": 0, **changes})
+        sample_params(Augmentation(), **{"sample_ids": [1, 2], "seed": 0, "epoch": 0, **changes})
+
+
+def test_numpy_numbers_serve_as_well():
+    assert Augmentation(prob=np.float32(0.5)) == Augmentation()
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), "0.5", None])
