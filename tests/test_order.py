@@ -72,7 +72,7 @@ def test_permute_differs_between_epochs_seeds_and_streams():
         assert (left == right).sum() < 12, (a, b)  # about 1 by chance
 
 
-@pytest.mark.parametrize("length", [2, 3, 5, 13, 32])
+@pytest.mark.parametrize("length", [2, 3, 5, 13])
 def test_images_are_uniform_over_seeds(length):
     counts = np.zeros((length, length))
     for seed in range(20 * length):
@@ -193,6 +193,7 @@ def test_runs_through_a_list_are_permuted_anew_and_lists_differ():
 
 
 @given(lists=LISTS, epoch=st.integers(0, 100), data=st.data())
+@settings(max_examples=25)
 def test_any_positions_of_a_mixture_are_that_part_of_the_whole(lists, epoch, data):
     order = mixed(lists)
     positions = np.array(data.draw(st.lists(st.integers(0, order.num_samples - 1), max_size=12)), np.int64)
@@ -274,6 +275,7 @@ def test_volumes_and_the_order_inside_them_change_with_epoch_and_seed():
 
 
 @given(sizes=SIZES, per_block=st.integers(1, 5), data=st.data())
+@settings(max_examples=25)
 def test_any_positions_of_a_block_order_are_that_part_of_the_whole(sizes, per_block, data):
     order = BlockOrder(np.array(sizes), per_block, 5)
     for epoch in data.draw(st.lists(st.integers(0, 3), max_size=4)):
