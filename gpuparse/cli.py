@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gpuparse import __version__
 from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
-from gpuparse.errors import GpuparseError
+from gpuparse.errors import GpuparseError, InputError
 from gpuparse.splits import ValSplit
 
 __all__ = ["app", "main"]
@@ -98,6 +98,10 @@ def _convert(
     val_split = None
     if val_fraction is not None or split_file is not None:
         val_split = ValSplit(val_fraction or 0.0, split_seed, group_regex, split_file)
+    elif split_seed or group_regex is not None:
+        raise InputError(
+            "--split-seed and --group-regex say how cases are set apart. Add --val-fraction or --split-file."
+        )
     names = list(dict.fromkeys(dataset)) if dataset else None
     files = [
         path

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from gpuparse.case import convert_case, stored_case
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.publish import PublishTarget, publish
+from gpuparse.publish import PublishTarget, choose_val_cases, publish
 from gpuparse.splits import ValSplit
 from gpuparse.store import open_store
 from gpuparse.volume import check_name
@@ -230,6 +230,8 @@ def _convert_dataset(
     elif target.store_path.exists():
         store = open_store(target.store_path)  # refuses a folder of another kind or version
         earlier = {case.name: store.case_path(number) for number, case in enumerate(store.cases)}
+    names = sorted({path.stem for path in job.files}.union(earlier))
+    val_cases = choose_val_cases(target, names)
     done: list[dict[str, Any]] = []
     try:
         for path, outcome in _run_cases(job, earlier):
@@ -246,7 +248,7 @@ def _convert_dataset(
         if not done:
             return []
         done += _orphans(job, earlier, {str(case["name"]) for case in done}, failures)
-        publish(target, work_path, sorted(done, key=lambda case: str(case["name"])), overwrite=job.overwrite)
+        publish(target, work_path, sorted(done, key=lambda case: str(case["name"])), val_cases, overwrite=job.overwrite)
     except BaseException:
         if job.overwrite:  # no later run would use what this one wrote
             shutil.rmtree(work_path, ignore_errors=True)

@@ -64,7 +64,7 @@ class DataLoader:
             running through each once. An epoch keeps its length; a dataset that is used up starts again.
         shuffle_block: Volumes whose slices are shuffled together, for storage that is slow to seek; None shuffles all
             slices freely.
-        rank: Global rank; None asks torch.distributed, then the launcher's environment.
+        rank: Global rank; None asks torch.distributed, then the launcher's environment, when an iteration begins.
         world_size: Number of processes; give it with `rank`.
         num_threads: CPU threads for reading and for rendering; None takes all cores.
         prefetch_depth: Batches made ahead.
@@ -110,8 +110,8 @@ class DataLoader:
         self._flat = FlatDataset(dataset)
         self._types = OutputTypes(image_dtype, labels_dtype)
         self._order = self._make_order(weights, shuffle_block)
-        # The whole epoch; an iteration may begin inside it.
-        self._plan = EpochPlan(len(self._flat), batch_size, self.drop_last, detect_ranks(rank, world_size))
+        self._given_ranks = detect_ranks(rank, world_size) if rank is not None or world_size is not None else None
+        len(self)  # refuses a batch size that is none, and an environment that makes no rank
         self._plan_hash = self._hash()
         # Where the most recent iteration stands, and whether one has begun there.
         self._epoch, self._position, self._begun = 0, 0, False
@@ -127,6 +127,12 @@ class DataLoader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._pool = BufferPool(max_free=self.prefetch_depth + 2)
+
+    @property
+    def _plan(self) -> EpochPlan:
+        """The whole epoch. Ranks not given are found anew: a loader may be built before torch.distributed is."""
+        ranks = self._given_ranks or detect_ranks()
+        return EpochPlan(len(self._flat), self.batch_size, self.drop_last, ranks)
 
     def __len__(self) -> int:
         return self._plan.num_batches

@@ -87,8 +87,8 @@ class MixedOrder:
     The lists hang in a Huffman tree of their weights. At a node with weights a (left) and b (right), position p goes
     left where floor((p + 1) a / (a + b)) exceeds floor(p a / (a + b)), and that floor is its position there. Left and
     right thus stay within one sample of their share at every node; along a path the deviations add up to less than
-    the tree's depth. A list that is used up starts again with another permutation and new augmentation; across epochs
-    it goes on where it stopped, so that no sample comes twice before all have come.
+    the tree's depth. Positions are counted on over epochs. A list that is used up starts again with another permutation
+    and new augmentation, so that no sample comes twice before all have come.
 
     Args:
         lengths: Samples in each list; their sum is the epoch's length.
@@ -126,11 +126,9 @@ class MixedOrder:
             a, b = heapq.heappop(heap), heapq.heappop(heap)
             heapq.heappush(heap, (a[0] + b[0], made, (a[2], a[0], b[2], b[0])))
         self._tree = heap[0][2]
-        # How many positions each list has in one epoch: where it stands when the next begins.
-        self._per_epoch = self.counts(self.num_samples)
 
     def counts(self, num_positions: int) -> npt.NDArray[np.int64]:
-        """(num_lists,) how many of the first `num_positions` positions belong to each list."""
+        """(num_lists,) how many of the first `num_positions` positions, counted over epochs, belong to each list."""
         counts = np.zeros(len(self.lengths), np.int64)
         stack: list[tuple[object, int]] = [(self._tree, num_positions)]
         while stack:
@@ -145,23 +143,15 @@ class MixedOrder:
 
     def draw(self, positions: npt.NDArray[np.int64], epoch: int) -> Draws:
         """See `Order`."""
-        numbers = np.empty(len(positions), np.int64)
-        epochs = np.empty(len(positions), np.int64)
-        by_list: dict[int, list[tuple[int, int]]] = {}
-        for place, position in enumerate(positions.tolist()):
-            number, draw = self._locate(position)
-            by_list.setdefault(number, []).append((place, draw + epoch * int(self._per_epoch[number])))
-        for number, entries in by_list.items():
-            length = self.lengths[number]
-            for place, draw in entries:
-                epochs[place], numbers[place] = divmod(draw, length)
-            places = np.array([place for place, _ in entries])
-            if self.shuffle:
-                for run in np.unique(epochs[places]):
-                    chosen = places[epochs[places] == run]
-                    numbers[chosen] = permute(numbers[chosen], length, self.seed, int(run), stream=number)
-            numbers[places] += self._offsets[number]
-        return Draws(numbers, epochs)
+        # One sequence over all epochs: a list too light for a place in the first gets one in a later one.
+        located = [self._locate(position) for position in (positions + epoch * self.num_samples).tolist()]
+        lists = np.array([number for number, _ in located], np.int64)
+        draws = np.array([draw for _, draw in located], np.int64)
+        lengths = np.array(self.lengths, np.int64)[lists]
+        epochs, numbers = np.divmod(draws, lengths)
+        if self.shuffle:
+            numbers = permute(numbers, lengths, self.seed, epochs, stream=lists)
+        return Draws(numbers + self._offsets[lists], epochs)
 
     def _locate(self, position: int) -> tuple[int, int]:
         """The list that a position belongs to, and the position's number in it."""

@@ -31,6 +31,7 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_PIECE = 1 << 15
 
 # What a random number is for: the third counter word. A number is never reused for another purpose.
 OPERATION_ORDER = 0
@@ -128,12 +129,14 @@ def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArr
     return result
 
 
-def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int, stream: int = 0) -> npt.NDArray[np.int64]:
+def permute(
+    positions: npt.ArrayLike, length: npt.ArrayLike, seed: int, epoch: npt.ArrayLike, stream: npt.ArrayLike = 0
+) -> npt.NDArray[np.int64]:
     """A keyed bijection of 0 .. length - 1: six Feistel rounds over the next power of four, walked until inside.
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
-        length: Size of the range, up to 2^62.
+        length: Size of the range, up to 2^53; like `epoch` and `stream` one for all positions or one each.
         seed: Key.
         epoch: Key, below 2^32.
         stream: Key, below 2^28; sets permutations apart that serve different ends.
@@ -144,25 +147,42 @@ def permute(positions: npt.ArrayLike, length: int, seed: int, epoch: int, stream
     >>> sorted(permute(range(7), 7, seed=1, epoch=0).tolist())
     [0, 1, 2, 3, 4, 5, 6]
     """
-    values = np.asarray(positions, np.uint64).copy()
-    if length <= 1:
-        return values.astype(np.int64)
-    half_bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    seed_low, seed_high = _words(check_seed(seed))
-    key = np.stack([seed_low, seed_high])
-    pending = np.arange(len(values))
+    values = np.asarray(positions, np.uint64)
+    lengths, epochs, streams = (np.broadcast_to(np.asarray(key), values.shape) for key in (length, epoch, stream))
+    result = np.empty(values.shape, np.int64)
+    check_seed(seed)
+    for start in range(0, len(values), _PIECE):  # bounds the memory that the rounds take
+        piece = slice(start, start + _PIECE)
+        result[piece] = _permute(values[piece].copy(), lengths[piece].astype(np.uint64), seed,
+                                 epochs[piece].astype(np.uint32), streams[piece].astype(np.uint32))  # fmt: skip
+    return result
+
+
+def _permute(
+    values: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.uint64],
+    seed: int,
+    epochs: npt.NDArray[np.uint32],
+    streams: npt.NDArray[np.uint32],
+) -> npt.NDArray[np.int64]:
+    # The exponent of a double is its number of bits: exact for whole numbers below 2^53.
+    num_bits = np.frexp(np.maximum(lengths, 1).astype(np.float64) - 1)[1]
+    half_bits = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
+    masks = (np.uint64(1) << half_bits) - np.uint64(1)
+    key = np.stack(_words(seed))
+    pending = np.flatnonzero(lengths > 1)
     while len(pending):
-        left, right = values[pending] >> half_bits, values[pending] & mask
+        half, mask = half_bits[pending], masks[pending]
+        left, right = values[pending] >> half, values[pending] & mask
+        counter = np.zeros((len(pending), 4), np.uint32)
+        counter[:, 2] = epochs[pending]
+        counter[:, 3] = OPERATION_ORDER
         for round_number in range(6):
-            counter = np.zeros((len(pending), 4), np.uint32)
             counter[:, 0] = right.astype(np.uint32)
-            counter[:, 1] = 8 * stream + round_number
-            counter[:, 2] = epoch
-            counter[:, 3] = OPERATION_ORDER
+            counter[:, 1] = 8 * streams[pending] + np.uint32(round_number)
             left, right = right, (left ^ philox4x32(counter, key)[:, 0].astype(np.uint64)) & mask
-        values[pending] = left << half_bits | right
-        pending = pending[values[pending] >= np.uint64(length)]
+        values[pending] = left << half | right
+        pending = pending[values[pending] >= lengths[pending]]
     return values.astype(np.int64)
 
 

@@ -6,11 +6,12 @@ that whoever reads by the old index still finds the old voxels; they go when the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import numpy.typing as npt
 import zarr
 
 from gpuparse.case import case_settings, replace_folder
+from gpuparse.errors import InputError
 from gpuparse.prompts import ClassPrompts
-from gpuparse.splits import ValSplit, assign_splits
+from gpuparse.splits import ValSplit, assign_splits, follow_groups
 from gpuparse.store import FORMAT_VERSION, SliceTable, compressors, open_store, split_code
 
-__all__ = ["PublishTarget", "publish"]
+__all__ = ["PublishTarget", "ValCases", "choose_val_cases", "publish"]
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,24 @@ class PublishTarget:
     val_split: ValSplit | None = None
 
 
-def publish(target: PublishTarget, work_path: Path, cases: list[dict[str, Any]], *, overwrite: bool) -> None:
+def publish(
+    target: PublishTarget, work_path: Path, cases: list[dict[str, Any]], val_cases: ValCases, *, overwrite: bool
+) -> None:
     """Makes `cases` the content of the store, whole: until the last rename, readers see the store as it was.
 
     Args:
         target: The store.
         work_path: Where cases that are not in the store yet lie, in `cases/<name>`; gone afterwards.
         cases: The summaries that `convert_case` returned, in the order of the index.
+        val_cases: Which of them are for validation.
         overwrite: Whether to replace the store, rather than to extend it.
     """
     fresh = overwrite or not target.store_path.exists()
-    splits, val_settings = _val_cases(target, [case["name"] for case in cases], fresh)
     root_path = work_path if fresh else target.store_path
     old_index, old_folders = (None, set()) if fresh else _in_force(root_path)
     (root_path / "cases").mkdir(parents=True, exist_ok=True)
     folders = [_settle(case, work_path, root_path, old_folders) for case in cases]
-    columns = _slice_columns(cases, target.split, splits)
+    columns = _slice_columns(cases, target.split, val_cases.chosen)
     index = f"index/{uuid.uuid4().hex[:12]}"
     _write_index(work_path / "incoming" / index, columns, [case["name"] for case in cases], folders)
     (root_path / "index").mkdir(exist_ok=True)
@@ -78,7 +82,7 @@ def publish(target: PublishTarget, work_path: Path, cases: list[dict[str, Any]],
         "instance_label": target.prompts.instance_label,
         "index": index,
         "settings": case_settings(target.prompts),
-        "val_split": val_settings,
+        "val_split": val_cases.settings,
         "num_cases": len(cases),
         "num_slices": len(columns["case"]),
     }
@@ -128,26 +132,46 @@ def _keep_only(parent: Path, names: set[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _val_cases(target: PublishTarget, names: list[str], fresh: bool) -> tuple[dict[str, bool], dict[str, Any] | None]:
-    """Which cases are for validation, and the settings to record with that."""
+@dataclass(frozen=True)
+class ValCases:
+    """Which cases are for validation.
+
+    Attributes:
+        chosen: Case name -> True for validation.
+        settings: How they were chosen, for the store's attributes; None if nothing was asked for.
+    """
+
+    chosen: Mapping[str, bool]
+    settings: dict[str, Any] | None
+
+
+def choose_val_cases(target: PublishTarget, names: Sequence[str]) -> ValCases:
+    """Decides before anything is converted which cases will be for validation.
+
+    Args:
+        target: The store; what it has decided already is kept where the settings are the same or none are given.
+        names: Every case that may end up in it, also those that prove to be bad.
+
+    Raises:
+        InputError: The split's file or expression does not fit the names.
+    """
     earlier: dict[str, bool] = {}
     recorded: dict[str, Any] | None = None
-    if not fresh:
+    with contextlib.suppress(InputError):  # no store yet, or one that an overwriting run is to replace
         store = open_store(target.store_path)
         recorded = store.attributes.get("val_split")
         val_cases = set(store.slices.case[store.slices.split == split_code("val")].tolist())
         earlier = {case.name: number in val_cases for number, case in enumerate(store.cases)}
-    if target.val_split is None and recorded is not None:
-        file = Path(recorded["file"]) if recorded["file"] is not None else None
-        if file is not None:  # the file may be gone or have moved: what it said stays, new cases are for training
-            return {name: earlier.get(name, False) for name in names}, recorded
+    split = target.val_split
+    if split is None:
+        if recorded is None:
+            return ValCases(dict.fromkeys(names, False), None)
         split = ValSplit(recorded["fraction"], recorded["seed"], recorded["group_regex"])
-    elif target.val_split is None:
-        return dict.fromkeys(names, False), None
-    else:
-        split = target.val_split
+        if recorded["file"] is not None:
+            # The file may be gone or have moved: what it said stays, and new cases join their group or training.
+            return ValCases(follow_groups(names, earlier, split.group_regex), recorded)
     keep = earlier if recorded == split.settings() else None
-    return assign_splits(target.name, names, split, keep), split.settings()
+    return ValCases(assign_splits(target.name, names, split, keep), split.settings())
 
 
 def _slice_columns(

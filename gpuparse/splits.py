@@ -12,7 +12,7 @@ from typing import Any
 
 from gpuparse.errors import InputError
 
-__all__ = ["ValSplit", "assign_splits"]
+__all__ = ["ValSplit", "assign_splits", "follow_groups"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,13 @@ def assign_splits(
     missing = max(0, wanted - sum(decided.values()))
     chosen = {group for group, value in decided.items() if value} | set(open_groups[:missing])
     return {name: group in chosen for name, group in groups.items()}
+
+
+def follow_groups(names: Sequence[str], earlier: Mapping[str, bool], group_regex: str | None) -> dict[str, bool]:
+    """Keeps earlier decisions; a new case goes where the rest of its group is, or to training."""
+    groups = {name: _group(name, group_regex) for name in names}
+    val_groups = {groups[name] for name, value in earlier.items() if value and name in groups}
+    return {name: earlier.get(name, group in val_groups) for name, group in groups.items()}
 
 
 def _group(name: str, expression: str | None) -> str:
