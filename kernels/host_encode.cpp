@@ -66,6 +66,12 @@ struct Tables {
 void encode_plane(const uint8_t *arena, const int64_t *blocks, const Plane &plane, const Tables &tables,
                   int32_t out_height, int32_t out_width, uint8_t *out) {
   if (plane.padded_height == out_height && plane.padded_width == out_width) {
+    const bool whole = plane.height == out_height && plane.width == out_width && plane.block_height >= out_height &&
+                       plane.block_width >= out_width && plane.row_stride == out_width && plane.column_stride == 1;
+    if (whole && blocks[plane.first_block] >= 0) {  // one slice, one chunk: nothing to gather
+      memcpy(out, arena + blocks[plane.first_block], (int64_t)out_height * out_width);
+      return;
+    }
     for (int32_t y = 0; y < out_height; ++y) {
       uint8_t *row = out + (int64_t)y * out_width;
       if (!gather_row(arena, blocks, plane, y, row)) memset(row, 0, out_width);
