@@ -262,7 +262,7 @@ def _convert_dataset(
             store_path=target.store_path,
             num_written=len(done) - num_kept,
             num_kept=num_kept,
-            num_slices=len(open_store(target.store_path).slices),
+            num_slices=sum(case["shape"][axis] for case in done for axis in case["axes"]),
             source_bytes=sum(case["source"]["bytes"] for case in done),
             raw_bytes=sum(case["raw_bytes"] for case in done),
             store_bytes=sum(p.stat().st_size for p in target.store_path.rglob("*") if p.is_file()),

@@ -125,7 +125,6 @@ class HostPipeline:
         self._failures: dict[int, BaseException] = {}
         self._ahead: dict[int, concurrent.futures.Future[BatchInput]] = {}
         self._reading = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="gpuparse-fetch")
-        self._step = 0
         self._closed = False
         pipeline = pipeline_class(
             batch_size=1,
