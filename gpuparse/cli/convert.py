@@ -1,12 +1,8 @@
-"""The command line: `gpuparse convert` and `gpuparse demo`.
-
-Exit status: 0 all done, 1 some files were skipped, 2 nothing was done or a bad file stopped the run, 130 interrupted.
-"""
+"""`gpuparse convert`."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,52 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpuparse import __version__
 from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
-from gpuparse.errors import GpuparseError, InputError
+from gpuparse.errors import InputError
 from gpuparse.splits import ValSplit
 
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="gpuparse",
-    help="Streams 3D medical volumes into BiomedParse v2 finetuning: converts npz folders to Zarr stores once, then "
-    "encodes and augments slices while training.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+__all__ = ["convert_command"]
 
 
-def main() -> None:
-    """Runs the command line; expected errors become one line on standard error."""
-    try:
-        app()
-    except GpuparseError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", style="yellow")
-        sys.exit(130)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"gpuparse {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command("convert")
-def _convert(
+def convert_command(
     data_dir: Annotated[Path, typer.Argument(help="Folder with class_prompts.json and DATASETn/train/*.npz.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: into DATA_DIR.")
@@ -179,18 +137,3 @@ def _print_report(console: Console, report: ConversionReport) -> None:
 
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-@app.command("demo")
-def _demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("gpuparse-demo"),
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")] = 8,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the sample data.")] = 2,
-) -> None:
-    """Make sample data, convert it, stream batches, and draw a contact sheet.
-
-    Example: gpuparse demo --out /tmp/gpuparse-demo
-    """
-    from gpuparse.demo import run_demo
-
-    run_demo(out, batch_size=batch_size, num_epochs=epochs, console=Console())

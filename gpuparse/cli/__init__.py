@@ -1,0 +1,60 @@
+"""The command line: one module for each command, gathered here.
+
+Exit status: 0 all done, 1 some files were skipped, 2 nothing was done or a bad file stopped the run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gpuparse import __version__
+from gpuparse.cli.convert import convert_command
+from gpuparse.cli.demo import demo_command
+from gpuparse.errors import GpuparseError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="gpuparse",
+    help="Streams 3D medical volumes into BiomedParse v2 finetuning: converts npz folders to Zarr stores once, then "
+    "encodes and augments slices while training.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line; expected errors become one line on standard error."""
+    try:
+        app()
+    except GpuparseError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="yellow")
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gpuparse {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# A new command: its module in this folder, and one line here.
+app.command("convert")(convert_command)
+app.command("demo")(demo_command)
