@@ -5,6 +5,7 @@
 
 #include "host_augment.cpp"
 #include "host_encode.cpp"
+#include "host_prepare.cpp"
 
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }
 
