@@ -17,7 +17,9 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
+    ["npz"],
     ["volume", "prompts"],
+    ["source"],
     ["views"],
     ["store"],
     ["case", "splits"],
