@@ -11,16 +11,17 @@ import io
 import math
 import os
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import VolumeFormatError
 
-__all__ = ["Volume", "check_name", "read_volume"]
+__all__ = ["Volume", "check_name", "narrow_labels", "read_volume"]
 
 _RELEASE_HINT = "BiomedParse expects npz files with imgs (z,y,x), gts (z,y,x) and spacing (x,y,z)"
 
@@ -36,6 +37,7 @@ class Volume:
         spacing_mm: Voxel size in millimetres, in array order (z, y, x).
         source_sha256: Digest of the file's bytes.
         source_bytes: Size of the file.
+        origin: How the source lay and what was done to it, as JSON; recorded with the case. Empty for npz.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Volume:
     spacing_mm: tuple[float, float, float]
     source_sha256: str
     source_bytes: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_name(name: str, what: str) -> str:
@@ -96,7 +99,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     return Volume(
         name=name,
         image=_as_uint8(path, image),
-        labels=_as_narrow_labels(path, labels),
+        labels=narrow_labels(path, labels),
         spacing_mm=_as_spacing_mm(path, spacing),
         source_sha256=hashlib.sha256(raw).hexdigest(),
         source_bytes=len(raw),
@@ -180,23 +183,41 @@ def _as_uint8(path: Path, image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(image.astype(np.uint8))
 
 
-def _as_narrow_labels(path: Path, labels: npt.NDArray[Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
+def narrow_labels(
+    source: str | os.PathLike[str], labels: npt.NDArray[Any], what: str = "gts", *, keep_order: bool = False
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Checks label ids and stores them in the narrowest unsigned type that holds the largest.
+
+    Args:
+        source: The file, for errors.
+        labels: Ids of any numeric dtype; uint8 comes back as it is.
+        what: How errors shall call the array.
+        keep_order: Leave the memory order as it is; otherwise the result is C-contiguous.
+
+    Raises:
+        VolumeFormatError: An id is negative, fractional or above 2^32-1.
+    """
+    order: Literal["K", "C"] = "K" if keep_order else "C"
     if labels.dtype == np.uint8:
-        return np.ascontiguousarray(labels)
+        return np.asarray(labels, order=order)
     if labels.dtype == np.bool_:
-        return np.ascontiguousarray(labels.astype(np.uint8))
+        return labels.astype(np.uint8, order=order)
     low, high = labels.min(), labels.max()
     if low < 0:
         raise VolumeFormatError(
-            f"{path}: gts has negative ids (lowest {low}); expected 0 for background and positive ids. "
+            f"{source}: {what} has negative ids (lowest {low}); expected 0 for background and positive ids. "
             "Map ignored voxels to 0."
         )
     if not high <= 2**32 - 1:
-        raise VolumeFormatError(f"{path}: gts has ids up to {high}; expected at most 2^32-1. Renumber the instances.")
+        raise VolumeFormatError(
+            f"{source}: {what} has ids up to {high}; expected at most 2^32-1. Renumber the instances."
+        )
     if labels.dtype.kind == "f" and not bool(np.all(labels == np.floor(labels))):
-        raise VolumeFormatError(f"{path}: gts ({labels.dtype}) has fractional ids; expected whole numbers. Round them.")
+        raise VolumeFormatError(
+            f"{source}: {what} ({labels.dtype}) has fractional ids; expected whole numbers. Round them."
+        )
     width: type[np.unsignedinteger[Any]] = np.uint8 if high <= 255 else np.uint16 if high <= 65535 else np.uint32
-    return np.ascontiguousarray(labels.astype(width))
+    return labels.astype(width, order=order)
 
 
 def _as_spacing_mm(path: Path, spacing: npt.NDArray[Any]) -> tuple[float, float, float]:
