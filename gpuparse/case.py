@@ -19,9 +19,10 @@ import zarr
 
 from gpuparse.errors import GpuparseError, VolumeFormatError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
+from gpuparse.source import SourceCase
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, chunk_shape, compressors, shard_shape
 from gpuparse.views import select_axes, view_geometry
-from gpuparse.volume import Volume, read_volume
+from gpuparse.volume import Volume
 
 __all__ = ["case_settings", "convert_case", "replace_folder", "stored_case"]
 
@@ -29,12 +30,12 @@ _CASE_VERSION = 1  # of a case's layout; cases written under another number are 
 
 
 def convert_case(
-    path: Path, work_path: Path, prompts: ClassPrompts, earlier: Path | None
+    case: SourceCase, work_path: Path, prompts: ClassPrompts, earlier: Path | None
 ) -> dict[str, Any] | GpuparseError:
     """Reads, checks and writes one case, unless it is there already.
 
     Args:
-        path: The source file.
+        case: The source.
         work_path: Receives the case as `cases/<name>`.
         prompts: The dataset's classes.
         earlier: The case's folder in the store that is being extended, if it has one.
@@ -43,18 +44,19 @@ def convert_case(
         The case's summary with `place`, its folder now, and `kept`; or the error that it met.
     """
     try:
-        for folder in (work_path / "cases" / path.stem, earlier):
-            kept = _kept_case(path, folder, prompts) if folder is not None else None
+        for folder in (work_path / "cases" / case.name, earlier):
+            kept = _kept_case(case, folder, prompts) if folder is not None else None
             if kept is not None:
                 return kept
-        volume = read_volume(path)
+        stamp = case.stamp() if all(path.exists() for path in case.paths) else {}
+        volume = case.read()
         axes = select_axes(volume.image.shape, volume.spacing_mm)
-        presence = _presence(path, volume, axes, prompts)
-        return _write_case(path, volume, presence, work_path, prompts)
+        presence = _presence(case.path, volume, axes, prompts)
+        return _write_case(case, stamp, volume, presence, work_path, prompts)
     except GpuparseError as error:
         return error
     except MemoryError:
-        return VolumeFormatError(f"{path}: not enough memory to convert it. Use fewer jobs.")
+        return VolumeFormatError(f"{case.path}: not enough memory to convert it. Use fewer jobs.")
 
 
 def case_settings(prompts: ClassPrompts) -> dict[str, Any]:
@@ -63,13 +65,16 @@ def case_settings(prompts: ClassPrompts) -> dict[str, Any]:
             "instance_label": prompts.instance_label}  # fmt: skip
 
 
-def _kept_case(path: Path, folder: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
+def _kept_case(case: SourceCase, folder: Path, prompts: ClassPrompts) -> dict[str, Any] | None:
     summary = stored_case(folder, prompts)
     if summary is None:
         return None
     try:
-        stat = path.stat()
-        unchanged = (stat.st_mtime_ns, stat.st_size) == (summary["source"]["mtime_ns"], summary["source"]["bytes"])
+        stamp, source = case.stamp(), summary["source"]
+        if source.get("reader", {}) != case.reader.settings or stamp["bytes"] != source["bytes"]:
+            return None
+        # A file that was touched, copied or checked out again is the same file still.
+        unchanged = stamp["mtime_ns"] == source["mtime_ns"] or case.digest() == source["sha256"]
     except (KeyError, OSError):
         return None
     return summary if unchanged else None
@@ -132,13 +137,13 @@ def _runs(present: npt.NDArray[np.bool_]) -> list[list[int]]:
 
 
 def _write_case(
-    path: Path,
+    case: SourceCase,
+    stamp: dict[str, Any],
     volume: Volume,
     presence: dict[str, Any],
     work_path: Path,
     prompts: ClassPrompts,
 ) -> dict[str, Any]:
-    stat = path.stat()
     temporary = work_path / "incoming" / uuid.uuid4().hex
     summary: dict[str, Any] = {
         "name": volume.name,
@@ -146,8 +151,7 @@ def _write_case(
         "spacing_mm": list(volume.spacing_mm),
         **presence,
         "raw_bytes": volume.image.nbytes + volume.labels.nbytes,
-        "source": {"file": path.name, "sha256": volume.source_sha256, "bytes": volume.source_bytes,
-                   "mtime_ns": stat.st_mtime_ns},
+        "source": {**stamp, "sha256": volume.source_sha256, "reader": dict(case.reader.settings)},
         "settings": case_settings(prompts),
     }  # fmt: skip
     try:
@@ -170,7 +174,7 @@ def _write_case(
         target.parent.mkdir(exist_ok=True)
         replace_folder(temporary, target)
     except OSError as error:
-        raise VolumeFormatError(f"{path}: its case could not be written into {work_path}: {error}.") from error
+        raise VolumeFormatError(f"{case.path}: its case could not be written into {work_path}: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {**summary, "place": str(target), "kept": False}

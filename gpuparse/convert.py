@@ -22,6 +22,7 @@ from gpuparse.case import convert_case, stored_case
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
+from gpuparse.source import NpzReader, SourceCase, find_npz_cases
 from gpuparse.splits import ValSplit
 from gpuparse.store import open_store
 from gpuparse.volume import check_name
@@ -111,7 +112,7 @@ class ConversionReport:
 class _Job:
     """One dataset to convert, and how."""
 
-    files: tuple[Path, ...]
+    cases: tuple[SourceCase, ...]
     target: PublishTarget
     overwrite: bool
     on_error: str
@@ -178,8 +179,8 @@ def convert(
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
     for target in targets:
-        files = tuple(sorted((Path(data_dir) / target.name / split).glob("*.npz")))
-        job = _Job(files, replace(target, val_split=val_split), overwrite, on_error, num_jobs)
+        cases = find_npz_cases(Path(data_dir) / target.name / split, NpzReader())
+        job = _Job(cases, replace(target, val_split=val_split), overwrite, on_error, num_jobs)
         reports += _convert_dataset(job, on_case, failures)
     return ConversionReport(tuple(reports), tuple(failures))
 
@@ -230,21 +231,21 @@ def _convert_dataset(
     elif target.store_path.exists():
         store = open_store(target.store_path)  # refuses a folder of another kind or version
         earlier = {case.name: store.case_path(number) for number, case in enumerate(store.cases)}
-    names = sorted({path.stem for path in job.files}.union(earlier))
+    names = sorted({case.name for case in job.cases}.union(earlier))
     val_cases = choose_val_cases(target, names)
     done: list[dict[str, Any]] = []
     try:
-        for path, outcome in _run_cases(job, earlier):
+        for case, outcome in _run_cases(job, earlier):
             state: Literal["written", "kept", "failed"] = "failed"
             if isinstance(outcome, GpuparseError):
                 if job.on_error == "stop":
                     raise outcome
-                failures.append(Failure(path, str(outcome)))
+                failures.append(Failure(case.path, str(outcome)))
             else:
                 done.append(outcome)
                 state = "kept" if outcome["kept"] else "written"
             if on_case is not None:
-                on_case(CaseResult(target.name, path, file_size(path), state))
+                on_case(CaseResult(target.name, case.path, case.num_bytes, state))
         if not done:
             return []
         done += _orphans(job, earlier, {str(case["name"]) for case in done}, failures)
@@ -289,29 +290,29 @@ def _orphans(job: _Job, earlier: Mapping[str, Path], names: set[str], failures: 
     return kept
 
 
-def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, Any] | GpuparseError]]:
-    def arguments(path: Path) -> tuple[Path, Path, ClassPrompts, Path | None]:
-        return path, job.work_path, job.target.prompts, earlier.get(path.stem)
+def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[SourceCase, dict[str, Any] | GpuparseError]]:
+    def arguments(case: SourceCase) -> tuple[SourceCase, Path, ClassPrompts, Path | None]:
+        return case, job.work_path, job.target.prompts, earlier.get(case.name)
 
-    num_jobs = min(job.num_jobs, len(job.files))
+    num_jobs = min(job.num_jobs, len(job.cases))
     if num_jobs == 1:
-        for path in job.files:
-            yield path, convert_case(*arguments(path))
+        for case in job.cases:
+            yield case, convert_case(*arguments(case))
         return
     # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
-        # A few cases in flight per process bound the memory; results come back in the order of the files.
-        paths = iter(job.files)
-        window: list[tuple[Path, concurrent.futures.Future[dict[str, Any] | GpuparseError]]] = []
+        # A few cases in flight per process bound the memory; results come back in the order of the cases.
+        cases = iter(job.cases)
+        window: list[tuple[SourceCase, concurrent.futures.Future[dict[str, Any] | GpuparseError]]] = []
         try:
             while True:
-                for path in itertools.islice(paths, 2 * num_jobs - len(window)):
-                    window.append((path, pool.submit(convert_case, *arguments(path))))
+                for case in itertools.islice(cases, 2 * num_jobs - len(window)):
+                    window.append((case, pool.submit(convert_case, *arguments(case))))
                 if not window:
                     return
-                path, future = window.pop(0)
-                yield path, future.result()
+                case, future = window.pop(0)
+                yield case, future.result()
         finally:
             for _, future in window:
                 future.cancel()

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
 from gpuparse.nifti import nifti_stem
-from gpuparse.scan import Scan, import_format_package, join_sources, source_of
+from gpuparse.scan import Scan, import_format_package
 
-__all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names"]
+__all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names", "series_bytes"]
 
 _SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _HEADER_TAGS = [
@@ -101,6 +101,21 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
     return DicomFolder(tuple(series[uid]), notes[uid][0], labels[0] if with_labels and labels else None)
 
 
+def series_bytes(files: Sequence[Path]) -> int:
+    """Bytes of the voxels of a series, uncompressed, by the header of its first file.
+
+    Raises:
+        VolumeFormatError: The header cannot be read.
+        MissingDependencyError: pydicom is not installed.
+    """
+    pydicom = import_format_package("pydicom", "to read DICOM")
+    try:
+        header = pydicom.dcmread(files[0], stop_before_pixels=True, specific_tags=["Rows", "Columns", "BitsAllocated"])
+        return int(header.Rows) * int(header.Columns) * -(-int(header.BitsAllocated) // 8) * len(files)
+    except Exception as error:  # damaged files make pydicom raise nearly anything
+        raise _damaged(files[0], error) from error
+
+
 def read_series(what: str, files: Sequence[Path]) -> Scan:
     """Reads one series of single-frame images as a scan, its slices ordered by place.
 
@@ -136,8 +151,7 @@ def read_series(what: str, files: Sequence[Path]) -> Scan:
     if any(s.rescale != rescale for s in slices):  # PET: each slice has its own scale
         stacked = [s.pixels.astype(np.float32) * np.float32(s.rescale[0]) + np.float32(s.rescale[1]) for s in slices]
         rescale = (1.0, 0.0)
-    source = join_sources([source_of(path.read_bytes()) for path in files])
-    return Scan(what, np.stack(stacked).T, _LPS_TO_RAS @ affine, source, rescale)
+    return Scan(what, np.stack(stacked).T, _LPS_TO_RAS @ affine, rescale)
 
 
 def read_segmentation(path: Path, class_ids: Mapping[str, int]) -> Scan:
@@ -175,7 +189,7 @@ def read_segmentation(path: Path, class_ids: Mapping[str, int]) -> Scan:
     table = np.zeros(max(*names, int(numbers.max())) + 1, np.uint32)
     for number, name in names.items():
         table[number] = ids[_plain(name)]
-    return Scan(str(path), table[numbers].T, _LPS_TO_RAS @ affine, source_of(path.read_bytes()))
+    return Scan(str(path), table[numbers].T, _LPS_TO_RAS @ affine)
 
 
 def segment_names(path: Path) -> Mapping[int, str]:

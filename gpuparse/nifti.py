@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, VolumeFormatError
-from gpuparse.scan import Scan, import_format_package, orientation_of, source_of
+from gpuparse.scan import Scan, import_format_package, orientation_of
+from gpuparse.volume import MAX_VOLUME_BYTES, too_large
 
-__all__ = ["NIFTI_SUFFIXES", "nifti_stem", "read_nifti"]
+__all__ = ["NIFTI_SUFFIXES", "nifti_bytes", "nifti_stem", "read_nifti"]
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
@@ -31,89 +35,120 @@ def nifti_stem(path: Path) -> str | None:
     return None
 
 
-def read_nifti(path: Path) -> Scan:
+def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
     """Reads one three-dimensional NIfTI file.
 
     The sform gives the orientation, else the qform. Whether the file is compressed is seen from its bytes.
 
     Args:
         path: The file.
+        max_bytes: The most that its voxels may take; a file that declares more is refused before they are read.
 
     Raises:
         VolumeFormatError: It cannot be read, is cut short, or does not hold one volume of numbers.
         MissingDependencyError: nibabel is not installed.
     """
+    with _opened(path) as (stream, image):
+        header = _header(path, image)
+        num_file_bytes = path.stat().st_size
+        if header.num_bytes > max_bytes:
+            raise too_large(path, f"voxels {header.shape} {header.dtype} declare", header.num_bytes, max_bytes)
+        if header.num_bytes > num_file_bytes * (_MAX_DEFLATE_RATIO if isinstance(stream, gzip.GzipFile) else 1):
+            raise VolumeFormatError(
+                f"{path}: its header says {header.num_bytes} bytes of voxels, shape {header.shape}; a file of "
+                f"{num_file_bytes} bytes cannot hold them. It is cut short or damaged: copy it again."
+            )
+        proxy = image.dataobj
+        affine, lost = _affine(path, image.header)
+        values = np.asanyarray(proxy.get_unscaled()).reshape(header.shape, order="F")
+        if len(stream.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
+            raise VolumeFormatError(f"{path}: goes on after the voxels that its header names. Export it again.")
+        return Scan(str(path), values, affine, (float(proxy.slope), float(proxy.inter)), lost)
+
+
+def nifti_bytes(path: Path) -> int:
+    """Bytes of the voxels that a file declares, uncompressed; only its header is read.
+
+    Raises:
+        VolumeFormatError: There is no usable header.
+        MissingDependencyError: nibabel is not installed.
+    """
+    with _opened(path) as (_, image):
+        return _header(path, image).num_bytes
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
+    """The file's uncompressed bytes and nibabel's image over them; whatever goes wrong within names the file."""
     import_format_package("nibabel", "to read NIfTI")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
-    stream: BinaryIO = io.BytesIO(raw)
-    if raw.startswith(_GZIP_MAGIC):
-        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
-        most_bytes = len(raw) * _MAX_DEFLATE_RATIO
-    else:
-        most_bytes = len(raw)
-    try:
-        return _read(path, raw, stream, most_bytes)
+        with contextlib.ExitStack() as stack:
+            stream: Any = stack.enter_context(path.open("rb"))
+            if stream.read(2) == _GZIP_MAGIC:
+                stream.seek(0)
+                stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+            else:
+                stream.seek(0)
+            from nibabel.imageglobals import LoggingOutputSuppressor
+
+            with LoggingOutputSuppressor():  # its remarks would go to standard error without the file's name
+                kind = _image_class(path, stream)
+                # No memory map: a file that shrinks while it is read would end the process.
+                image = kind.from_file_map(kind.make_file_map({"image": stream}), mmap=False)
+            yield stream, image
     except GpuparseError:
         raise
     except EOFError as error:
-        raise VolumeFormatError(f"{path}: cut short after {len(raw)} bytes: {error}. Copy it again.") from error
+        raise VolumeFormatError(f"{path}: cut short: {error}. Copy it again.") from error
+    except FileNotFoundError as error:
+        raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # damaged headers and streams make nibabel, gzip and zlib raise nearly anything
         raise VolumeFormatError(
             f"{path}: damaged NIfTI ({type(error).__name__}: {error}). Copy or export it again."
         ) from error
 
 
-def _read(path: Path, raw: bytes, stream: BinaryIO, most_bytes: int) -> Scan:
-    from nibabel.imageglobals import LoggingOutputSuppressor
-
-    with LoggingOutputSuppressor():  # its remarks on headers would go to standard error without the file's name
-        image = _image_class(path, stream.read(16), stream, len(raw)).from_stream(stream)
-    header, proxy = image.header, image.dataobj
-    shape = tuple(int(n) for n in proxy.shape)
+def _header(path: Path, image: Any) -> _Header:
+    shape = tuple(int(n) for n in image.dataobj.shape)
     shape = shape[:3] if all(n == 1 for n in shape[3:]) else shape
     if len(shape) != 3:
         raise VolumeFormatError(
             f"{path}: {len(shape)} axes, shape {shape}; expected one volume of three. "
             "Split time points or channels into a file each (nibabel.four_to_three); give a single slice a third axis."
         )
-    if 0 in shape:
+    if min(shape) < 1:
         raise VolumeFormatError(f"{path}: empty, its shape is {shape}. Export it again or leave it out.")
-    dtype = proxy.dtype
+    dtype = image.dataobj.dtype
     if dtype.kind not in "buif":
         raise VolumeFormatError(
             f"{path}: voxels of type {dtype}; expected whole or real numbers. "
             "Convert colour and complex images to grey values first."
         )
-    num_bytes = dtype.itemsize * int(np.prod(shape, dtype=object))
-    if num_bytes > most_bytes:
-        raise VolumeFormatError(
-            f"{path}: its header says {num_bytes} bytes of voxels, shape {shape}; a file of {len(raw)} bytes cannot "
-            "hold them. It is cut short or damaged: copy it again."
-        )
-    affine, lost = _affine(path, header)
-    values = np.asanyarray(proxy.get_unscaled()).reshape(shape, order="F")
-    if len(stream.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
-        raise VolumeFormatError(f"{path}: goes on after the voxels that its header names. Export it again.")
-    return Scan(str(path), values, affine, source_of(raw), (float(proxy.slope), float(proxy.inter)), lost)
+    return _Header(shape, dtype)
 
 
-def _image_class(path: Path, start: bytes, stream: BinaryIO, num_bytes: int) -> Any:
+def _image_class(path: Path, stream: BinaryIO) -> Any:
     import nibabel
 
-    magic = stream.read(332)[-4:]  # of version 1, at byte 344
+    start = stream.read(348)
     stream.seek(0)
     if start[4:7] == b"n+2":
         return nibabel.Nifti2Image
-    if magic[:3] == b"n+1":
+    if start[344:347] == b"n+1":
         return nibabel.Nifti1Image
-    if magic[:3] == b"ni1" or start[4:7] == b"ni2":
+    if start[344:347] == b"ni1" or start[4:7] == b"ni2":
         raise VolumeFormatError(f"{path}: only the header of a .hdr/.img pair. Save the image as one .nii.gz file.")
-    raise VolumeFormatError(
-        f"{path}: no NIfTI file: {num_bytes} bytes without NIfTI's mark. Export it as .nii.gz, or leave it out."
-    )
+    raise VolumeFormatError(f"{path}: no NIfTI file, it lacks NIfTI's mark. Export it as .nii.gz, or leave it out.")
 
 
 def _affine(path: Path, header: Any) -> tuple[npt.NDArray[np.float64], str | None]:

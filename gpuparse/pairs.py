@@ -17,7 +17,7 @@ from typing import Any, Literal
 from gpuparse.errors import InputError
 from gpuparse.nifti import nifti_stem
 
-__all__ = ["Layout", "Pair", "detect_format", "find_pairs", "read_dataset_json"]
+__all__ = ["Layout", "Pair", "find_pairs", "folder_matches", "read_dataset_json"]
 
 _SPLIT_SUFFIX = {"train": "Tr", "test": "Ts"}
 _CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
@@ -57,17 +57,11 @@ class Pair:
     problem: str | None = None
 
 
-def detect_format(folder: str | os.PathLike[str]) -> str | None:
-    """What a dataset's folder holds, where its layout leaves no doubt: `nnunet`, `biomedparse`, or None.
-
-    Folders of DICOM files and loose NIfTI files do not say what is image and what label; they are named by hand.
-    """
-    folder = Path(folder)
-    if any((folder / f"images{suffix}").is_dir() for suffix in ("Tr", "Ts")):
-        return "nnunet"
-    if any(any((folder / split).glob("*.npz")) for split in _SPLIT_SUFFIX):
-        return "biomedparse"
-    return None
+def folder_matches(folder: Path, layout: Layout, split: str = "train") -> bool:
+    """Whether a folder holds cases of this layout itself."""
+    if layout.format == "nnunet":
+        return (folder / f"images{_SPLIT_SUFFIX.get(split, '')}").is_dir()
+    return bool(_matches(folder, layout.image_glob or "*", folders=layout.format == "dicom"))
 
 
 def find_pairs(folder: str | os.PathLike[str], layout: Layout, split: str = "train") -> list[Pair]:
@@ -92,9 +86,9 @@ def find_pairs(folder: str | os.PathLike[str], layout: Layout, split: str = "tra
                 f"{folder}: format nifti needs both globs; got image {layout.image_glob!r} and label "
                 f"{layout.label_glob!r}. Give for example --image-glob 'images/*.nii.gz' --label-glob 'masks/*.nii.gz'."
             )
-        images = {name: p for name, p in _matches(folder, layout.image_glob).items() if p.is_file()}
+        images = _matches(folder, layout.image_glob)
         return _paired(folder, layout.image_glob, images, _matches(folder, layout.label_glob), layout.label_glob)
-    cases = {name: p for name, p in _matches(folder, layout.image_glob or "*").items() if p.is_dir()}
+    cases = _matches(folder, layout.image_glob or "*", folders=True)
     if layout.label_glob is None:
         if not cases:
             raise InputError(f"{folder}: no folder in it. Expected a folder of DICOM files for each case.")
@@ -191,8 +185,11 @@ def _orphan(name: str, labels: Path, where: str) -> Pair:
     return Pair(name, labels, labels, f"{labels}: labels without an image in {where}. Add it, or leave them out.")
 
 
-def _matches(folder: Path, glob: str) -> dict[str, Path]:
-    """Case name -> path. The name is what `*` stands for; several parts are joined, repeated ones once."""
+def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Path]:
+    """Files (or folders) below `folder`, by case.
+
+    A case is called by what `*` stands for; several parts are joined, repeated ones once.
+    """
     parts = PurePosixPath(glob).parts
     if "*" not in glob or any(c in glob for c in "?[]") or "**" in glob or glob.startswith("/") or ".." in parts:
         raise InputError(
@@ -203,7 +200,8 @@ def _matches(folder: Path, glob: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(glob)):
         match = pattern.fullmatch(path.relative_to(folder).as_posix())
-        if match is None or path.name.startswith("."):
+        hidden = path.name.startswith(".") or path.suffix == ".zarr"  # a store may lie beside its sources
+        if match is None or hidden or path.is_dir() != folders:
             continue
         name = "_".join(dict.fromkeys(match.groups()))
         if name in found:

@@ -9,9 +9,7 @@ or front), S or I (head or feet). Affines map voxel indices (x, y, z) to millime
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,20 +18,18 @@ import numpy.typing as npt
 
 from gpuparse.errors import InputError, MissingDependencyError, VolumeFormatError
 from gpuparse.intensity import Window, to_uint8
-from gpuparse.volume import Volume, check_name, narrow_labels
+from gpuparse.source import SourceCase
+from gpuparse.volume import Volume, as_narrow_labels, check_name
 
 __all__ = [
     "STORED",
     "Scan",
-    "Source",
     "check_orientation",
     "import_format_package",
-    "join_sources",
     "lay_onto",
     "make_volume",
     "orientation_of",
     "reorient",
-    "source_of",
 ]
 
 STORED = "stored"
@@ -41,19 +37,6 @@ STORED = "stored"
 
 _GRID_TOLERANCE = 0.1  # voxels; headers hold float32 and rounded quaternions
 _OPPOSITES = ("LR", "PA", "SI")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files a scan came from.
-
-    Attributes:
-        sha256: Digest of their bytes.
-        num_bytes: Their size.
-    """
-
-    sha256: str
-    num_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +48,6 @@ class Scan:
         values: (x, y, z) stored values.
         affine: (4, 4) float64: voxel index (x, y, z) to millimetres along R, A, S. Where the orientation is not known,
             only the lengths of its columns mean something.
-        source: The files.
         rescale: Slope and intercept: intensity = stored value * slope + intercept.
         lost: Why the orientation is not known; None where it is.
     """
@@ -73,7 +55,6 @@ class Scan:
     what: str
     values: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
-    source: Source
     rescale: tuple[float, float] = (1.0, 0.0)
     lost: str | None = None
 
@@ -117,17 +98,6 @@ def check_orientation(text: str) -> str:
             f"orientation is {text!r}; expected 'stored' or three letters, one of each pair L/R, P/A, S/I, such as LPS."
         )
     return code
-
-
-def source_of(content: bytes) -> Source:
-    """The `Source` of one file's bytes."""
-    return Source(hashlib.sha256(content).hexdigest(), len(content))
-
-
-def join_sources(sources: Sequence[Source]) -> Source:
-    """Several files as one source: the digest of their digests, in the order given."""
-    digests = "\n".join(source.sha256 for source in sources)
-    return Source(hashlib.sha256(digests.encode()).hexdigest(), sum(source.num_bytes for source in sources))
 
 
 def orientation_of(affine: npt.NDArray[np.float64]) -> str:
@@ -196,11 +166,11 @@ def lay_onto(labels: Scan, image: Scan) -> Scan:
     return replace(labels, values=whole, affine=image.affine)
 
 
-def make_volume(name: str, image: Scan, labels: Scan, window: Window, orientation: str) -> Volume:
+def make_volume(case: SourceCase, image: Scan, labels: Scan, window: Window, orientation: str) -> Volume:
     """One case from an image and its labels.
 
     Args:
-        name: The case's name.
+        case: The case, for its name and the digest of its files.
         image: The intensities.
         labels: The ids, on the image's grid; their axes may be stored in another order or direction.
         window: How intensities become 0..255.
@@ -209,45 +179,44 @@ def make_volume(name: str, image: Scan, labels: Scan, window: Window, orientatio
     Raises:
         VolumeFormatError: The grids differ, the orientation is not known, or the values are not usable.
     """
-    check_name(name, f"{image.what}: case name")
+    check_name(case.name, f"{image.what}: case name")
     source_code = None if image.lost is not None else orientation_of(image.affine)
     code = source_code if orientation == STORED else orientation
+    if code is not None:
+        image = reorient(image, code)
+        if labels.lost is None or orientation != STORED:
+            labels = reorient(labels, code)
+    _check_grids(image, labels)
     grey, bounds = to_uint8(image.what, image.values, image.rescale, window)
-    turned = []
-    for scan in (replace(image, values=grey), replace(labels, values=_ids(labels))):
-        as_it_is = code is None or (orientation == STORED and scan.lost is not None)
-        turned.append(scan if as_it_is else reorient(scan, str(code)))
-    turned_image, turned_labels = turned
-    _check_grids(turned_image, turned_labels)
-    x, y, z = turned_image.spacing_mm
-    source = join_sources((image.source, labels.source))
+    x, y, z = image.spacing_mm
     origin: dict[str, Any] = {
         "orientation": code,
         "source_orientation": source_code,
-        "affine_ras_mm": None if code is None else [[float(v) for v in row] for row in turned_image.affine],
+        "affine_ras_mm": None if code is None else [[float(v) for v in row] for row in image.affine],
         "window": window.name,
         "window_bounds": list(bounds),
     }
     return Volume(
-        name=name,
-        image=np.ascontiguousarray(turned_image.values.T),
-        labels=np.ascontiguousarray(turned_labels.values.T),
+        name=case.name,
+        image=np.ascontiguousarray(grey.T),
+        labels=_ids(labels),
         spacing_mm=(z, y, x),
-        source_sha256=source.sha256,
-        source_bytes=source.num_bytes,
+        source_sha256=case.digest(),
+        source_bytes=case.num_bytes,
         origin=origin,
     )
 
 
 def _ids(labels: Scan) -> npt.NDArray[np.unsignedinteger[Any]]:
-    values = labels.values
+    """(z, y, x), in the narrowest type."""
+    values = labels.values.T
     if values.dtype.kind not in "buif":
         raise VolumeFormatError(
             f"{labels.what}: labels of type {values.dtype}; expected whole numbers. Save them as integers."
         )
     slope, intercept = labels.rescale
-    return narrow_labels(
-        labels.what, values if labels.rescale == (1.0, 0.0) else values * slope + intercept, "labels", keep_order=True
+    return as_narrow_labels(
+        labels.what, values if labels.rescale == (1.0, 0.0) else values * slope + intercept, "labels"
     )
 
 

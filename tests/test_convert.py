@@ -283,10 +283,10 @@ def test_an_output_that_cannot_be_written_is_named(write_case, data_dir, tmp_pat
 def test_too_little_memory_is_reported_with_the_file(write_case, data_dir, monkeypatch):
     write_case(np.zeros((3, 8, 8), np.uint8))
 
-    def exhausted(path):
+    def exhausted(path, max_bytes):
         raise MemoryError
 
-    monkeypatch.setattr("gpuparse.case.read_volume", exhausted)
+    monkeypatch.setattr("gpuparse.source.read_volume", exhausted)
     with pytest.raises(VolumeFormatError, match=r"case\.npz: not enough memory to convert it\. Use fewer jobs"):
         gpuparse.convert(data_dir)
 

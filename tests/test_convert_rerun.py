@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -72,10 +73,22 @@ def test_a_case_without_source_that_fits_no_more_is_reported(two_cases, data_dir
     assert "written with other settings, and there is no source to write it again" in report.failures[0].reason
 
 
-def test_a_source_that_was_touched_is_written_again(two_cases, data_dir):
+def test_a_source_that_was_touched_is_kept_and_one_with_other_bytes_is_not(two_cases, data_dir):
     path = data_dir / "DATA/train/a.npz"
     os.utime(path, ns=(0, 0))
-    assert states_of(data_dir)[0] == {"a": "written", "b": "kept"}
+    assert states_of(data_dir)[0] == {"a": "kept", "b": "kept"}
+    num_bytes = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    arrays["gts.npy"] = arrays["gts.npy"].replace(b"\x01" + bytes(7), b"\x02" + bytes(7))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in arrays.items():
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(data)
+    assert path.stat().st_size == num_bytes
+    states, store = states_of(data_dir)
+    assert states == {"a": "written", "b": "kept"}
+    assert voxels(store, "a", "labels/gts/0").max() == 2
 
 
 def test_a_case_whose_summary_is_damaged_is_written_again(two_cases, data_dir):

@@ -17,8 +17,10 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
+    ["npz"],
     ["volume", "prompts", "intensity"],
-    ["scan", "proposal"],
+    ["source", "proposal"],
+    ["scan"],
     ["nifti"],
     ["dicom", "pairs"],
     ["foreign"],
