@@ -11,8 +11,8 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import numpy.typing as npt
 from gpuparse.errors import VolumeFormatError
 from gpuparse.npz import NpzFile
 
-__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_uint8", "check_name", "declared_bytes", "read_volume"]
+__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_uint8", "check_name", "declared_bytes", "read_volume",
+           "too_large"]  # fmt: skip
 
 MAX_SIDE = 2**31 - 1
 MAX_VOLUME_BYTES = 16 << 30
@@ -42,6 +43,7 @@ class Volume:
         spacing_mm: Voxel size in millimetres, in array order (z, y, x).
         source_sha256: Digest of the file's bytes.
         source_bytes: Size of the file.
+        origin: How the source lay and what was done to it, JSON types only; recorded with the case. Empty for npz.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Volume:
     spacing_mm: tuple[float, float, float]
     source_sha256: str
     source_bytes: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_name(name: str, what: str) -> str:
@@ -97,7 +100,7 @@ def read_volume(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES)
     except OSError as error:
         raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
     if num_bytes > max_bytes + _SMALL_BYTES:
-        raise _too_large(path, "the file has", num_bytes, max_bytes)
+        raise too_large(path, "the file has", num_bytes, max_bytes)
     with _damage_reported(path, len(raw)):
         archive = NpzFile(raw)
         _check_members(path, archive, max_bytes)
@@ -180,10 +183,11 @@ def _check_members(path: Path, archive: NpzFile, max_bytes: int) -> None:
         )
     num_bytes = image.nbytes + labels.nbytes
     if num_bytes > max_bytes:
-        raise _too_large(path, f"imgs {image.shape} {image.dtype} and gts {labels.dtype} declare", num_bytes, max_bytes)
+        raise too_large(path, f"imgs {image.shape} {image.dtype} and gts {labels.dtype} declare", num_bytes, max_bytes)
 
 
-def _too_large(path: Path, what: str, num_bytes: int, max_bytes: int) -> VolumeFormatError:
+def too_large(path: Path, what: str, num_bytes: int, max_bytes: int) -> VolumeFormatError:
+    """The error for a source that declares more than `max_bytes`; `what` ends in a verb, such as `the file has`."""
     return VolumeFormatError(
         f"{path}: {what} {num_bytes / 2**30:.3g} GiB; expected at most {max_bytes / 2**30:.3g} GiB. "
         "If the volume is right, raise --max-volume-gib (max_volume_gib)."
@@ -238,11 +242,13 @@ def as_uint8(path: Path, image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(image.astype(np.uint8))
 
 
-def as_narrow_labels(path: Path, labels: npt.NDArray[Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
+def as_narrow_labels(
+    path: str | Path, labels: npt.NDArray[Any], what: str = "gts"
+) -> npt.NDArray[np.unsignedinteger[Any]]:
     """Label ids as contiguous uint8, uint16 or uint32, the narrowest that holds the largest.
 
     Raises:
-        VolumeFormatError: Ids are negative, fractional or above 2^32-1; the message begins with `path`.
+        VolumeFormatError: Ids are negative, fractional or above 2^32-1; the message begins with `path` and `what`.
     """
     if labels.dtype == np.uint8:
         return np.ascontiguousarray(labels)
@@ -251,13 +257,17 @@ def as_narrow_labels(path: Path, labels: npt.NDArray[Any]) -> npt.NDArray[np.uns
     low, high = labels.min(), labels.max()
     if low < 0:
         raise VolumeFormatError(
-            f"{path}: gts has negative ids (lowest {low}); expected 0 for background and positive ids. "
+            f"{path}: {what} has negative ids (lowest {low}); expected 0 for background and positive ids. "
             "Map ignored voxels to 0."
         )
     if not high <= 2**32 - 1:
-        raise VolumeFormatError(f"{path}: gts has ids up to {high}; expected at most 2^32-1. Renumber the instances.")
+        raise VolumeFormatError(
+            f"{path}: {what} has ids up to {high}; expected at most 2^32-1. Renumber the instances."
+        )
     if labels.dtype.kind == "f" and not bool(np.all(labels == np.floor(labels))):
-        raise VolumeFormatError(f"{path}: gts ({labels.dtype}) has fractional ids; expected whole numbers. Round them.")
+        raise VolumeFormatError(
+            f"{path}: {what} ({labels.dtype}) has fractional ids; expected whole numbers. Round them."
+        )
     width: type[np.unsignedinteger[Any]] = np.uint8 if high <= 255 else np.uint16 if high <= 65535 else np.uint32
     return np.ascontiguousarray(labels.astype(width))
 

@@ -18,8 +18,12 @@ TESTS = Path(__file__).parent
 LAYERS = [
     ["errors"],
     ["npz"],
-    ["volume", "prompts"],
-    ["source"],
+    ["volume", "prompts", "intensity"],
+    ["source", "proposal"],
+    ["scan"],
+    ["nifti"],
+    ["dicom", "pairs"],
+    ["foreign"],
     ["views"],
     ["store"],
     ["case", "splits"],
@@ -100,7 +104,7 @@ def test_importing_the_package_loads_no_heavy_library():
     # CuPy is not in the list: zarr imports it where it is installed.
     code = (
         "import sys, gpuparse, gpuparse.convert, gpuparse.read\n"
-        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra'}\n"
+        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'nibabel', 'pydicom'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
