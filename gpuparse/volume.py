@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import numpy.typing as npt
 from gpuparse.errors import VolumeFormatError
 from gpuparse.npz import NpzFile
 
-__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_uint8", "check_name", "declared_bytes", "read_volume",
-           "too_large"]  # fmt: skip
+__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_spacing_mm", "as_uint8", "check_name",
+           "declared_bytes", "read_arrays", "read_volume", "too_large"]  # fmt: skip
 
 MAX_SIDE = 2**31 - 1
 MAX_VOLUME_BYTES = 16 << 30
@@ -107,7 +107,7 @@ def read_volume(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES)
         # One after the other, so that the wide form of one is gone before the next is made.
         image = as_uint8(path, archive.read("imgs", max_bytes))
         labels = as_narrow_labels(path, archive.read("gts", max_bytes))
-        spacing_mm = _as_spacing_mm(path, archive.read("spacing", _SMALL_BYTES))
+        spacing_mm = as_spacing_mm(path, archive.read("spacing", _SMALL_BYTES))
     return Volume(
         name=name,
         image=image,
@@ -116,6 +116,48 @@ def read_volume(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES)
         source_sha256=hashlib.sha256(raw).hexdigest(),
         source_bytes=len(raw),
     )
+
+
+def read_arrays(
+    path: str | os.PathLike[str],
+    keys: Sequence[str],
+    optional: Sequence[str] = (),
+    max_bytes: int = MAX_VOLUME_BYTES,
+) -> dict[str, npt.NDArray[Any]]:
+    """Reads some arrays of an npz file that need not be a whole case; the others are not touched.
+
+    Args:
+        path: The file.
+        keys: Arrays that must be there. All but `spacing` have three axes.
+        optional: Arrays to read where the file has them.
+        max_bytes: The most bytes that one array may declare.
+
+    Returns:
+        Name -> the array as the file has it, perhaps read-only.
+
+    Raises:
+        VolumeFormatError: The file cannot be read, lacks an array, or holds what must not be read.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
+    with _damage_reported(path, len(raw)):
+        archive = NpzFile(raw)
+        missing = [key for key in keys if key not in archive.keys]
+        if missing:
+            raise VolumeFormatError(
+                f"{path}: no {', '.join(missing)} in it, only {', '.join(archive.keys) or 'nothing'}."
+            )
+        arrays = {}
+        for key in [*keys, *(key for key in optional if key in archive.keys)]:
+            header = archive.header(key)
+            _check_header(path, key, header.shape, header.dtype)
+            if header.nbytes > max_bytes:
+                raise too_large(path, f"{key} {header.shape} {header.dtype} declares", header.nbytes, max_bytes)
+            arrays[key] = archive.read(key, max_bytes)
+        return arrays
 
 
 def declared_bytes(path: str | os.PathLike[str]) -> int:
@@ -272,7 +314,12 @@ def as_narrow_labels(
     return np.ascontiguousarray(labels.astype(width))
 
 
-def _as_spacing_mm(path: Path, spacing: npt.NDArray[Any]) -> tuple[float, float, float]:
+def as_spacing_mm(path: Path, spacing: npt.NDArray[Any]) -> tuple[float, float, float]:
+    """Voxel size along z, y, x of an npz file's `spacing`, which is x, y, z.
+
+    Raises:
+        VolumeFormatError: It is not three positive numbers; the message begins with `path`.
+    """
     values = [float(v) for v in spacing.reshape(-1)]
     if len(values) != 3 or not all(math.isfinite(v) and v > 0 for v in values):
         raise VolumeFormatError(
