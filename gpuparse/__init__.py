@@ -20,11 +20,16 @@ from gpuparse.store import Store, open_store
 
 if TYPE_CHECKING:
     from gpuparse.dataset import SliceDataset
+    from gpuparse.evaluation.volumes import VolumeDataset
     from gpuparse.loader import DataLoader
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = {"DataLoader": "gpuparse.loader", "SliceDataset": "gpuparse.dataset"}
+_ON_DEMAND = {
+    "DataLoader": "gpuparse.loader",
+    "SliceDataset": "gpuparse.dataset",
+    "VolumeDataset": "gpuparse.evaluation.volumes",
+}
 
 __all__ = [
     "Augmentation",
@@ -33,6 +38,7 @@ __all__ = [
     "GpuparseError",
     "SliceDataset",
     "Store",
+    "VolumeDataset",
     "augment",
     "convert",
     "encode",

@@ -14,6 +14,7 @@ from rich.console import Console
 from gpuparse import __version__
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
+from gpuparse.cli.evaluate import evaluate_command
 from gpuparse.errors import GpuparseError
 
 __all__ = ["app", "main"]
@@ -58,3 +59,4 @@ def _root(
 # A new command: its module in this folder, and one line here.
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)
+app.command("evaluate")(evaluate_command)
