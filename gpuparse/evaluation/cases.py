@@ -204,8 +204,8 @@ def find_cases(
     if folder is None:
         raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
     dataset_dir = Path(os.path.abspath(folder)).parent
-    name = name or dataset_dir.name
-    entries = _Entries.load(prompts, name, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
+    called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
+    entries = _Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
     images = sorted(folder.glob("*.npz"))
     labels_dir = _labels_folder(folder)
     unlabelled = [path.name for path in images if labels_dir is not None and not (labels_dir / path.name).is_file()]
@@ -216,7 +216,7 @@ def find_cases(
             "Put a file of the same name there, or take the image out."
         )
     return CaseSet(
-        name,
+        called[0],
         tuple(
             NpzCase(
                 check_name(path.stem, f"{path}: case name"),
@@ -311,22 +311,23 @@ class _Entries:
 
     data: Mapping[str, Any]
     where: str
-    dataset: str
+    called: tuple[str, ...]  # what the dataset is called: as the user said, and as its folder is
 
     @classmethod
-    def load(cls, source: PromptSource, dataset: str, places: Sequence[Path]) -> _Entries:
+    def load(cls, source: PromptSource, called: tuple[str, ...], places: Sequence[Path]) -> _Entries:
         if isinstance(source, Mapping):
-            data = {dataset: source} if "instance_label" in source else source
-            return cls(data, "prompts", dataset)
+            data = {called[0]: source} if "instance_label" in source else source
+            return cls(data, "prompts", called)
         path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
-        return cls(load_class_prompts(path), str(path), dataset)
+        return cls(load_class_prompts(path), str(path), called)
 
     def of_case(self, case: str) -> ClassPrompts:
         fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
-        key = self.dataset if self.dataset in self.data else max(fitting, key=len, default=None)
+        by_dataset = next((name for name in self.called if name in self.data), None)
+        key = by_dataset or max(fitting, key=len, default=None)
         if key is None:
             raise InputError(
-                f"{self.where}: no entry for dataset {self.dataset!r}, nor one that case {case!r} begins with; it has "
+                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; it has "
                 f"{', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
             )
         return parse_class_prompts(self.data[key], f"{self.where}, {key!r}")
