@@ -144,7 +144,7 @@ def test_memory_for_600_slices_is_bounded_by_the_batch():
     prepared = PreparedVolume(volume_of((600, 40, 40)), size=128, num_threads=1)
     bound = prepared.device_bytes(4)
     assert bound == (5 * 4 + 4) * 128**2
-    expected = triplets(prepared.image())
+    expected = triplets(process_input(prepared.source, 128)[0])
     batches = prepared.slices(4)
     tracemalloc.start()
     try:

@@ -36,9 +36,7 @@ def test_every_kind_of_array_gives_the_same(shape, size):
     geometry = PreparedGeometry.of_shape(shape)
     prediction = np.random.default_rng(0).integers(0, 2**24, (2, shape[geometry.axis], size, size), dtype=np.int32)
     padding = [list(pair) for pair in geometry.pad_width]
-    expected = [
-        process_output(torch.from_numpy(p), padding, geometry.padded_size, geometry.axis) for p in prediction
-    ]
+    expected = [process_output(torch.from_numpy(p), padding, geometry.padded_size, geometry.axis) for p in prediction]
     assert np.array_equal(restore(prediction, geometry), expected)
     assert np.array_equal(restore(torch.from_numpy(prediction), geometry), expected)
     assert np.array_equal(restore(prediction[1], geometry), expected[1])

@@ -123,7 +123,11 @@ def test_batches_of_one_are_collated_as_the_references(tmp_path, num_workers):
 
 @pytest.mark.parametrize(
     ("ids", "dtype", "expected"),
-    [((0, 3, 255), np.uint8, torch.uint8), ((0, 256, 65535), np.uint16, torch.int32), ((0, 70000), np.int64, torch.int64)],
+    [
+        ((0, 3, 255), np.uint8, torch.uint8),
+        ((0, 256, 65535), np.uint16, torch.int32),
+        ((0, 70000), np.int64, torch.int64),
+    ],
 )
 def test_instance_ids_are_kept_unless_binarized(tmp_path, ids, dtype, expected):
     image, labels = random_case((3, 9, 8), ids=ids, dtype=dtype)
@@ -199,6 +203,12 @@ def test_folders_without_cases_or_prompts_are_refused(tmp_path):
     (tmp_path / "DATA/test_mask/b.npz").unlink()
     with pytest.raises(InputError, match=r"test_mask: no labels for 1 of 2 images of .*test \(b\.npz\)"):
         VolumeDataset(tmp_path / "DATA", prompts=PROMPTS)
+    shutil.rmtree(tmp_path / "DATA/test_mask")
+    with pytest.raises(InputError, match=r"test: no labels; expected them in test_mask/ or test_gt/ beside it"):
+        VolumeDataset(tmp_path / "DATA", prompts=PROMPTS)
+    (tmp_path / "DATA/test/a.npz").write_bytes(b"no zip")
+    with pytest.raises(VolumeFormatError, match=r"test/a\.npz: not a complete npz \(zip\) file of 6 bytes"):
+        VolumeDataset(tmp_path / "DATA", prompts=PROMPTS)[0]
     with pytest.raises(InputError, match=r"img_size is \(512, 256\); expected equal rows and columns"):
         VolumeDataset(tmp_path / "DATA", (512, 256))
 
@@ -225,7 +235,10 @@ def test_a_store_with_a_lost_or_damaged_shard_is_noticed(tmp_path):
     dataset = VolumeDataset(tmp_path / "DATA", (8, 8))
     shard = tmp_path / "DATA/test.zarr/cases/a/0/c/0/0/0"
     content = shard.read_bytes()
-    for damaged, message in ((content[:-1], r"has \d+ bytes; it was written with"), (None, "is missing; it was written")):
+    for damaged, message in (
+        (content[:-1], r"has \d+ bytes; it was written with"),
+        (None, "is missing; it was written"),
+    ):
         shard.unlink()
         if damaged is not None:
             shard.write_bytes(damaged)

@@ -80,7 +80,7 @@ def evaluate_command(
             datasets=list(dict.fromkeys(dataset)) if dataset else None,
             prompts=prompts,
             options=MetricOptions(tolerance_mm, min_iou, instances),  # type: ignore[arg-type]  # it checks them
-            missing=missing,
+            missing=missing,  # type: ignore[arg-type]
             num_jobs=jobs,
             on_case=on_case,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import ChunkCorruptError, InputError
+from gpuparse.npz import NpzFile
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, open_store, split_code
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
@@ -208,6 +210,11 @@ def find_cases(
     entries = _Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
     images = sorted(folder.glob("*.npz"))
     labels_dir = _labels_folder(folder)
+    if labels_dir is None and not _holds_labels(images[0]):
+        raise InputError(
+            f"{folder}: no labels; expected them in {folder.name}_mask/ or {folder.name}_gt/ beside it (gts/ beside "
+            "imgs/), or as gts in the image files."
+        )
     unlabelled = [path.name for path in images if labels_dir is not None and not (labels_dir / path.name).is_file()]
     if unlabelled:
         shown = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
@@ -305,6 +312,14 @@ def _labels_folder(images: Path) -> Path | None:
     return next((folder for folder in siblings if folder.is_dir()), None)
 
 
+def _holds_labels(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return "gts" in NpzFile(file).keys
+    except (OSError, zipfile.BadZipFile):
+        return True  # reading the case will say what is wrong with the file
+
+
 @dataclass(frozen=True)
 class _Entries:
     """Prompts by dataset, or by what the names of cases begin with."""
@@ -322,12 +337,12 @@ class _Entries:
         return cls(load_class_prompts(path), str(path), called)
 
     def of_case(self, case: str) -> ClassPrompts:
+        of_dataset = [name for name in self.called if name in self.data]
         fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
-        by_dataset = next((name for name in self.called if name in self.data), None)
-        key = by_dataset or max(fitting, key=len, default=None)
+        key = of_dataset[0] if of_dataset else max(fitting, key=len, default=None)
         if key is None:
             raise InputError(
-                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; it has "
-                f"{', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
+                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; "
+                f"it has {', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
             )
         return parse_class_prompts(self.data[key], f"{self.where}, {key!r}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from gpuparse.volume import as_narrow_labels, read_arrays
 
 __all__ = ["MissingPolicy", "evaluate", "find_prediction", "read_prediction"]
 
-MissingPolicy = str
+MissingPolicy = Literal["stop", "empty", "skip"]
 _MISSING = ("stop", "empty", "skip")
 
 
@@ -106,10 +106,7 @@ def _plan(
     jobs, absent = [], []
     for case_set in case_sets:
         own = pred_dir / case_set.name
-        if len(case_sets) > 1 or own.is_dir():
-            folder = own
-        else:
-            folder = pred_dir
+        folder = own if len(case_sets) > 1 or own.is_dir() else pred_dir
         for case in case_set.cases:
             prediction = find_prediction(folder, case.name)
             if prediction is None:
@@ -126,7 +123,7 @@ def _plan(
     return jobs, absent
 
 
-def _run_all(jobs: Sequence[_Job], num_jobs: int) -> Any:
+def _run_all(jobs: Sequence[_Job], num_jobs: int) -> Iterator[CaseScores]:
     if num_jobs == 1 or len(jobs) < 2:
         yield from map(_Job.run, jobs)
         return

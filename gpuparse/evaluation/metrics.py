@@ -215,7 +215,8 @@ def count_instances(
 def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Voxels of one id that touch with a face."""
     package = import_metric_package("cc3d")
-    components: npt.NDArray[Any] = package.connected_components(np.ascontiguousarray(ids), connectivity=6)
+    writable = np.require(ids, requirements=("C", "W"))  # cc3d takes no other, though it only reads
+    components: npt.NDArray[Any] = package.connected_components(writable, connectivity=6)
     return components
 
 
