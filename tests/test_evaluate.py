@@ -113,6 +113,19 @@ def test_one_dataset_with_predictions_beside_or_below(folders, tmp_path):
     assert evaluate(tmp_path / "nifti", data / "ORGANS").to_csv() == flat.to_csv()
 
 
+def test_a_set_of_cases_with_different_classes_is_reported_in_parts(tmp_path):
+    arrays = write_set(tmp_path / "test", "imgs", "gts", cases=("MR_1", "CT_1", "CT_2"), prompts=None)
+    for case, (_, labels) in arrays.items():
+        write_npz(tmp_path / "pred" / f"{case}.npz", labels)
+    prompts = {"CT": {"1": ["spleen"], "instance_label": 0}, "MR": {"1": ["tumour"], "2": ["x"], "instance_label": 1}}
+    report = evaluate(tmp_path / "pred", tmp_path / "test", prompts=prompts, options=MetricOptions(instances="ids"))
+    assert [(s.name, s.num_cases, [c.prompt for c in s.classes]) for s in report.datasets] == [
+        ("test/CT", 2, ["spleen"]),
+        ("test/MR", 1, ["tumour"]),
+    ]
+    assert [s.f1.num_cases for s in report.datasets] == [0, 1]
+
+
 def test_cases_without_a_prediction(folders):
     pred, data, _ = folders
     (pred / "ORGANS/a.npz").unlink()

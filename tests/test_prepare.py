@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch_oracle import process_input, triplets
 
 from gpuparse import kernels
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, MissingDependencyError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
 from gpuparse.evaluation.prepare import PreparedVolume, check_device, prepare_slices
 from gpuparse.evaluation.resampling import fixed_point_table, nearest_table
@@ -189,6 +190,9 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"device is 'cuda:1', but torch sees 1 CUDA devices\. Use 'cpu'"):
         check_device("cuda:1")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(MissingDependencyError, match=r"device is 'cuda', which needs CuPy: .*gpuparse\[cuda12\]"):
+        check_device("cuda")
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import gpuparse
 from gpuparse.errors import ChunkCorruptError, InputError, VolumeFormatError
 from gpuparse.evaluation import VolumeDataset, find_case_sets, find_cases, restore
 from gpuparse.splits import ValSplit
+from gpuparse.volume import read_arrays
 
 PROMPTS = {"2": ["liver", "the liver"], "1": "spleen", "10": ["aorta"], "instance_label": 0}
 KEYS = ["image", "labels", "text", "class_ids", "mask_file", "instance_label", "axis", "pad_width", "padded_size"]
@@ -227,6 +228,25 @@ def test_items_that_cannot_be_made_name_their_file(tmp_path):
     (tmp_path / "DATA/test_mask/a.npz").unlink()
     with pytest.raises(VolumeFormatError, match=r"test_mask/a\.npz: cannot be read: .*No such file"):
         dataset[0]
+
+
+def test_single_arrays_are_read_without_the_rest(tmp_path, trap):
+    path = tmp_path / "a.npz"
+    np.savez(
+        path, imgs=np.zeros((2, 3, 4), np.uint8), other=np.array(trap, dtype=object), gts=np.array(trap, dtype=object)
+    )
+    assert list(read_arrays(path, ["imgs"], ["spacing"])) == ["imgs"]
+    with pytest.raises(VolumeFormatError, match=r"a\.npz: gts holds pickled Python objects"):
+        read_arrays(path, ["imgs", "gts"])
+    with pytest.raises(VolumeFormatError, match=r"a\.npz: imgs \(2, 3, 4\) uint8 declares 2\.24e-08 GiB; expected at"):
+        read_arrays(path, ["imgs"], max_bytes=23)
+    assert not trap.path.exists()
+
+
+def test_the_package_has_no_other_names():
+    assert {"VolumeDataset", "restore"} <= set(dir(gpuparse.evaluation)) & set(gpuparse.evaluation.__all__)
+    with pytest.raises(AttributeError, match=r"module 'gpuparse\.evaluation' has no attribute 'nonsense'"):
+        gpuparse.evaluation.nonsense  # noqa: B018
 
 
 def test_a_store_with_a_lost_or_damaged_shard_is_noticed(tmp_path):

@@ -41,6 +41,10 @@ class EvaluationCase(Protocol):
         """Its classes."""
 
     @property
+    def group(self) -> str | None:
+        """The entry that its classes come from, where cases of one set have different ones; else None."""
+
+    @property
     def mask_file(self) -> str:
         """Where its labels lie."""
 
@@ -75,12 +79,14 @@ class NpzCase:
         prompts: Its classes.
         image_path: Holds `imgs`, and `spacing` unless the other file does.
         labels_path: Holds `gts`.
+        group: The entry that its classes come from, where it was found by the case's name.
     """
 
     name: str
     prompts: ClassPrompts
     image_path: Path
     labels_path: Path
+    group: str | None = None
 
     @property
     def mask_file(self) -> str:
@@ -128,6 +134,11 @@ class StoredCase:
     def prompts(self) -> ClassPrompts:
         """The store's classes."""
         return self.store.prompts
+
+    @property
+    def group(self) -> None:
+        """None: all cases of a store have its classes."""
+        return None
 
     @property
     def mask_file(self) -> str:
@@ -222,18 +233,12 @@ def find_cases(
             f"{labels_dir}: no labels for {len(unlabelled)} of {len(images)} images of {folder} ({shown}). "
             "Put a file of the same name there, or take the image out."
         )
-    return CaseSet(
-        called[0],
-        tuple(
-            NpzCase(
-                check_name(path.stem, f"{path}: case name"),
-                entries.of_case(path.stem),
-                path,
-                path if labels_dir is None else labels_dir / path.name,
-            )
-            for path in images
-        ),
-    )
+    cases = []
+    for path in images:
+        name, (case_prompts, group) = check_name(path.stem, f"{path}: case name"), entries.of_case(path.stem)
+        labels_path = path if labels_dir is None else labels_dir / path.name
+        cases.append(NpzCase(name, case_prompts, path, labels_path, group))
+    return CaseSet(called[0], tuple(cases))
 
 
 def find_case_sets(
@@ -336,7 +341,8 @@ class _Entries:
         path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
         return cls(load_class_prompts(path), str(path), called)
 
-    def of_case(self, case: str) -> ClassPrompts:
+    def of_case(self, case: str) -> tuple[ClassPrompts, str | None]:
+        """The case's classes, and the entry's key where it was found by the case's name."""
         of_dataset = [name for name in self.called if name in self.data]
         fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
         key = of_dataset[0] if of_dataset else max(fitting, key=len, default=None)
@@ -345,4 +351,4 @@ class _Entries:
                 f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; "
                 f"it has {', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
             )
-        return parse_class_prompts(self.data[key], f"{self.where}, {key!r}")
+        return parse_class_prompts(self.data[key], f"{self.where}, {key!r}"), None if of_dataset else key

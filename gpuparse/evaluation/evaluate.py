@@ -73,7 +73,8 @@ def evaluate(
         on_case: Called after each case with its scores and the number of all cases.
 
     Returns:
-        The scores, by dataset and case.
+        The scores, by dataset and case. A set whose cases have different classes is reported in parts, named
+        `<set>/<entry of the prompts>`.
 
     Raises:
         InputError: There are no cases or no prediction fits, or an argument is out of range.
@@ -94,8 +95,17 @@ def evaluate(
         scores.append(result)
         if on_case is not None:
             on_case(result, len(jobs))
-    names = {s.name: {i: p[0] for c in s.cases for i, p in sorted(c.prompts.classes.items())} for s in case_sets}
-    return EvaluationReport(options, tuple(scores), names, tuple(absent))
+    first_prompts = {
+        _reported_name(case_set, case): {i: texts[0] for i, texts in sorted(case.prompts.classes.items())}
+        for case_set in case_sets
+        for case in case_set.cases
+    }
+    return EvaluationReport(options, tuple(scores), first_prompts, tuple(absent))
+
+
+def _reported_name(case_set: CaseSet, case: EvaluationCase) -> str:
+    """Class 1 of one group is not class 1 of another: where a set has several, each is reported by itself."""
+    return case_set.name if case.group is None else f"{case_set.name}/{case.group}"
 
 
 def _plan(
@@ -110,9 +120,9 @@ def _plan(
         for case in case_set.cases:
             prediction = find_prediction(folder, case.name)
             if prediction is None:
-                absent.append((case_set.name, case.name))
+                absent.append((_reported_name(case_set, case), case.name))
             if prediction is not None or missing != "skip":
-                jobs.append(_Job(case_set.name, case, prediction, options))
+                jobs.append(_Job(_reported_name(case_set, case), case, prediction, options))
     if absent and (missing == "stop" or len(absent) == sum(len(s.cases) for s in case_sets)):
         shown = ", ".join("/".join(pair) for pair in absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise InputError(

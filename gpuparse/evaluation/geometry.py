@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpuparse.errors import InputError
-from gpuparse.views import ViewGeometry, view_geometry
+from gpuparse.views import view_geometry
 
 __all__ = ["PreparedGeometry", "evaluation_axis"]
 
@@ -53,7 +53,7 @@ class PreparedGeometry:
         >>> PreparedGeometry.of_shape((19, 551, 669)).pad_width
         ((0, 0), (59, 59), (0, 0))
         """
-        view = prepared_view(shape)
+        view = view_geometry(shape, evaluation_axis(shape), "corrected")
         below = view.padded_height - view.height - view.pad_top
         right = view.padded_width - view.width - view.pad_left
         return cls(view.axis, ((0, 0), (view.pad_top, below), (view.pad_left, right)), view.padded_height)
@@ -81,17 +81,6 @@ class PreparedGeometry:
             )
         above, below, left, right = padding[2:]
         return cls(axis, ((0, 0), (above, below), (left, right)), padded_size)
-
-    def restored_shape(self, num_slices: int) -> tuple[int, int, int]:
-        """Voxels along z, y, x of the volume that has `num_slices` slices in this geometry."""
-        shape = [self.padded_size - sum(pair) for pair in self.pad_width[1:]]
-        shape.insert(self.axis, num_slices)
-        return tuple(shape)  # type: ignore[return-value]
-
-
-def prepared_view(shape: Sequence[int]) -> ViewGeometry:
-    """The view that evaluation takes of a volume of `shape` voxels along z, y, x: one axis, padded exactly square."""
-    return view_geometry(shape, evaluation_axis(shape), "corrected")
 
 
 def _numbers(item: Mapping[str, Any], key: str, count: int) -> list[int]:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class EvaluationReport:
     options: MetricOptions
     cases: tuple[CaseScores, ...]
     prompts: Mapping[str, Mapping[int, str]]
-    missing: tuple[tuple[str, str], ...] = field(default=())
+    missing: tuple[tuple[str, str], ...] = ()
 
     @property
     def datasets(self) -> tuple[DatasetSummary, ...]:
