@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -156,6 +158,49 @@ def test_memory_for_600_slices_is_bounded_by_the_batch():
         tracemalloc.stop()
     assert peak < bound + 64 * 1024  # tables and small objects
     assert PreparedVolume(prepared.source, size=128, device="cuda").device_bytes(4) == bound + 5 * 40 * 40
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """A stand-in for a GPU: numpy under another name, so that slices take the way they take there; their sizes."""
+    sizes = []
+
+    @contextlib.contextmanager
+    def arrays_on(device):
+        def asarray(array):
+            assert array.flags.c_contiguous
+            sizes.append(array.nbytes)
+            return array.copy()
+
+        yield np if device == "cpu" else types.SimpleNamespace(empty=np.empty, asarray=asarray)
+
+    monkeypatch.setattr("gpuparse.evaluation.prepare._arrays_on", arrays_on)
+    return sizes
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 20, 21)], ids=str)
+def test_slices_sent_to_a_device_in_slabs_are_prepared_alike(shape, sent):
+    volume = volume_of(shape)
+    on_cpu = PreparedVolume(volume, size=32).image()
+    there = PreparedVolume(volume, size=32, device="cuda")
+    assert torch.equal(there.image(), on_cpu)
+    assert sum(sent) == volume.nbytes
+    assert max(sent) <= 32 * volume.nbytes // len(there)
+    assert torch.equal(torch.cat(list(there.slices(2))), triplets(on_cpu))
+
+
+def test_a_devices_memory_is_bounded_with_what_is_sent(sent):
+    there = PreparedVolume(volume_of((200, 96, 96)), size=64, device="cuda", num_threads=1)
+    batches = there.slices(3)
+    tracemalloc.start()
+    try:
+        for _ in range(len(there) // 3):
+            next(batches)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The stand-in's "device" holds a slab twice: as sent and as received.
+    assert peak < there.device_bytes(3) + 4 * 96 * 96 + 64 * 1024
 
 
 def test_the_axis_is_chosen_without_spacing():

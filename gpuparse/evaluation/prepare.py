@@ -211,12 +211,9 @@ class PreparedVolume:
         return moved
 
     def _triplets(self, window: Any, first: int, start: int, stop: int) -> torch.Tensor:
+        rows = np.array([channel_positions(position, len(self)) for position in range(start, stop)]) - first
         with _arrays_on(self.device) as xp:
-            batch = xp.empty((stop - start, 3, self.size, self.size), np.uint8)
-            for position in range(start, stop):
-                for channel, neighbour in enumerate(channel_positions(position, len(self))):
-                    batch[position - start, channel] = window[neighbour - first]
-            return _as_tensor(batch)
+            return _as_tensor(window[xp.asarray(rows)])
 
     def _prepare(self, xp: Any, start: int, stop: int, out: Any) -> None:
         slab, positions = self.source, range(start, stop)

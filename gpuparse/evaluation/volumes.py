@@ -42,7 +42,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         binarize: Instance labels become one class, as in the reference, which forgets the ids.
         device: Where images are prepared and returned: "cpu", "cuda" or "cuda:N". Labels stay on the CPU. A DataLoader
             over volumes on a GPU must have no workers.
-        num_threads: CPU threads per volume, None for all cores.
+        num_threads: CPU threads per volume; None for all cores, or one in a DataLoader's worker.
 
     Raises:
         InputError: There is no such test set, or an argument is out of range.
@@ -86,7 +86,9 @@ class VolumeDataset(Dataset[dict[str, Any]]):
 
     def volume(self, index: int) -> PreparedVolume:
         """One case's image, prepared when asked for: whole, or in batches of slices with bounded memory."""
-        return PreparedVolume(self._case(index).image(), self.img_size[0], self.device, self.num_threads)
+        # Workers of a DataLoader share the cores: one thread each, as torch has it there.
+        num_threads = 1 if self.num_threads is None and get_worker_info() is not None else self.num_threads
+        return PreparedVolume(self._case(index).image(), self.img_size[0], self.device, num_threads)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.device != "cpu" and get_worker_info() is not None:
