@@ -103,8 +103,7 @@ GP_FN void store_image(void *GP_RESTRICT out, int64_t element, const float *valu
       gp_stream(target, Bytes16{{gp_float_bits(values[0]), gp_float_bits(values[1]), gp_float_bits(values[2]),
                                  gp_float_bits(values[3])}});
     else
-      for (int32_t i = 0; i < 4; ++i)
-        if (i < count) target[i] = values[i];
+      GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = values[i];
     return;
   }
   uint16_t *target = (uint16_t *)out + element;
@@ -112,8 +111,7 @@ GP_FN void store_image(void *GP_RESTRICT out, int64_t element, const float *valu
     gp_stream(target, Bytes8{{image_bits16(values[0], image_type) | image_bits16(values[1], image_type) << 16,
                               image_bits16(values[2], image_type) | image_bits16(values[3], image_type) << 16}});
   else
-    for (int32_t i = 0; i < 4; ++i)
-      if (i < count) target[i] = (uint16_t)image_bits16(values[i], image_type);
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = (uint16_t)image_bits16(values[i], image_type);
 }
 
 GP_FN int64_t label_value(uint32_t id, int32_t mode, int32_t prompt_id) {
@@ -127,12 +125,11 @@ GP_FN void store_labels(void *GP_RESTRICT out, int64_t element, const int64_t *v
   if (label_type == kLabelsInt64) {
     int64_t *target = (int64_t *)out + element;
     if (wide)
-      for (int32_t i = 0; i < 4; i += 2)
-        gp_stream(target + i, Bytes16{{(uint32_t)values[i], (uint32_t)(values[i] >> 32), (uint32_t)values[i + 1],
-                                       (uint32_t)(values[i + 1] >> 32)}});
+      GP_UNROLL for (int32_t i = 0; i < 4; i += 2)
+          gp_stream(target + i, Bytes16{{(uint32_t)values[i], (uint32_t)(values[i] >> 32), (uint32_t)values[i + 1],
+                                         (uint32_t)(values[i + 1] >> 32)}});
     else
-      for (int32_t i = 0; i < 4; ++i)
-        if (i < count) target[i] = values[i];
+      GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = values[i];
     return;
   }
   uint8_t *target = (uint8_t *)out + element;
@@ -140,8 +137,7 @@ GP_FN void store_labels(void *GP_RESTRICT out, int64_t element, const int64_t *v
     gp_stream(target, Bytes4{{(uint32_t)(uint8_t)values[0] | (uint32_t)(uint8_t)values[1] << 8 |
                               (uint32_t)(uint8_t)values[2] << 16 | (uint32_t)(uint8_t)values[3] << 24}});
   else
-    for (int32_t i = 0; i < 4; ++i)
-      if (i < count) target[i] = (uint8_t)values[i];
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = (uint8_t)values[i];
 }
 
 // Where a pixel of all channels comes from, after geometry: one pixel of the encoded slice, or the four around a point
@@ -162,7 +158,7 @@ GP_FN PixelSource find_source(const AugmentParams &params, const int32_t *crop_t
   }
   const int64_t row_entry = (int64_t)crop_table[0] * tables.length + y;
   const int64_t column_entry = (int64_t)crop_table[1] * tables.length + x;
-  for (int32_t j = 0; j < 4; ++j) {
+  GP_UNROLL for (int32_t j = 0; j < 4; ++j) {
     const int32_t down = j >> 1, right = j & 1;
     const int32_t region_y = params.crop_top + gp_min(tables.linear_index[row_entry] + down, params.crop_height - 1);
     const int32_t region_x = params.crop_left +
@@ -241,16 +237,16 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
   const Plane plane = label_planes[sample];
   int32_t y = first / width;
   int32_t x = first - y * width;
-  for (int32_t i = 0; i < 4; ++i) {
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
     const PixelSource source = find_source(params, crop_table, tables, height, width, y, x);
-    for (int32_t channel = 0; channel < 3; ++channel)
-      values[channel][i] = geometric_pixel(images + (sample * 3 + channel) * num_pixels, params, source);
+    GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel)
+        values[channel][i] = geometric_pixel(images + (sample * 3 + channel) * num_pixels, params, source);
     ids[i] = geometric_label(arena, blocks, plane, nearest, nearest_length, params, crop_table, tables, height, width,
                              y, x);
     if (i + 1 >= count) continue;  // behind the image's end: the last pixel again, not stored
     if (++x == width) x = 0, ++y;
   }
-  for (int32_t channel = 0; channel < 3; ++channel) {
+  GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) {
     const int32_t target = params.swap && channel ? 3 - channel : channel;
     float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (params.noise_mode) {
@@ -260,7 +256,7 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
       const NormalPair b = gp_normal_pair(words.w2, words.w3);
       normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
     }
-    for (int32_t i = 0; i < 4; ++i) {
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
       float value = gp_add(values[channel][i], params.shift);
       if (params.noise_mode) value = add_noise(value, normals[i], params);
       if (params.salt_threshold) value = salt_or(value, salt[i], params.salt_threshold);
@@ -270,8 +266,8 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
   }
   for (int32_t prompt = 0; prompt < num_prompts; ++prompt) {
     int64_t labels[4];
-    for (int32_t i = 0; i < 4; ++i)
-      labels[i] = label_value(ids[i], label_modes[sample], prompt_ids[sample * num_prompts + prompt]);
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i)
+        labels[i] = label_value(ids[i], label_modes[sample], prompt_ids[sample * num_prompts + prompt]);
     store_labels(out_labels, (sample * num_prompts + prompt) * num_pixels + first, labels, count, wide, label_type);
   }
 }

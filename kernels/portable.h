@@ -15,12 +15,14 @@ typedef int int32_t;
 typedef long long int64_t;
 #define GP_FN static __host__ __device__ __forceinline__
 #define GP_RESTRICT __restrict__
+#define GP_UNROLL _Pragma("unroll")  // arrays stay in registers only where their indices are known
 #else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #define GP_FN static inline __attribute__((always_inline))
 #define GP_RESTRICT __restrict__
+#define GP_UNROLL
 #endif
 
 #if defined(__CUDA_ARCH__)
