@@ -1,6 +1,7 @@
-"""What the Lightning tests train, and the script that test_lightning_ddp.py runs: `lightning_training.py SETTINGS.json`.
+"""What the Lightning tests train, and the script that test_lightning_ddp.py runs with the path of its settings.
 
-Lightning starts the script again for its other ranks.
+As a script it trains on two ranks, then resumes from a checkpoint of the first run. Lightning forks the ranks, so that
+what takes long to import is imported once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import ConcatDataset, Subset
 
-from gpuparse import SliceDataset
+from gpuparse import DataLoader, SliceDataset
 from gpuparse.integrations.lightning import GpuparseDataModule
 
 QUIET = {
@@ -23,6 +24,7 @@ QUIET = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
 }
 
 
@@ -57,7 +59,7 @@ class SaveAlways(Callback):
         self.saved = []  # (hook, path, number of batches)
 
     def save(self, trainer, model, hook):
-        path = str(self.folder / f"{len(self.saved)}.ckpt")
+        path = str(self.folder / f"{hook} {len(model.trained)}.ckpt")
         trainer.save_checkpoint(path)
         self.saved.append((hook, path, len(model.trained)))
 
@@ -90,28 +92,47 @@ def make_data(stores):
     }
 
 
+class WriteDown(Callback):
+    """Writes what each rank saw into a file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_fit_end(self, trainer, model):
+        loaders = (trainer.train_dataloader, *trainer.val_dataloaders)
+        facts = {
+            "world_size": trainer.world_size,
+            "num_batches": trainer.num_training_batches,
+            "loaders": [isinstance(loader, DataLoader) for loader in loaders],
+            "samplers": [hasattr(loader, "sampler") for loader in loaders],
+            "trained": model.trained,
+            "validated": model.validated,
+            "state": loaders[0].state_dict(),
+        }
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))
+
+
+def train_two_ranks(settings, folder, checkpoint=None):
+    folder.mkdir()
+    # Functions, so that no store is opened before the fork.
+    parts = [lambda: make_data(settings["stores"])["val"][0], lambda: make_data(settings["stores"])["val"][1]]
+    options = {"batch_size": settings["batch_size"], "seed": 7, "num_threads": 1}
+    datamodule = GpuparseDataModule(lambda: make_data(settings["stores"])["train"], parts, options=options)
+    trainer = Trainer(
+        **{**QUIET, "devices": 2, "strategy": "ddp_fork"},
+        max_epochs=2,
+        callbacks=[SaveAlways(folder), WriteDown(folder)],
+    )
+    trainer.fit(Recorder(), datamodule, ckpt_path=checkpoint)
+
+
 def main(settings):
+    import nvidia.dali.fn  # noqa: F401  # once, not once per rank; importing it is not using it
+
     torch.set_num_threads(1)
-    model = Recorder()
-    data = make_data(settings["stores"])
-    datamodule = GpuparseDataModule(**data, options={"batch_size": settings["batch_size"], "seed": 7, "num_threads": 1})
     folder = Path(settings["out"])
-    folder.mkdir(exist_ok=True)
-    save = SaveAlways(folder)
-    trainer = Trainer(**{**QUIET, "devices": 2}, strategy="ddp", max_epochs=2, num_sanity_val_steps=0, callbacks=[save])
-    trainer.fit(model, datamodule, ckpt_path=settings["resume"])
-    loader = trainer.train_dataloader
-    facts = {
-        "world_size": trainer.world_size,
-        "num_batches": trainer.num_training_batches,
-        "loaders": [type(found).__mro__[-2].__name__ for found in (loader, *trainer.val_dataloaders)],
-        "samplers": [hasattr(found, "sampler") for found in (loader, *trainer.val_dataloaders)],
-        "trained": model.trained,
-        "validated": model.validated,
-        "saved": save.saved,
-        "state": loader.state_dict(),
-    }
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(facts))
+    train_two_ranks(settings, folder / "whole")
+    train_two_ranks(settings, folder / "resumed", str(folder / "whole" / settings["checkpoint"]))
 
 
 if __name__ == "__main__":

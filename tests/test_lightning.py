@@ -140,36 +140,46 @@ def test_the_device_is_the_trainers_and_without_a_trainer_the_loader_is_a_plain_
 
 # Resuming.
 
+# Options of a run, and the places to resume from: hook and number of batches trained on by then.
 MODES = {
-    "whole epochs": {"max_epochs": 2},
-    "limited": {"max_epochs": 2, "limit_train_batches": 4, "val_check_interval": 3},
-    "steps": {"max_epochs": -1, "max_steps": 14},
+    "whole epochs": (
+        {"max_epochs": 2},
+        [
+            ("batch end", 1),
+            ("batch end", 6),
+            ("batch end", 8),
+            ("validation end", 6),
+            ("epoch end", 6),
+            ("in a step", 8),
+        ],
+    ),
+    "limited": (
+        {"max_epochs": 2, "limit_train_batches": 4, "val_check_interval": 3},
+        [("batch end", 4), ("validation end", 7), ("epoch end", 4), ("in a step", 0), ("in a step", 6)],
+    ),
+    "steps": (
+        {"max_epochs": -1, "max_steps": 8, "limit_val_batches": 0},
+        [("batch end", 6), ("epoch end", 6), ("in a step", 7)],
+    ),
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_resumed_from_any_checkpoint_trains_on_what_the_undisturbed_run_does(data, mode, tmp_path):
-    options = MODES[mode]
+    options, places = MODES[mode]
     whole, save = Recorder(), SaveAlways(tmp_path)
     fit(whole, data, callbacks=[save], **options)
     checkpoints = {(hook, num_trained): path for hook, path, num_trained in save.saved}
     # In the middle of a step, the batch that was taken has not been trained on.
-    for number, place in enumerate([(0, 0), (1, 2)]):
-        (tmp_path / f"failed{number}").mkdir()
-        failing, save = Recorder(fail_at=place), SaveAlways(tmp_path / f"failed{number}")
+    for num_trained in [count for hook, count in places if hook == "in a step"]:
+        epoch, number, _ = whole.trained[num_trained]
+        (tmp_path / str(num_trained)).mkdir()
+        save = SaveAlways(tmp_path / str(num_trained))
         with pytest.raises(RuntimeError, match="failed on purpose"):
-            fit(failing, data, callbacks=[save], **options)
-        hook, path, num_trained = save.saved[-1]
-        assert hook == "in a step"
-        checkpoints[hook, num_trained] = path
-    per_epoch = options.get("limit_train_batches", NUM_BATCHES)
-    chosen = [
-        place
-        for place in checkpoints
-        if place[0] != "batch end" or place[1] in (1, 3, per_epoch, per_epoch + 2, len(whole.trained))
-    ]
-    assert {hook for hook, _ in chosen} == {"batch end", "validation end", "epoch end", "in a step"}
-    for hook, num_trained in chosen:
+            fit(Recorder(fail_at=(epoch, number)), data, callbacks=[save], **options)
+        checkpoints["in a step", num_trained] = save.saved[-1][1]
+        assert save.saved[-1][::2] == ("in a step", num_trained)
+    for hook, num_trained in places:
         model = Recorder()
         trainer = fit(model, data, checkpoints[hook, num_trained], **options)
         assert model.trained == whole.trained[num_trained:], (hook, num_trained)
@@ -187,7 +197,7 @@ def test_a_loader_without_the_data_module_resumes_too(data, epochs, tmp_path, ho
 
     trained, saved = train()
     assert trained == expected(epochs[:2])
-    path, num_trained = [(path, n) for found, path, n in saved if found == hook and n in (NUM_BATCHES, 8)][0]
+    path, num_trained = next((path, n) for found, path, n in saved if found == hook and n in (NUM_BATCHES, 8))
     assert train(path)[0] == trained[num_trained:]
 
 
