@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from gpuparse.integrations.lightning import GpuparseDataModule, LoaderReportCall
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 OPTIONS = {"batch_size": 4, "seed": 7, "num_threads": 1}
 NUM_BATCHES = 6
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +270,20 @@ def test_the_callback_refuses_other_loaders_and_steps_below_1(data):
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[LoaderReportCallback()])
     with pytest.raises(InputError, match=r"training loader is DataLoader; expected gpuparse\.DataLoader"):
         trainer.fit(Recorder(), TorchDataLoader(data["train"], 4))
+
+
+def test_the_page_on_lightning_runs_as_it_stands(report, sample_stores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpuparse-demo").mkdir()
+    (tmp_path / "gpuparse-demo" / "stores").symlink_to(sample_stores["SAMPLE_CT"].parents[1])
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "lightning.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    trainer = names["trainer"]
+    assert (trainer.current_epoch, trainer.global_step) == (2, 10)
+    state = trainer.train_dataloader.state_dict()
+    assert (state["epoch"], state["position"]) == (1, 5 * 8)
+    assert "loader/num_batches" in Path(trainer.logger.log_dir, "metrics.csv").read_text()
 
 
 # Refusals.
