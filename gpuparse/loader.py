@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -158,6 +159,11 @@ class DataLoader:
     def epoch(self) -> int:
         """The epoch that the next iteration runs, or the one under way."""
         return self._epoch
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Where Lightning's loops look for `sampler.set_epoch`: the epoch that they count becomes this loader's."""
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration run epoch `epoch`: from its start, or from where a loaded state stands in it."""
