@@ -25,6 +25,7 @@ LAYERS = [
     ["convert"],
     ["plan"],
     ["sampling", "order"],
+    ["check"],
     ["read"],
     ["kernels"],
     ["encode"],
