@@ -84,7 +84,7 @@ _CATALOGUE = (
         "GP408",
         "error",
         "label id without a prompt",
-        "Add prompts, or set the voxels to 0; instances: instance_label 1.",
+        "Add prompts, set the voxels to 0, or set instance_label to 1 if the ids number instances.",
     ),
     # Datasets as a whole.
     Rule("GP501", "warning", "class is never present", "Check the class ids of the masks, or remove the class."),

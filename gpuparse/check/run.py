@@ -150,9 +150,9 @@ def _run(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
                 yield outcome
         except BrokenProcessPool:
             # Which case it was cannot be told: those that were under way go on alone, the rest side by side again.
-            for task in tasks[num_done : num_done + 2 * num_jobs]:
+            for outcome in _run_one_by_one(tasks[num_done : num_done + 2 * num_jobs]):
                 num_done += 1
-                yield _run_alone(task)
+                yield outcome
 
 
 def _run_side_by_side(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
@@ -172,14 +172,20 @@ def _run_side_by_side(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[Case
                 future.cancel()
 
 
-def _run_alone(task: CaseTask) -> CaseOutcome:
-    """Checks a case in a process of its own, after some case has made the system kill one."""
-    with _pool(1) as pool:
-        try:
-            return pool.submit(check_case, task).result()
-        except BrokenProcessPool:
-            found = "the process was killed, most likely because memory ran out."
-            return CaseOutcome(task, (task.place.finding("GP901", found),))
+def _run_one_by_one(tasks: Sequence[CaseTask]) -> Iterator[CaseOutcome]:
+    """Checks cases in one process at a time, so that it is known which case makes the system kill it."""
+    remaining = deque(tasks)
+    while remaining:
+        with _pool(1) as pool:
+            try:
+                while remaining:
+                    outcome = pool.submit(check_case, remaining[0]).result()
+                    remaining.popleft()
+                    yield outcome
+            except BrokenProcessPool:
+                task = remaining.popleft()
+                found = "the process was killed, most likely because memory ran out."
+                yield CaseOutcome(task, (task.place.finding("GP901", found),))
 
 
 def _pool(num_jobs: int) -> concurrent.futures.ProcessPoolExecutor:

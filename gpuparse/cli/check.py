@@ -133,10 +133,11 @@ def _findings_table(findings: tuple[Finding, ...]) -> Table:
     for finding in findings:
         shown[finding.code] += 1
         if shown[finding.code] <= _MAX_ROWS:
-            where = " / ".join(filter(None, (finding.dataset, finding.case))) or finding.path
             found = f"{RULES[finding.code].title}: {finding.found}"
             severity = Text(finding.severity, style=_STYLES[finding.severity])
-            table.add_row(severity, finding.code, Text(where), Text(found), Text(finding.remedy))
+            table.add_row(
+                severity, finding.code, Text(finding.path, overflow="fold"), Text(found), Text(finding.remedy)
+            )
     for code, count in shown.items():
         if count > _MAX_ROWS:
             table.add_row("", code, "", f"... and {count - _MAX_ROWS} more; --json lists all.", "")
