@@ -1,7 +1,7 @@
 """One store: its attributes and slice index; and one case of it: metadata, chunks, and whether the index tells true.
 
-Exceptions of every type are caught here: what JSON, zarr-python and numpy raise at damaged metadata has no end, and each
-becomes a finding.
+Exceptions of every type are caught here: what JSON, zarr-python and numpy raise at damaged metadata has no end, and
+each becomes a finding.
 """
 
 from __future__ import annotations
