@@ -219,6 +219,22 @@ def test_paths_may_point_anywhere_into_the_layout(write_case, data_dir, monkeypa
     assert [finding.case for finding in gpuparse.check("case.npz").findings if finding.code == "GP408"] == ["case"]
 
 
+def test_a_folder_that_cannot_be_read_is_a_finding_or_refused(write_case, data_dir, monkeypatch):
+    write_case(good_image(), good_labels())
+    write_case(good_image(seed=1), good_labels(), dataset="LOCKED")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "LOCKED" and access(path, mode))
+    report = gpuparse.check(data_dir)
+    assert [(f.code, f.path) for f in report.findings] == [("GP101", str(data_dir / "LOCKED"))]
+
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(type(data_dir), "iterdir", refuse)
+    with pytest.raises(InputError, match=r"cannot be read: not yours\. Check permissions and mounts"):
+        gpuparse.check(data_dir)
+
+
 def test_datasets_and_codes_can_be_chosen(write_case, data_dir):
     write_case(good_image(), good_labels(), dataset="A")
     write_case(good_image(seed=1), dataset="B")

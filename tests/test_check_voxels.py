@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from checking import codes, found, good_image, good_labels
+from scipy import ndimage
 
 import gpuparse
 from gpuparse.check.pieces import scattered_ids
@@ -176,6 +179,38 @@ def test_pieces_count_only_where_they_are_large_and_far():
     labels[15:19, 30:34, 2:6] = 2
     assert scattered_ids(labels, (1, 1, 1)) == {1: 2}
     assert scattered_ids(np.zeros((2, 2, 2), np.uint8), (1, 1, 1)) == {}
+
+
+def scattered_by_scipy(labels: np.ndarray) -> dict[int, int]:
+    """The same rule, one id at a time."""
+    scattered = {}
+    for number in np.unique(labels[labels > 0]).tolist():
+        pieces, _ = ndimage.label(labels == number, np.ones((3, 3, 3)))
+        sizes = np.bincount(pieces.ravel())[1:]
+        boxes = ndimage.find_objects(pieces)
+        largest = int(np.argmax(sizes))
+        longest = max(s.stop - s.start for s in boxes[largest])
+        num_far = 0
+        for size, box in zip(sizes, boxes, strict=True):
+            gap = max(max(a.start - b.stop, b.start - a.stop) for a, b in zip(box, boxes[largest], strict=True))
+            num_far += size >= max(4, 0.1 * sizes[largest]) and gap > longest
+        if num_far:
+            scattered[number] = int(num_far) + 1
+    return scattered
+
+
+@hypothesis.given(
+    st.lists(st.tuples(*[st.integers(0, 27)] * 3, st.integers(1, 3), *[st.integers(1, 4)] * 3), min_size=1, max_size=12)
+)
+def test_pieces_agree_with_scipy(boxes):
+    labels = np.zeros((28, 28, 28), np.uint16)
+    for z, y, x, number, depth, height, width in boxes:
+        labels[z : z + depth, y : y + height, x : x + width] = number
+    # Of two largest pieces either may be taken as the first, so only clear cases are compared.
+    for number in np.unique(labels[labels > 0]).tolist():
+        sizes = np.sort(np.bincount(ndimage.label(labels == number, np.ones((3, 3, 3)))[0].ravel())[1:])
+        hypothesis.assume(len(sizes) < 2 or sizes[-1] > sizes[-2])
+    assert scattered_ids(labels, (1, 1, 1)) == scattered_by_scipy(labels)
 
 
 # Prompts

@@ -99,6 +99,9 @@ def _plan_source(
     number: int, target: Target, limit: int, mirroring: bool, prompt_files: dict[str, Any]
 ) -> tuple[list[CaseTask], list[Finding]]:
     """The files of a folder as tasks; the prompts are checked once for all of them."""
+    if not target.files:
+        folder = target.path.parent
+        return [], [Place(str(folder), target.name).finding("GP101", "the folder cannot be read.")]
     where = str(target.prompts_path)
     place = Place(where, target.name)
     findings: list[Finding] = []

@@ -25,7 +25,7 @@ class Target:
         name: The dataset.
         split: The folder `train`, or the store's name without `.zarr`.
         path: The folder or the store.
-        files: Source files, sorted; empty for stores.
+        files: Source files, sorted; empty for stores, and for folders that cannot be read.
         prompts_path: Where the prompts of source files are expected.
     """
 
@@ -54,7 +54,10 @@ def find_targets(
         raise InputError("no path to check; expected a data folder, a store, or an npz file.")
     found: dict[Path, Target] = {}
     for path in map(Path, paths):
-        targets = _targets_of(path, splits)
+        try:
+            targets = _targets_of(path, splits)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error}. Check permissions and mounts.") from error
         if not targets:
             raise InputError(
                 f"{path}: nothing to check in it; expected npz files in DATASETn/{'|'.join(splits)}/, or .zarr stores. "
@@ -88,8 +91,8 @@ def _targets_of(path: Path, splits: Sequence[str]) -> list[Target]:
 
 
 def _dataset_targets(folder: Path, splits: Sequence[str]) -> list[Target]:
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"{folder}: the folder cannot be read. Check its permissions.")
+    if not os.access(folder, os.R_OK | os.X_OK):  # nothing can be said of it, which is a finding
+        return [_source(folder / splits[0], ())]
     sources = [_source(folder / split, files) for split in splits if (files := _npz_files(folder / split))]
     return sources + [_store(path) for path in sorted(folder.glob("[!.]*.zarr")) if _is_store(path)]
 
