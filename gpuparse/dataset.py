@@ -18,9 +18,11 @@ from torch.utils.data import Dataset
 
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.gather import SliceKey
+from gpuparse.pack import pack
 from gpuparse.plan import check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
-from gpuparse.read import ChunkReader, SliceKey
+from gpuparse.read import ChunkReader
 from gpuparse.render import Samples, render_on_host
 from gpuparse.sampling import (
     Augmentation,
@@ -132,6 +134,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
         """The epoch that items are drawn for."""
         return int(self._epoch[0])
 
+    @property
+    def case_numbers(self) -> npt.NDArray[np.int32]:
+        """The cases of the store that this dataset's slices are from, ascending."""
+        cases: npt.NDArray[np.int32] = np.unique(self.store.slices.case[self._rows])
+        return cases
+
     def set_epoch(self, epoch: int) -> None:
         """Makes items draw the prompts and the augmentation of another epoch."""
         self._epoch[0] = epoch
@@ -141,8 +149,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for {self!r}.")
         samples = self.describe(np.array([index % length]), self.epoch)
-        slices = self._reader.fetch(samples.keys, self.img_size)
-        rendered = render_on_host(samples.params, samples.labels, slices, self.img_size, OutputTypes())
+        packed = pack(self._reader, samples.keys, samples.params, samples.labels, self.img_size, OutputTypes())
+        rendered = render_on_host(packed, self.img_size, OutputTypes())
         return {
             "image": torch.from_numpy(rendered.image[0]),
             "labels": torch.from_numpy(rendered.labels[0]),

@@ -53,6 +53,15 @@ GP_FN float gp_bits_float(uint32_t a) {
 }
 #endif
 
+// What one memory instruction of a GPU moves at most; addresses are multiples of its size.
+#ifdef GPUPARSE_DEVICE
+struct alignas(16) Bytes16 {
+#else
+struct __attribute__((may_alias, aligned(16))) Bytes16 {
+#endif
+  uint32_t words[4];
+};
+
 GP_FN int32_t gp_min(int32_t a, int32_t b) { return a < b ? a : b; }
 GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
 

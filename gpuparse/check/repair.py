@@ -175,7 +175,7 @@ def _unsettle(path: Path, saved: dict[Path, bytes]) -> None:
     try:
         content = path.read_bytes()
         metadata = json.loads(content)
-        metadata["attributes"]["gpuparse"]["settings"] = None
+        metadata["attributes"]["gpuparse"]["settings"] = {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return  # what cannot be read is not taken for finished either
     saved[path] = content

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Finding, Place
@@ -98,6 +97,8 @@ def read_case(
         Image and labels, (z, y, x), None where they are damaged, and the findings.
     """
     case = store.cases[number]
+    import zarr  # takes most of the time that importing gpuparse.check would take
+
     try:
         findings = _check_summary(place, store.case_path(number), case)
         layouts = [store.layout(number, array_path) for array_path in (IMAGE_PATH, LABELS_PATH)]
