@@ -175,7 +175,10 @@ def test_pieces_count_only_where_they_are_large_and_far():
     assert scattered_ids(labels, (1, 1, 1)) == {}
     labels[2:6, 2:6, 30:34] = 1
     assert scattered_ids(labels, (1, 1, 1)) == {1: 2}
+    labels.setflags(write=False)
+    assert scattered_ids(labels, (1, 1, 1)) == {1: 2}
     assert scattered_ids(labels, (10, 1, 1)) == {}  # 40 mm long along z, and nothing lies 40 mm away
+    labels = labels.copy()
     labels[15:19, 30:34, 2:6] = 2
     assert scattered_ids(labels, (1, 1, 1)) == {1: 2}
     assert scattered_ids(np.zeros((2, 2, 2), np.uint8), (1, 1, 1)) == {}

@@ -58,7 +58,8 @@ def scattered_ids(labels: npt.NDArray[Any], spacing_mm: Sequence[float]) -> dict
 
     if not labels.any():
         return {}
-    components, num_components = cc3d.connected_components(labels, connectivity=26, return_N=True)
+    writable = np.require(labels, requirements=["C", "W"])  # cc3d takes no other arrays, though it writes to none
+    components, num_components = cc3d.connected_components(writable, connectivity=26, return_N=True)
     if num_components == len(np.unique(labels[labels > 0])):
         return {}
     statistics = cc3d.statistics(components, no_slice_conversion=True)

@@ -7,11 +7,12 @@ the old index until the new one is published.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +122,12 @@ class _Repair:
                 left.append((path, reason))
         if not sources or (not broken and left):
             return [], left
-        self._convert({name: Path(paths[name]) for name in sources}, sources, overwrite=not broken)
-        return [paths[name] for name in sources] if broken else [str(self.store.path)], left
+        with _linked(self.store, sources) as data_dir:
+            if broken:
+                self._convert_cases(data_dir, [Path(paths[name]) for name in sources])
+                return [paths[name] for name in sources], left
+            self._convert_store(data_dir)
+            return [str(self.store.path)], left
 
     def _all_cases(self) -> dict[str, str]:
         found = {}
@@ -143,31 +148,43 @@ class _Repair:
         errors = [str(finding) for finding in outcome.findings if finding.severity == "error"]
         return (None, "its source is bad itself: " + " ".join(errors)) if errors else (file, "")
 
-    def _convert(self, folders: dict[str, Path], sources: dict[str, Path], *, overwrite: bool) -> None:
+    def _convert_cases(self, data_dir: Path, folders: Sequence[Path]) -> None:
         saved: dict[Path, bytes] = {}
-        with tempfile.TemporaryDirectory(prefix="gpuparse-repair-") as temporary:
-            data_dir = Path(temporary)
-            (data_dir / PROMPTS_FILE).write_text(json.dumps({self.store.name: self.store.prompts.to_json()}))
-            linked = data_dir / self.store.name / self.store.split
-            linked.mkdir(parents=True)
-            for name, file in sources.items():
-                (linked / f"{name}.npz").symlink_to(file.resolve())
-            try:
-                for folder in () if overwrite else folders.values():
-                    _unsettle(folder / "zarr.json", saved)
-                convert(
-                    data_dir,
-                    out_dir=self.store.path.parent.parent,
-                    split=self.store.split,
-                    num_jobs=min(self.num_jobs, len(sources)),
-                    overwrite=overwrite,
-                )
-            except BaseException:
-                for path, content in saved.items():
-                    _replace(path, content)
-                raise
-            finally:
-                opened_store.cache_clear()
+        try:
+            for folder in folders:
+                _unsettle(folder / "zarr.json", saved)
+            self._convert(data_dir, self.store.path.parent.parent, len(folders))
+        except BaseException:
+            for path, content in saved.items():
+                _replace(path, content)
+            raise
+
+    def _convert_store(self, data_dir: Path) -> None:
+        """Makes the store anew beside the damaged one and puts it in its place."""
+        path = self.store.path
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".repair-") as temporary:
+            self._convert(data_dir, Path(temporary), self.num_jobs)
+            os.rename(path, Path(temporary, "damaged"))
+            os.rename(Path(temporary, self.store.name, path.name), path)
+
+    def _convert(self, data_dir: Path, out_dir: Path, max_jobs: int) -> None:
+        try:
+            convert(data_dir, out_dir=out_dir, split=self.store.split, num_jobs=min(self.num_jobs, max_jobs))
+        finally:
+            opened_store.cache_clear()
+
+
+@contextlib.contextmanager
+def _linked(store: Store, sources: Mapping[str, Path]) -> Iterator[Path]:
+    """A data folder that holds links to `sources`, case name -> file, and the store's own prompts."""
+    with tempfile.TemporaryDirectory(prefix="gpuparse-repair-") as temporary:
+        data_dir = Path(temporary)
+        (data_dir / PROMPTS_FILE).write_text(json.dumps({store.name: store.prompts.to_json()}), encoding="utf-8")
+        folder = data_dir / store.name / store.split
+        folder.mkdir(parents=True)
+        for name, file in sources.items():
+            (folder / f"{name}.npz").symlink_to(file.resolve())
+        yield data_dir
 
 
 def _unsettle(path: Path, saved: dict[Path, bytes]) -> None:
