@@ -32,6 +32,7 @@ from gpuparse.sampling import (
     params_from_streams,
     paraphrases,
     redraw_foreground,
+    words_for_training,
 )
 from gpuparse.store import Store, open_store, split_code
 from gpuparse.views import Recipe, check_recipe, check_size
@@ -109,6 +110,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.seed = check_seed(seed)
         self.present_fraction = check_fraction("present_fraction", present_fraction)
         self.foreground_fraction = check_fraction("foreground_fraction", foreground_fraction)
+        self._mask_dir = os.path.join(self.root_dir, f"{split}_mask", "")
         self.store = _open_split(self.root_dir, split)
         self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
         self._rows = self._select(views)
@@ -174,6 +176,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
             np.uint64
         )
         streams = sample_streams(self.seed, epoch, sample_ids)
+        streams.prepare(words_for_training(self.num_prompts))
         rows = self._rows[indices]
         if not self.fixed:
             rows = redraw_foreground(streams, rows, self._foreground, self.foreground_fraction)
@@ -202,10 +205,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
                 prompts, streams, self.num_prompts, present=present, present_fraction=self.present_fraction
             )
             label_ids, mode = class_ids, 1 if prompts.instance_label else 0
-        keys = tuple(
-            SliceKey(self.store, int(table.case[r]), int(table.axis[r]), int(table.position[r]), self.recipe)
-            for r in rows
-        )
+        places = (table.case[rows].tolist(), table.axis[rows].tolist(), table.position[rows].tolist())
+        keys = tuple(SliceKey(self.store, *place, self.recipe) for place in zip(*places, strict=True))
         return Samples(
             keys=keys,
             params=params,
@@ -241,7 +242,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         """What the reference calls this slice's mask; no such file exists here."""
         view = f"_view{key.axis}" if key.axis else ""
         name = f"{key.store.cases[key.case].name}{view}_{key.position:03d}.png"
-        return os.path.join(self.root_dir, f"{self.split}_mask", name)
+        return f"{self._mask_dir}{name}"
 
     def _select(self, views: Literal["auto"] | Sequence[int]) -> npt.NDArray[np.int64]:
         axes = self.store.slices.axis

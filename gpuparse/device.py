@@ -23,7 +23,7 @@ from gpuparse.pipeline import dali_cuda_major
 from gpuparse.render import render
 from gpuparse.report import Probes
 
-__all__ = ["DeviceBatch", "DeviceRenderer", "choose_device"]
+__all__ = ["DeviceBatch", "DeviceRenderer", "choose_device", "with_index"]
 
 _LOG = logging.getLogger("gpuparse")
 _IMAGE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,8 +35,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     """The device to make batches on.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", the same as a `torch.device`, or None: the current CUDA device if there is one
-            and everything for it is installed, else the CPU, saying why in the log, once.
+        device: "cpu", "cuda", "cuda:1", the same as a `torch.device`, or None: "cuda" if there is such a device and
+            everything for it is installed, else the CPU, saying why in the log, once.
+
+    Returns:
+        The device, "cuda" without a number where none was given.
 
     Raises:
         InputError: It is none of these.
@@ -64,7 +67,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def _cuda_device(index: int | None) -> torch.device:
-    """The CUDA device of that number (None: the current one), after everything it needs was found."""
+    """The CUDA device of that number, after everything it needs was found."""
     if torch.version.cuda is None:
         raise DeviceError(
             f"this torch ({torch.__version__}) is built without CUDA. Install a build for your driver (see "
@@ -76,8 +79,7 @@ def _cuda_device(index: int | None) -> torch.device:
             "CUDA_VISIBLE_DEVICES, or use device='cpu'."
         )
     count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if index is None else index
-    if index >= count:
+    if index is not None and index >= count:
         raise DeviceError(f"device is 'cuda:{index}', but torch sees {count} CUDA devices, 0 to {count - 1}.")
     torch_major = int(torch.version.cuda.split(".")[0])
     for name, major in (("CuPy", _cupy_cuda_major()), ("DALI", dali_cuda_major())):
@@ -86,7 +88,17 @@ def _cuda_device(index: int | None) -> torch.device:
                 f"{name} is built for CUDA {major}, torch for CUDA {torch_major}. Install the extra that fits: "
                 f"`pip install gpuparse[cuda{torch_major}]`."
             )
-    return torch.device("cuda", index)
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`device`, with the current CUDA device's number where it has none.
+
+    Asked for as late as possible: a loader is often built before its process has chosen its device.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _cupy_cuda_major() -> int:

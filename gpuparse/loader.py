@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from gpuparse import kernels
 from gpuparse.augment import OutputTypes
-from gpuparse.device import DeviceRenderer, choose_device
+from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
@@ -209,7 +210,7 @@ class DataLoader:
             self._epoch, self._position = self._epoch + 1, 0
         epoch, plan = self._epoch, replace(self._plan, start=self._position)
         self._begun, self._owner = True, (owner := object())
-        with contextlib.closing(self._batches(epoch, plan)) as batches:
+        with contextlib.closing(self._batches(epoch, plan, self._probes)) as batches:
             for step, batch in enumerate(batches, start=1):
                 if self._owner is owner:
                     self._position = plan.consumed(step)
@@ -241,24 +242,42 @@ class DataLoader:
 
     def report(self) -> LoaderReport:
         """What this loader has done since it was made, on this rank."""
-        cache = None if self._equipment is None else self._equipment[1].status()
-        return self._probes.report(self._failures.failures, cache)
+        maker, caches = self._equipment or (None, None)
+        return self._probes.report(
+            self._failures.failures,
+            None if caches is None else caches.status(),
+            0 if maker is None else maker.num_bytes,
+        )
+
+    def headspace(self, num_batches: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields one batch again and again: what training would get from a loader that takes no time.
+
+        The loader's place in the epoch and its report stay as they are.
+
+        Args:
+            num_batches: How often; None takes the length of an epoch.
+        """
+        with contextlib.closing(self._batches(self._epoch, self._plan, Probes())) as batches:
+            batch = next(batches, None)
+        if batch is not None:
+            yield from itertools.repeat(batch, len(self) if num_batches is None else num_batches)
 
     def _equip(self) -> tuple[Maker, Caches]:
         """What outlives an iteration: made when the first one begins, in the process that iterates."""
         if self._equipment is None:
-            caches = Caches(self._cache_options, self._flat, self.device)
+            device = with_index(self.device)
+            caches = Caches(self._cache_options, self._flat, device)
             size, types = self._flat.size, self._types
             maker: Maker
-            if self.device.type == "cuda":
-                maker = DeviceMaker(DeviceRenderer(self.device, size, types, caches.slab_bytes), self.device)
+            if device.type == "cuda":
+                maker = DeviceMaker(DeviceRenderer(device, size, types, caches.slab_bytes), device)
             else:
                 # One buffer in the user's hands, the next ones being made, one to spare.
                 maker = HostMaker(size, types, self.num_threads, self.prefetch_depth + 2, caches.slab_bytes)
             self._equipment = maker, caches
         return self._equipment
 
-    def _batches(self, epoch: int, plan: EpochPlan) -> Generator[dict[str, Any], None, None]:
+    def _batches(self, epoch: int, plan: EpochPlan, probes: Probes) -> Generator[dict[str, Any], None, None]:
         maker, caches = self._equip()
         with caches.lend() as (chunk_cache, budget):
             supply = Supply(
@@ -271,7 +290,7 @@ class DataLoader:
                 cache=chunk_cache,
                 budget=budget,
             )
-            with contextlib.closing(produce(supply, maker, plan, epoch, self.prefetch_depth, self._probes)) as batches:
+            with contextlib.closing(produce(supply, maker, plan, epoch, self.prefetch_depth, probes)) as batches:
                 for step, batch in enumerate(batches, start=1):
                     if self.log_every and step % self.log_every == 0:
                         _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())

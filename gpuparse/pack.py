@@ -7,6 +7,7 @@ copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Section:
     @property
     def num_bytes(self) -> int:
         """Its length."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def view(self, buffer: Any) -> Any:
         """The array in `buffer`, numpy or CuPy; on a GPU a structured type becomes rows of bytes."""

@@ -55,6 +55,10 @@ class Maker(Protocol):
     def tensors(self, made: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Image and labels, fit for use in the calling thread."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+
     def stream(self) -> int | None:
         """The stream that waits for DALI, None for the host."""
 
@@ -106,6 +110,11 @@ class HostMaker:
         """Tensors over the arrays' memory."""
         return host_tensors(made, self._types)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+        return self._arena.nbytes + (0 if self._slab is None else self._slab.nbytes)
+
     def stream(self) -> None:
         """None: there is none."""
 
@@ -138,6 +147,11 @@ class DeviceMaker:
     def tensors(self, made: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's tensors; the current stream waits for them, the host does not."""
         return made.hand_over()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+        return self._renderer.num_bytes
 
     def stream(self) -> int:
         """The renderer's own stream: DALI's outputs are of no interest, so nobody has to wait for them."""

@@ -159,7 +159,7 @@ class Probes:
             self._totals.num_samples += num_samples
             self._totals.queue_depth_sum += queue_depth
 
-    def report(self, failures: tuple[SliceFailure, ...], cache: CacheStatus | None) -> LoaderReport:
+    def report(self, failures: tuple[SliceFailure, ...], cache: CacheStatus | None, held_bytes: int) -> LoaderReport:
         """All counters as they stand."""
         with self._lock:
             totals = self._totals
@@ -174,6 +174,7 @@ class Probes:
                 num_from_storage=totals.num_from_storage,
                 failures=failures,
                 cache=cache,
+                held_bytes=held_bytes,
             )
 
 
@@ -194,6 +195,7 @@ class LoaderReport:
         num_from_storage: Of those read, chunks that the page cache did not have as a whole.
         failures: Slices that could not be read and were replaced.
         cache: How full the cache is, None without one.
+        held_bytes: Memory held from batch to batch where batches are made: cache and working buffers.
     """
 
     num_batches: int
@@ -206,6 +208,7 @@ class LoaderReport:
     num_from_storage: int
     failures: tuple[SliceFailure, ...]
     cache: CacheStatus | None
+    held_bytes: int
 
     @property
     def wait_share(self) -> float:
@@ -235,6 +238,7 @@ class LoaderReport:
             "wait_share": self.wait_share,
             "mean_queue_depth": self.mean_queue_depth,
             "read_bytes": float(self.read_bytes),
+            "held_bytes": float(self.held_bytes),
             "num_failures": float(len(self.failures)),
             **{f"{stage}_seconds": seconds for stage, seconds in self.seconds.items()},
         }
@@ -251,7 +255,7 @@ class LoaderReport:
         lines.append(
             f"{self.read_bytes / 1e6:.1f} MB read in {self.num_chunks - self.num_resident} chunks "
             f"({self.num_from_storage} not in the page cache), {self.num_resident} chunks still decoded; "
-            f"{self.mean_queue_depth:.1f} batches ready on average"
+            f"{self.mean_queue_depth:.1f} batches ready on average; {self.held_bytes / 2**20:.0f} MiB held"
         )
         if self.cache is not None:
             lines.append(

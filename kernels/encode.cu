@@ -64,10 +64,10 @@ GP_FN void encode_element(int64_t element, const uint8_t *GP_RESTRICT arena, con
                           const float *GP_RESTRICT table_weights, int32_t table_length, int32_t out_height,
                           int32_t out_width, uint8_t *GP_RESTRICT out) {
   const int32_t num_strips = (out_height + kStripRows - 1) / kStripRows;
-  const int32_t out_x = (int32_t)(element % out_width);
-  const int64_t strip = element / out_width;
-  const int32_t first_y = (int32_t)(strip % num_strips) * kStripRows;
-  const int64_t number = strip / num_strips;
+  const int64_t strip = gp_divide(element, out_width);
+  const int32_t out_x = (int32_t)(element - strip * out_width);
+  const int64_t number = gp_divide(strip, num_strips);
+  const int32_t first_y = (int32_t)(strip - number * num_strips) * kStripRows;
   const int32_t end_y = gp_min(first_y + kStripRows, out_height);
   const Plane plane = planes[number];
   out += (number * out_height + first_y) * out_width + out_x;
