@@ -262,6 +262,23 @@ def test_an_index_that_disagrees_with_the_voxels(store_path, column, row, value,
     assert says in found(report, "GP207")
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"class_runs": {"0": {"1": [[1, 4]]}}}, "axis 0: the classes of 1 slices, the first 4."),
+        ({"class_runs": {"0": {"1": [[1, 5]], "7": [[0, 1]]}}}, "axis 0: the classes of 1 slices, the first 0."),
+        ({"zeroed_runs": {"0": [[2, 4]]}}, "axis 0: the {0, 255} mark of 2 slices, the first 2."),
+        ({"class_runs": {"0": {"1": [[1, 10**12]]}}}, "run 1..1000000000000 of 6 slices"),
+        ({"zeroed_runs": "none"}, "cannot be understood (TypeError"),
+    ],
+)
+def test_attributes_that_disagree_with_the_voxels(store_path, values, says):
+    edit_case(store_path, **values)
+    report = gpuparse.check(store_path)
+    assert codes(report) == ["GP203"]
+    assert says in found(report, "GP203")
+
+
 def test_labels_that_changed_under_the_index(store_path):
     labels = zarr.open_array(store_path / CASE / "labels/gts/0", mode="r+")
     labels[4, 10:12, 8:10] = 0
@@ -271,7 +288,9 @@ def test_labels_that_changed_under_the_index(store_path):
         store_path / CASE / "zarr.json",
         lambda data: data["attributes"]["gpuparse"]["files"].update({f"labels/gts/0/{SHARD}": size}),
     )
-    assert found(gpuparse.check(store_path), "GP207") == "axis 0: the classes of 1 slices, the first 5."
+    report = gpuparse.check(store_path)
+    assert codes(report) == ["GP203", "GP207"]
+    assert found(report, "GP207") == "axis 0: the classes of 1 slices, the first 5."
 
 
 @pytest.mark.parametrize("damage", ["gone", "checksum", "no case names", "absurd shape", "lengths"])

@@ -1,8 +1,8 @@
 """`gpuparse check`: what is wrong with a folder of volumes or with a store, case by case, and what to do about it.
 
 `rules` is the catalogue; `findings` what is handed back; `image`, `labels`, `pieces` and `prompts` look at contents;
-`source`, `chunks` and `store` at files; `case` puts them together for one case; `targets`, `across` and `run` for
-many; `repair` converts broken cases again.
+`source`, `chunks`, `store` and `presence` at files; `case` puts them together for one case; `targets`, `across` and
+`run` for many; `repair` converts broken cases again.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from gpuparse.check.findings import Finding, Place
 from gpuparse.check.image import check_geometry, check_image
 from gpuparse.check.labels import check_labels, scan_labels
+from gpuparse.check.presence import check_presence
 from gpuparse.check.source import check_source
-from gpuparse.check.store import check_index, opened_store, read_case
+from gpuparse.check.store import opened_store, read_case
 from gpuparse.prompts import ClassPrompts
 from gpuparse.views import select_axes
 
@@ -98,7 +99,7 @@ def _check_contents(task: CaseTask, contents: _Contents) -> CaseOutcome:
         scan = scan_labels(labels, contents.axes, task.prompts)
         findings += check_labels(task.place, labels, scan, task.prompts, contents.spacing_mm)
         if task.number is not None and task.prompts is not None:
-            findings += check_index(task.place, opened_store(str(task.path)), task.number, scan)
+            findings += check_presence(task.place, opened_store(str(task.path)), task.number, scan)
         labels_digest, classes_present = _digest(labels), scan.classes_present
     return CaseOutcome(task, tuple(findings), image_digest, labels_digest, classes_present)
 

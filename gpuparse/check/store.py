@@ -1,4 +1,4 @@
-"""One store: its attributes and slice index; and one case of it: metadata, chunks, and whether the index tells true.
+"""One store: its attributes and slice index; and one case of it: metadata and chunks.
 
 Exceptions of every type are caught here: what JSON, zarr-python and numpy raise at damaged metadata has no end, and
 each becomes a finding.
@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Finding, Place
-from gpuparse.check.labels import LabelScan
 from gpuparse.check.prompts import check_prompts
 from gpuparse.errors import GpuparseError
 from gpuparse.prompts import ClassPrompts
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, CaseInfo, Store, open_store
 
-__all__ = ["check_index", "check_store_root", "opened_store", "read_case"]
+__all__ = ["check_store_root", "opened_store", "read_case"]
 
 _MAX_RATIO = 300  # LZ4 cannot compress further than 255:1
 _FREE_INDEX_BYTES = 1 << 20  # a column may be all zeros and have no file
@@ -144,36 +143,6 @@ def _check_summary(place: Place, folder: Path, case: CaseInfo) -> list[Finding]:
 def _attributes(folder: Path) -> dict[str, Any]:
     attributes: dict[str, Any] = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]
     return attributes
-
-
-def check_index(place: Place, store: Store, number: int, scan: LabelScan) -> list[Finding]:
-    """Compares what the slice index says of a case with its labels.
-
-    Args:
-        place: The case.
-        store: The store.
-        number: The case's number in it.
-        scan: What `scan_labels` found in its labels.
-    """
-    slices, case = store.slices, store.cases[number]
-    wrong = []
-    of_case = np.flatnonzero(slices.case == number)
-    for axis in case.axes:
-        rows = of_case[slices.axis[of_case] == axis]
-        if slices.position[rows].tolist() != list(range(case.shape[axis])):
-            wrong.append(f"axis {axis}: {len(rows)} rows for {case.shape[axis]} slices")
-            continue
-        different = [
-            position
-            for position, row in enumerate(rows.tolist())
-            if slices.classes_in(row).tolist() != np.compress(scan.present[axis][position], scan.classes).tolist()
-        ]
-        if different:
-            wrong.append(f"axis {axis}: the classes of {len(different)} slices, the first {different[0]}")
-        zeroed = np.flatnonzero((slices.zeroed[rows] != 0) != scan.zeroed[axis])
-        if len(zeroed):
-            wrong.append(f"axis {axis}: the {{0, 255}} mark of {len(zeroed)} slices, the first {zeroed[0]}")
-    return [place.finding("GP207", "; ".join(wrong) + ".")] if wrong else []
 
 
 def _describe(error: BaseException) -> str:
