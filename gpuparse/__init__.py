@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Imported here, not on demand: a function and its module share a name, and only the first import of a submodule
 # binds that name to the module.
 from gpuparse.augment import augment
+from gpuparse.check import CheckReport, check
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
@@ -28,12 +29,14 @@ _ON_DEMAND = {"DataLoader": "gpuparse.loader", "SliceDataset": "gpuparse.dataset
 
 __all__ = [
     "Augmentation",
+    "CheckReport",
     "ConversionReport",
     "DataLoader",
     "GpuparseError",
     "SliceDataset",
     "Store",
     "augment",
+    "check",
     "convert",
     "encode",
     "open_store",

@@ -25,6 +25,7 @@ LAYERS = [
     ["convert"],
     ["plan"],
     ["sampling", "order"],
+    ["check"],
     ["gather"],
     ["kernels"],
     ["read"],
@@ -105,7 +106,7 @@ def test_importing_the_package_loads_no_heavy_library():
     # CuPy is not in the list: zarr imports it where it is installed.
     code = (
         "import sys, gpuparse, gpuparse.convert, gpuparse.read\n"
-        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra'}\n"
+        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'cc3d'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -114,8 +115,8 @@ def test_importing_the_package_loads_no_heavy_library():
 
 def test_a_function_and_the_module_of_its_name_do_not_hide_each_other():
     code = (
-        "import gpuparse.read, gpuparse.convert, gpuparse.encode, gpuparse\n"
-        "assert callable(gpuparse.convert) and callable(gpuparse.encode)\n"
+        "import gpuparse.read, gpuparse.check.run, gpuparse.convert, gpuparse.encode, gpuparse\n"
+        "assert callable(gpuparse.convert) and callable(gpuparse.encode) and callable(gpuparse.check)\n"
         "assert set(gpuparse.__all__) <= set(dir(gpuparse))\n"
         "try:\n"
         "    gpuparse.nonsense\n"
