@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Imported here, not on demand: a function and its module share a name, and only the first import of a submodule
 # binds that name to the module.
 from gpuparse.augment import augment
+from gpuparse.check import CheckReport, check
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
@@ -33,6 +34,7 @@ _ON_DEMAND = {
 
 __all__ = [
     "Augmentation",
+    "CheckReport",
     "ConversionReport",
     "DataLoader",
     "GpuparseError",
@@ -40,6 +42,7 @@ __all__ = [
     "Store",
     "VolumeDataset",
     "augment",
+    "check",
     "convert",
     "encode",
     "open_store",

@@ -150,6 +150,36 @@ class ArrayLayout:
     shards: tuple[int, int, int]
     shard_bytes: Mapping[str, int] | None
 
+    @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk once decoded; those at the array's far sides are as long as all others."""
+        return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
+
+    @functools.cached_property
+    def _grids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Chunks along each axis: of the array, and of a shard."""
+        pairs = list(zip(self.shape, self.chunks, self.shards, strict=True))
+        return tuple(-(-n // c) for n, c, _ in pairs), tuple(s // c for _, c, s in pairs)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Entries of a shard's index."""
+        return int(np.prod(self._grids[1], dtype=np.int64))
+
+    def locate(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where chunks lie.
+
+        Args:
+            numbers: (n,) int64, chunks counted in C order over the array's grid.
+
+        Returns:
+            (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
+        """
+        grid, inner = self._grids
+        places = np.stack(np.unravel_index(numbers, grid), axis=1)
+        shards = places // inner
+        return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)
+
 
 class Store:
     """An opened store. Reads metadata only; voxels are read by `SliceDataset` and `DataLoader`.
@@ -331,6 +361,8 @@ def _parse_layout(path: Path, shape: tuple[int, int, int], shard_bytes: Mapping[
         if blosc["cname"] not in ("lz4", "lz4hc"):
             expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
         expect("blosc shuffle", blosc["shuffle"], "noshuffle")
+        expect("blosc typesize", blosc["typesize"], 1)
+        expect("blosc blocksize", blosc["blocksize"], BLOSC_BLOCK_BYTES)
         expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
         chunks = tuple(int(n) for n in sharding["chunk_shape"])
         shards = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])

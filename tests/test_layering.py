@@ -31,16 +31,24 @@ LAYERS = [
     ["convert"],
     ["plan"],
     ["sampling", "order"],
-    ["read"],
+    ["check"],
+    ["gather"],
     ["kernels"],
+    ["read"],
+    ["cache", "staging"],
     ["encode"],
     ["augment"],
+    ["pack"],
+    ["report"],
     ["render"],
     ["dataset"],
     ["flat"],
+    ["residency"],
     ["pipeline"],
     ["batch"],
+    ["device"],
     ["ranks"],
+    ["production"],
     ["loader"],
     ["evaluation"],
     ["sample_data", "sheet"],
@@ -104,7 +112,8 @@ def test_importing_the_package_loads_no_heavy_library():
     # CuPy is not in the list: zarr imports it where it is installed.
     code = (
         "import sys, gpuparse, gpuparse.convert, gpuparse.read\n"
-        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'nibabel', 'pydicom'}\n"
+        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'nibabel', 'pydicom', "
+        "'cc3d'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -113,8 +122,8 @@ def test_importing_the_package_loads_no_heavy_library():
 
 def test_a_function_and_the_module_of_its_name_do_not_hide_each_other():
     code = (
-        "import gpuparse.read, gpuparse.convert, gpuparse.encode, gpuparse\n"
-        "assert callable(gpuparse.convert) and callable(gpuparse.encode)\n"
+        "import gpuparse.read, gpuparse.check.run, gpuparse.convert, gpuparse.encode, gpuparse\n"
+        "assert callable(gpuparse.convert) and callable(gpuparse.encode) and callable(gpuparse.check)\n"
         "assert set(gpuparse.__all__) <= set(dir(gpuparse))\n"
         "try:\n"
         "    gpuparse.nonsense\n"
