@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import tracemalloc
 import types
 
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 from torch_oracle import process_input, triplets
 
 from gpuparse import kernels
-from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.errors import InputError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
-from gpuparse.evaluation.prepare import PreparedVolume, check_device, prepare_slices
+from gpuparse.evaluation.prepare import PreparedVolume, prepare_slices
 from gpuparse.evaluation.resampling import fixed_point_table, nearest_table
 from gpuparse.volume import read_volume
 
@@ -226,18 +225,6 @@ def test_what_cannot_be_prepared_is_refused():
         prepare_slices(volume, range(4), size=0)
     with pytest.raises(InputError, match=r"batch_size is 0; expected at least 1"):
         next(PreparedVolume(volume).slices(0))
-
-
-def test_devices_that_are_not_there_are_refused(monkeypatch):
-    assert check_device("cpu") == check_device(torch.device("cpu")) == "cpu"
-    with pytest.raises(InputError, match=r"device is 'tpu'; expected 'cpu', 'cuda' or 'cuda:0'"):
-        check_device("tpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match=r"device is 'cuda:1', but torch sees 1 CUDA devices\. Use 'cpu'"):
-        check_device("cuda:1")
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(MissingDependencyError, match=r"device is 'cuda', which needs CuPy: .*gpuparse\[cuda12\]"):
-        check_device("cuda")
 
 
 @pytest.mark.gpu

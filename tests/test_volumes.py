@@ -279,6 +279,8 @@ def test_a_store_keeps_its_own_prompts(tmp_path):
 def test_a_gpu_is_not_shared_with_workers(tmp_path):
     write_set(tmp_path / "DATA")
     dataset = VolumeDataset(tmp_path / "DATA", (8, 8))
+    with pytest.raises(InputError, match=r"device is 'tpu'; expected 'cpu', 'cuda'"):
+        VolumeDataset(tmp_path / "DATA", device="tpu")
     dataset.device = "cuda"
     with pytest.raises(InputError, match=r"prepares on a GPU, which a DataLoader's worker cannot share\. Use num_w"):
         next(iter(DataLoader(dataset, num_workers=1)))

@@ -85,7 +85,7 @@ def evaluate(
         raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
-    for package in ("surface_distance", "cc3d", "scipy"):  # before minutes of reading
+    for package in ("surface_distance", "scipy"):  # before minutes of reading
         import_metric_package(package)
     options = MetricOptions() if options is None else options
     case_sets = find_case_sets(data_dir, split=split, datasets=datasets, prompts=prompts)

@@ -194,7 +194,7 @@ def count_instances(
         options: Which instances match; None takes the challenge's.
 
     Raises:
-        MissingDependencyError: A package of the extra `evaluation` is not installed.
+        MissingDependencyError: SciPy, of the extra `evaluation`, is not installed.
     """
     options = MetricOptions() if options is None else options
     if options.instances == "components":
@@ -214,9 +214,10 @@ def count_instances(
 
 def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Voxels of one id that touch with a face."""
-    package = import_metric_package("cc3d")
+    import cc3d
+
     writable = np.require(ids, requirements=("C", "W"))  # cc3d takes no other, though it only reads
-    components: npt.NDArray[Any] = package.connected_components(writable, connectivity=6)
+    components: npt.NDArray[Any] = cc3d.connected_components(writable, connectivity=6)
     return components
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
-from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.errors import InputError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
 from gpuparse.evaluation.resampling import fixed_point_table
 from gpuparse.views import array_planes, channel_positions, check_size, view_geometry
@@ -25,7 +25,7 @@ from gpuparse.views import array_planes, channel_positions, check_size, view_geo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PreparedVolume", "check_device", "prepare_slices"]
+__all__ = ["PreparedVolume", "prepare_slices"]
 
 _SLAB_SLICES = 32  # slices sent to the GPU at a time where a whole volume is prepared
 
@@ -104,14 +104,8 @@ def _prepare_on_device(
 
     with arena.device:
         out = cupy.empty((len(planes), *numbers[1:]), np.uint8) if out is None else out
-        arguments = (
-            arena,
-            cupy.asarray(blocks),
-            cupy.asarray(planes.view(np.uint8)),
-            *(cupy.asarray(a) for a in table_arrays),
-            *(np.int32(n) for n in numbers),
-            out,
-        )
+        on_device = [kernels.on_device(array) for array in (blocks, planes, *table_arrays)]
+        arguments = (arena, *on_device, *(np.int32(n) for n in numbers), out)
         kernels.launch_on_device("prepare.cu", "prepare", out.size, arguments)
     return out
 
@@ -221,35 +215,6 @@ class PreparedVolume:
             index = tuple(slice(start, stop) if i == self.axis else slice(None) for i in range(3))
             slab, positions = xp.asarray(np.ascontiguousarray(slab[index])), range(stop - start)
         prepare_slices(slab, positions, axis=self.axis, size=self.size, out=out, num_threads=self.num_threads)
-
-
-def check_device(device: Any) -> str:
-    """Returns `device` as a string if volumes can be prepared there.
-
-    Args:
-        device: `cpu`, `cuda`, `cuda:N` or a torch.device.
-
-    Raises:
-        InputError: It is none of these, or torch sees no such device.
-        MissingDependencyError: A GPU is asked for and CuPy is not installed.
-    """
-    name = str(device)
-    if name == "cpu":
-        return name
-    import torch
-
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index == "" or index.isdigit()):
-        raise InputError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:0', 'cuda:1', ...")
-    if int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices. Use 'cpu'.")
-    try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"device is {name!r}, which needs CuPy: {error}. Install gpuparse[cuda12] or gpuparse[cuda13]."
-        ) from error
-    return name
 
 
 @contextlib.contextmanager

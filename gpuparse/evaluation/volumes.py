@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from gpuparse.device import choose_device
 from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, PromptSource, find_cases
-from gpuparse.evaluation.prepare import PreparedVolume, check_device
+from gpuparse.evaluation.prepare import PreparedVolume
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.views import check_size
 
@@ -40,12 +41,15 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         split: Which of the dataset's splits.
         prompts: Where prompts come from: a JSON file, its content, or None for the usual places.
         binarize: Instance labels become one class, as in the reference, which forgets the ids.
-        device: Where images are prepared and returned: "cpu", "cuda" or "cuda:N". Labels stay on the CPU. A DataLoader
+        device: Where images are prepared and returned: "cpu", "cuda", "cuda:N", or None for a GPU where there is one.
+            Labels stay on the CPU. A DataLoader
             over volumes on a GPU must have no workers.
         num_threads: CPU threads per volume; None for all cores, or one in a DataLoader's worker.
 
     Raises:
         InputError: There is no such test set, or an argument is out of range.
+        DeviceError: There is no such CUDA device.
+        MissingDependencyError: A package that the GPU needs is missing.
         StoreFormatError: The store cannot be read.
     """
 
@@ -59,7 +63,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         split: str = "test",
         prompts: PromptSource = None,
         binarize: bool = False,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = "cpu",
         num_threads: int | None = None,
     ) -> None:
         rows, columns = check_size(img_size)
@@ -71,7 +75,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         self.split = split
         self.img_size = (rows, columns)
         self.binarize = bool(binarize)
-        self.device = check_device(device)
+        self.device = str(choose_device(device))
         self.num_threads = num_threads
         self.cases: tuple[EvaluationCase, ...] = found.cases
 
