@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,3 +240,26 @@ def test_the_command_checks_names_before_it_scores(folders):
         result = run("--pred", pred, "--data", data, option, name)
         assert isinstance(result.exception, InputError)
         assert re.search(message, str(result.exception))
+
+
+def test_the_page_on_evaluation_works_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATASET1", "DATASET2"):
+        write_set(tmp_path / "DATA_DIR" / name, shape=(5, 9, 8), prompts=None)
+    (tmp_path / "DATA_DIR/class_prompts.json").write_text(json.dumps({"DATASET1": PROMPTS, "DATASET2": PROMPTS}))
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
+    volumes, slices, lightning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    tested = []
+    namespace = {
+        "predict": lambda batch: batch["image"][0] // 100,
+        "trainer": SimpleNamespace(test=lambda model, loaders: tested.extend(len(loader) for loader in loaders)),
+        "model": None,
+    }
+    for block in (volumes, slices, lightning):
+        exec(block, namespace)
+    assert tested == [2, 2]
+    assert namespace["triplets"].shape == (1, 3, 512, 512)
+    command = re.search(r"gpuparse evaluate (.*)", page)[1].replace("--jobs 8", "--dataset DATASET1")
+    result = run(*command.split())
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.glob("scores.*")} == {"scores.csv", "scores.json", "scores.png"}
