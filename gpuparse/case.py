@@ -152,6 +152,7 @@ def _write_case(
         **presence,
         "raw_bytes": volume.image.nbytes + volume.labels.nbytes,
         "source": {**stamp, "sha256": volume.source_sha256, "reader": dict(case.reader.settings)},
+        "origin": dict(volume.origin),
         "settings": case_settings(prompts),
     }  # fmt: skip
     try:

@@ -14,18 +14,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gpuparse.case import convert_case, stored_case
+from gpuparse.collect import collect, find_datasets
 from gpuparse.errors import GpuparseError, InputError
-from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.foreign import ForeignFormat
+from gpuparse.prompts import ClassPrompts
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
-from gpuparse.source import NpzReader, SourceCase, find_npz_cases
+from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
 from gpuparse.store import open_store
-from gpuparse.volume import check_name
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
 
@@ -125,14 +126,6 @@ class _Job:
         return store_path.with_name(f".{store_path.name}.partial")
 
 
-def find_datasets(data_dir: str | os.PathLike[str], split: str = "train") -> list[str]:
-    """The datasets of a BiomedParse folder: its subfolders that hold npz files in `<split>/`, by name."""
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and any((p / split).glob("*.npz")))
-
-
 def convert(
     data_dir: str | os.PathLike[str],
     *,
@@ -143,14 +136,16 @@ def convert(
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
     val_split: ValSplit | None = None,
+    foreign: ForeignFormat | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
 ) -> ConversionReport:
-    """Converts BiomedParse's folder layout into one Zarr store per dataset.
+    """Converts BiomedParse's folder layout, or a foreign one, into one Zarr store per dataset.
 
     Args:
-        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`.
-        out_dir: Where `DATASETn/<split>.zarr` goes; None puts it beside the source, into `data_dir`.
-        datasets: Names of the datasets to convert; None takes all that have npz files.
+        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`, or datasets of the foreign format; or is
+            such a dataset itself.
+        out_dir: Where `DATASETn/<split>.zarr` goes; None puts `<split>.zarr` into the dataset's own folder.
+        datasets: Names of the datasets to convert; None takes all that have sources.
         split: The subfolder to read; also the store's name.
         num_jobs: Processes that convert cases side by side. Above 1, a script that calls this needs the usual
             `if __name__ == "__main__":` guard.
@@ -159,6 +154,7 @@ def convert(
             cases whose source and settings have not changed are kept, and so are those whose source is gone or bad.
         val_split: How to set cases apart for validation; they stay in the same store, and `SliceDataset(split="val")`
             reads them. None keeps what the store has, or sets none apart.
+        foreign: How to find and read NIfTI or DICOM cases; None reads npz files.
         on_case: Called in this process after each file.
 
     Returns:
@@ -175,49 +171,14 @@ def convert(
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
-    targets = _collect(Path(data_dir), Path(out_dir) if out_dir is not None else Path(data_dir), datasets, split)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for target in targets:
-        cases = find_npz_cases(Path(data_dir) / target.name / split, NpzReader())
-        job = _Job(cases, replace(target, val_split=val_split), overwrite, on_error, num_jobs)
+    for found in collect(Path(data_dir), datasets, split, foreign):
+        store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
+        target = PublishTarget(found.name, found.prompts, store_path, split, val_split)
+        job = _Job(found.cases, target, overwrite, on_error, num_jobs)
         reports += _convert_dataset(job, on_case, failures)
     return ConversionReport(tuple(reports), tuple(failures))
-
-
-def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, split: str) -> list[PublishTarget]:
-    check_name(split, "split")
-    if isinstance(datasets, str):
-        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
-    found = find_datasets(data_dir, split)
-    names = list(dict.fromkeys(datasets)) if datasets is not None else found
-    for name in names:
-        check_name(name, "dataset name")
-    absent = [name for name in names if name not in found]
-    if absent:
-        raise InputError(
-            f"{data_dir}: no npz files in {', '.join(f'{n}/{split}' for n in absent)}. "
-            f"Datasets with npz files there: {', '.join(found) or 'none'}."
-        )
-    if not names:
-        raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. Expected DATASETn/{split}/*.npz.")
-    prompts_path = data_dir / PROMPTS_FILE
-    entries = load_class_prompts(prompts_path)
-    unknown = [name for name in names if name not in entries]
-    if unknown:
-        raise InputError(
-            f"{prompts_path}: no prompts for {', '.join(map(repr, unknown))}; it has {', '.join(entries) or 'none'}. "
-            "Add an entry, or name the datasets to convert with --dataset."
-        )
-    return [
-        PublishTarget(
-            name=name,
-            prompts=parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"),
-            store_path=out_dir / name / f"{split}.zarr",
-            split=split,
-        )
-        for name in names
-    ]
 
 
 def _convert_dataset(

@@ -24,6 +24,7 @@ LAYERS = [
     ["nifti"],
     ["dicom", "pairs"],
     ["foreign"],
+    ["collect"],
     ["views"],
     ["store"],
     ["case", "splits"],

@@ -12,7 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
+from gpuparse.cli.foreign_options import (
+    Channel, Format, ImageGlob, LabelGlob, Orientation, WindowText, foreign_format,
+)  # fmt: skip
+from gpuparse.collect import list_cases
+from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
 from gpuparse.splits import ValSplit
 
@@ -20,9 +24,11 @@ __all__ = ["convert_command"]
 
 
 def convert_command(
-    data_dir: Annotated[Path, typer.Argument(help="Folder with class_prompts.json and DATASETn/train/*.npz.")],
+    data_dir: Annotated[
+        Path, typer.Argument(help="Folder with class_prompts.json and datasets, such as DATASETn/train/*.npz.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: into DATA_DIR.")
+        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: beside the sources.")
     ] = None,
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Convert this dataset only; may be given several times.")
@@ -46,11 +52,18 @@ def convert_command(
     split_file: Annotated[
         Path | None, typer.Option("--split-file", help='JSON file {"train": [cases], "val": [cases]}.')
     ] = None,
+    format_name: Format = None,
+    window: WindowText = None,
+    orientation: Orientation = "LPS",
+    image_glob: ImageGlob = None,
+    label_glob: LabelGlob = None,
+    channel: Channel = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Convert npz volumes to Zarr stores.
+    """Convert npz, NIfTI or DICOM volumes to Zarr stores.
 
-    Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8
+    Examples: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8;
+    gpuparse convert nnUNet_raw --window abdomen --out stores
     """
     console = Console(quiet=quiet)
     val_split = None
@@ -61,16 +74,16 @@ def convert_command(
             "--split-seed and --group-regex say how cases are set apart. Add --val-fraction or --split-file."
         )
     names = list(dict.fromkeys(dataset)) if dataset else None
-    files = [
-        path
-        for name in (names if names is not None else find_datasets(data_dir, split))
-        for path in (data_dir / name / split).glob("*.npz")
-    ]
-    total_bytes = sum(map(file_size, files))
+    foreign = foreign_format(
+        data_dir, split, format_name, window=window, orientation=orientation, image_glob=image_glob,
+        label_glob=label_glob, channel=channel,
+    )  # fmt: skip
+    cases = list_cases(data_dir, names, split, foreign)
+    total_bytes = sum(case.num_bytes for case in cases)
     num_jobs = jobs or len(os.sched_getaffinity(0))
     start = time.perf_counter()
     with _progress(console) as progress:
-        task = progress.add_task("converting", total=max(len(files), 1), rate="")
+        task = progress.add_task("converting", total=max(len(cases), 1), rate="")
         done_bytes = 0
 
         def on_case(result: CaseResult) -> None:
@@ -90,6 +103,7 @@ def convert_command(
             on_error=on_error,  # type: ignore[arg-type]  # convert checks it
             overwrite=overwrite,
             val_split=val_split,
+            foreign=foreign,
             on_case=on_case,
         )
     _print_report(console, report)
@@ -116,7 +130,7 @@ def _progress(console: Console) -> Progress:
 def _print_report(console: Console, report: ConversionReport) -> None:
     table = Table(title="Converted")
     for name, justify in (("dataset", "left"), ("cases", "right"), ("kept", "right"), ("slices", "right"),
-                          ("voxels", "right"), ("npz", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
+                          ("voxels", "right"), ("sources", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for entry in report.datasets:
         table.add_row(
