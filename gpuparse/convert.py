@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpuparse.case import convert_case, stored_case
-from gpuparse.collect import collect, find_datasets
+from gpuparse.collect import collect
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.foreign import ForeignFormat
 from gpuparse.prompts import ClassPrompts
@@ -28,7 +28,7 @@ from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
 from gpuparse.store import open_store
 
-__all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
+__all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert"]
 
 
 @dataclass(frozen=True)
@@ -277,14 +277,6 @@ def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[SourceC
         finally:
             for _, future in window:
                 future.cancel()
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file, 0 where it is gone or a link to nowhere."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _remove_leftovers(work_path: Path) -> None:

@@ -12,7 +12,7 @@ import zarr
 from ome_zarr_models.v05 import Image, ImageLabel
 
 import gpuparse
-from gpuparse.convert import find_datasets
+from gpuparse.collect import find_datasets
 from gpuparse.errors import InputError, VolumeFormatError
 from gpuparse.store import open_store, split_code
 from gpuparse.views import select_axes

@@ -13,8 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gpuparse.cli.foreign_options import (
-    Channel, Format, ImageGlob, LabelGlob, Orientation, WindowText, foreign_format,
-)  # fmt: skip
+    Channel,
+    Format,
+    ImageGlob,
+    LabelGlob,
+    Orientation,
+    WindowText,
+    foreign_format,
+)
 from gpuparse.collect import list_cases
 from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
@@ -130,7 +136,7 @@ def _progress(console: Console) -> Progress:
 def _print_report(console: Console, report: ConversionReport) -> None:
     table = Table(title="Converted")
     for name, justify in (("dataset", "left"), ("cases", "right"), ("kept", "right"), ("slices", "right"),
-                          ("voxels", "right"), ("sources", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
+                          ("voxels", "right"), ("source", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for entry in report.datasets:
         table.add_row(
