@@ -22,6 +22,7 @@ from gpuparse.scan import Scan, import_format_package
 __all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names", "series_bytes"]
 
 _SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
     "SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "ReferencedSeriesSequence",
 ]  # fmt: skip
@@ -73,13 +74,18 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
             continue
         except Exception as error:  # damaged files make pydicom raise nearly anything
             raise _damaged(path, error) from error
-        if header.get("SOPClassUID") in _SEGMENTATION_CLASSES:
+        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+        if kind in _SEGMENTATION_CLASSES:
             referenced = header.get("ReferencedSeriesSequence") or [{}]
             segmentations[path] = str(referenced[0].get("SeriesInstanceUID", ""))
         elif header.get("Rows") and header.get("SeriesInstanceUID"):
             uid = str(header.SeriesInstanceUID)
             series.setdefault(uid, []).append(path)
             notes[uid] = (str(header.get("Modality", "")), str(header.get("SeriesDescription", "")))
+        elif kind != _DIRECTORY_CLASS and (
+            "SeriesInstanceUID" not in header or "Image Storage" in getattr(kind, "name", "")
+        ):
+            raise _damaged(path, ValueError("its header ends too early"))  # reports and other objects are passed over
     if not series:
         raise VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
     chosen = list(series)
@@ -201,7 +207,7 @@ def segment_names(path: Path) -> Mapping[int, str]:
     pydicom = import_format_package("pydicom", "to read DICOM")
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
-        return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence}
+        return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence if s.SegmentNumber}
     except Exception as error:
         raise _damaged(path, error) from error
 
