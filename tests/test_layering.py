@@ -17,13 +17,14 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
-    ["npz"],
-    ["volume", "prompts"],
+    ["npz", "arrays", "folders", "memory", "workers"],
+    ["volume", "prompts", "lock", "report"],
     ["source"],
     ["views"],
-    ["store"],
+    ["presence", "store"],
     ["case", "splits"],
     ["publish"],
+    ["run"],
     ["convert"],
     ["plan"],
     ["sampling", "order"],

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
+from gpuparse.convert import CaseResult, ConversionReport, convert, find_datasets
 from gpuparse.errors import InputError
 from gpuparse.splits import ValSplit
 
@@ -66,7 +66,7 @@ def convert_command(
         for name in (names if names is not None else find_datasets(data_dir, split))
         for path in (data_dir / name / split).glob("*.npz")
     ]
-    total_bytes = sum(map(file_size, files))
+    total_bytes = sum(path.stat().st_size for path in files if path.exists())
     num_jobs = jobs or len(os.sched_getaffinity(0))
     start = time.perf_counter()
     with _progress(console) as progress:
