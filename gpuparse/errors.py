@@ -13,6 +13,7 @@ __all__ = [
     "KernelError",
     "MissingDependencyError",
     "StoreFormatError",
+    "StoreWriteError",
     "VolumeFormatError",
 ]
 
@@ -31,6 +32,10 @@ class VolumeFormatError(InputError):
 
 class StoreFormatError(InputError):
     """A store is missing, unfinished, of another format version, or not laid out as the format says."""
+
+
+class StoreWriteError(GpuparseError, OSError):
+    """A store cannot be written: its disk is full, read-only or gone, or another run holds it."""
 
 
 class ChunkCorruptError(GpuparseError, OSError):

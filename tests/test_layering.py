@@ -17,8 +17,8 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
-    ["npz"],
-    ["volume", "prompts", "intensity"],
+    ["npz", "arrays", "folders", "memory", "workers"],
+    ["volume", "prompts", "intensity", "lock", "report"],
     ["source", "proposal"],
     ["scan"],
     ["nifti"],
@@ -26,9 +26,10 @@ LAYERS = [
     ["foreign"],
     ["collect"],
     ["views"],
-    ["store"],
+    ["presence", "store"],
     ["case", "splits"],
     ["publish"],
+    ["run"],
     ["convert"],
     ["plan"],
     ["sampling", "order"],

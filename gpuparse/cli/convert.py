@@ -68,8 +68,9 @@ def convert_command(
 ) -> None:
     """Convert npz, NIfTI or DICOM volumes to Zarr stores.
 
-    Examples: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8;
-    gpuparse convert nnUNet_raw --window abdomen --out stores
+    Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8
+
+    With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
     console = Console(quiet=quiet)
     val_split = None
