@@ -92,9 +92,8 @@ def foreign_format(
     }[name]
     wrong = [option for option, is_given in given.items() if is_given and option in idle]
     if wrong:
-        raise InputError(
-            f"{', '.join(wrong)}: means nothing for format {name}. Leave it out, or name another format with --format."
-        )
+        others = " For other sources add --format nnunet, nifti or dicom." if name == "biomedparse" else ""
+        raise InputError(f"{', '.join(wrong)}: means nothing for format {name}. Leave it out.{others}")
     if name == "biomedparse":
         return None
     return ForeignFormat(Layout(name, image_glob, label_glob, channel), window, orientation)  # type: ignore[arg-type]
