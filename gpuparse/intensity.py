@@ -115,7 +115,9 @@ def _bounds(
         return window.bounds
     if small:
         codes, every = _codes(values)
-        counts = np.bincount(codes.ravel(order="K"), minlength=len(every))
+        counts = np.zeros(len(every), np.int64)
+        for part in _slabs(codes):  # bincount makes int64 of what it counts
+            counts += np.bincount(part.ravel(order="K"), minlength=len(every))
         stored = every[counts > 0]
         counts = counts[counts > 0]
     else:

@@ -173,7 +173,8 @@ def _paired(
     images = {name: path for name, path in images.items() if path not in set(labels.values())}
     if not images:
         raise InputError(
-            f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. Give narrower globs."
+            f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "
+            "Give narrower globs."
         )
     pairs = [_pair(name, path, labels.get(name), str(folder / label_glob)) for name, path in sorted(images.items())]
     return pairs + [_orphan(n, labels[n], str(folder / image_glob)) for n in sorted(set(labels) - set(images))]

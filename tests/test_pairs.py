@@ -118,7 +118,7 @@ def test_an_image_glob_may_match_the_labels_too(folder):
     ("images", "labels", "message"),
     [
         ("images/*.nii", None, "needs both globs"),
-        ("images/*.nii", "*/*.nii", r"different numbers of '\*'"),
+        ("images/*.nii", "m*/p*.nii", r"different numbers of '\*'"),
         ("images/x.nii", "masks/x.nii", r"at least one '\*'"),
         ("images/[ab]*.nii", "masks/*.nii", "no other wildcard"),
         ("**/*.nii", "masks/*.nii", "no other wildcard"),
