@@ -95,6 +95,8 @@ def collect(
     split: str,
     foreign: ForeignFormat | None = None,
     max_bytes: int = MAX_VOLUME_BYTES,
+    *,
+    propose: bool = True,
 ) -> list[Collected]:
     """The datasets to convert, checked as far as that goes without reading a case.
 
@@ -107,6 +109,7 @@ def collect(
         split: The subfolder to read.
         foreign: The format, if it is not BiomedParse's.
         max_bytes: The most that image and labels of a case may declare, uncompressed.
+        propose: Write the proposal; otherwise nothing is written.
 
     Raises:
         InputError: The folder, the prompts or an argument is not usable.
@@ -114,7 +117,7 @@ def collect(
     folders = _chosen(data_dir, datasets, split, foreign)
     found = {name: _cases(folder, split, foreign, max_bytes) for name, folder in folders.items()}
     prompts_path = data_dir / PROMPTS_FILE
-    entries = _entries(prompts_path, {name: proposal for name, (_, proposal) in found.items()})
+    entries = _entries(prompts_path, {name: proposal for name, (_, proposal) in found.items()}, propose)
     return [
         Collected(name, folder, parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"), found[name][0])
         for name, folder in folders.items()
@@ -171,7 +174,7 @@ def _cases(
     return dataset.cases, dataset.proposal
 
 
-def _entries(path: Path, proposals: Mapping[str, Mapping[str, Any] | None]) -> Mapping[str, Any]:
+def _entries(path: Path, proposals: Mapping[str, Mapping[str, Any] | None], propose: bool) -> Mapping[str, Any]:
     """The prompts file's entries, with one for every dataset."""
     proposed = {name: dict(proposal) for name, proposal in proposals.items() if proposal is not None}
     entries = load_class_prompts(path) if path.exists() or not proposed else {}
@@ -180,7 +183,7 @@ def _entries(path: Path, proposals: Mapping[str, Mapping[str, Any] | None]) -> M
         return entries
     remedy = "Add an entry, or name the datasets to convert with --dataset."
     proposed = {name: proposed[name] for name in unknown if name in proposed}
-    if proposed:
+    if proposed and propose:
         written = write_proposal(path.parent, proposed)
         move = "copy its entries over" if path.exists() else f"rename it to {path.name}"
         remedy = (

@@ -98,7 +98,7 @@ def convert(
     memory_bytes = default_memory_bytes() if memory_gib is None else int(memory_gib * GIB)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for found in collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB)):
+    for found in collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run):
         store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
         with contextlib.nullcontext() if dry_run else StoreLock(store_path) as lock:
             workers = Workers(num_jobs, memory_bytes, () if lock is None else (lock.handle,))

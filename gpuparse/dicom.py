@@ -7,6 +7,7 @@ highdicom reads segmentations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,18 +109,20 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
 
 
 def series_bytes(files: Sequence[Path]) -> int:
-    """Bytes of the voxels of a series, uncompressed, by the header of its first file.
+    """Bytes of the voxels of a series, uncompressed, by the header of the first file that is an image.
 
     Raises:
-        VolumeFormatError: The header cannot be read.
+        VolumeFormatError: None of the files is one.
         MissingDependencyError: pydicom is not installed.
     """
     pydicom = import_format_package("pydicom", "to read DICOM")
-    try:
-        header = pydicom.dcmread(files[0], stop_before_pixels=True, specific_tags=["Rows", "Columns", "BitsAllocated"])
-        return int(header.Rows) * int(header.Columns) * -(-int(header.BitsAllocated) // 8) * len(files)
-    except Exception as error:  # damaged files make pydicom raise nearly anything
-        raise _damaged(files[0], error) from error
+    tags = ["SOPClassUID", "Rows", "Columns", "BitsAllocated"]
+    for path in files:
+        with contextlib.suppress(Exception):  # damaged and foreign files make pydicom raise nearly anything
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            if header.SOPClassUID not in _SEGMENTATION_CLASSES:
+                return int(header.Rows) * int(header.Columns) * -(-int(header.BitsAllocated) // 8) * len(files)
+    raise VolumeFormatError(f"{files[0]}: neither it nor its neighbours are DICOM images. Leave the folder out.")
 
 
 def read_series(what: str, files: Sequence[Path]) -> Scan:

@@ -154,6 +154,9 @@ def test_whole_numbers_in_floats_and_wide_ids_keep_their_value(nnunet):
 def test_prompts_are_proposed_and_never_overwritten(nnunet):
     root = nnunet.parent
     (root / "class_prompts.json").unlink()
+    with pytest.raises(InputError, match=r"no prompts for 'Dataset001_T'"):
+        gpuparse.convert(root, foreign=CT, dry_run=True)
+    assert not (root / "class_prompts.proposed.json").exists()
     with pytest.raises(InputError, match=r"A proposal for Dataset001_T stands in .*proposed\.json: .* rename it"):
         gpuparse.convert(root, foreign=CT)
     proposed = json.loads((root / "class_prompts.proposed.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 from pydicom.uid import MPEG2MPML, JPEGLSLossless, RLELossless
 from scans import HEART, LIVER, OBLIQUE, SPACING_MM, as_stored, phantom, write_nifti, write_segmentation, write_series
 
-from gpuparse.dicom import look_into, read_segmentation, read_series
+from gpuparse.dicom import look_into, read_segmentation, read_series, series_bytes
 from gpuparse.errors import MissingDependencyError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import Layout
@@ -279,4 +279,7 @@ def test_a_series_larger_than_allowed_is_refused_by_its_headers(folder):
     (case,) = find_cases(folder.parent, ForeignFormat(Layout("dicom"), "abdomen"), max_bytes=1000).cases
     with pytest.raises(VolumeFormatError, match=r"7 slices declare .* GiB; expected at most"):
         case.read()
+    (folder / "000.txt").write_text("sorted before the images")
     assert case.declared_bytes() >= case.num_bytes + 4 * 2 * IMAGE.size
+    with pytest.raises(VolumeFormatError, match=r"000\.txt: neither it nor its neighbours are DICOM images"):
+        series_bytes([folder / "000.txt"])
