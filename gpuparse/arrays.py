@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,9 +102,8 @@ def _write_shard(path: Path, data: npt.NDArray[Any], chunks: tuple[int, ...], gr
     index = np.full((int(np.prod(grid)), 2), _MISSING, "<u8")
     offset = 0
     with contextlib.ExitStack() as stack:
-        for number, place in enumerate(itertools.product(*map(range, grid))):
-            chunk = data[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks, strict=True))]
-            frame = _compress_chunk(chunk, chunks, level) if chunk.size else None
+        for number, chunk in _chunks_of(data, chunks, grid):
+            frame = _compress_chunk(chunk, level)
             if frame is None:
                 continue
             if not offset:
@@ -122,13 +120,25 @@ def _write_shard(path: Path, data: npt.NDArray[Any], chunks: tuple[int, ...], gr
     return offset + len(raw) + 4
 
 
-def _compress_chunk(chunk: npt.NDArray[Any], chunks: tuple[int, ...], level: Level) -> bytes | None:
-    """The blosc frame of one chunk, filled up with zeros to its full shape; None if it holds nothing else."""
-    if chunk.shape != chunks:
-        whole = np.zeros(chunks, chunk.dtype)
-        whole[tuple(slice(0, n) for n in chunk.shape)] = chunk
-        chunk = whole
-    values = np.ascontiguousarray(chunk).reshape(-1)
+def _chunks_of(
+    data: npt.NDArray[Any], chunks: tuple[int, ...], grid: Sequence[int]
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Number in the shard and flat values of each chunk, filled up with zeros to its full shape."""
+    if chunks == (1, *data.shape[1:]) and data.flags.c_contiguous:
+        yield from enumerate(data.reshape(len(data), -1))
+        return
+    for number, place in enumerate(itertools.product(*map(range, grid))):
+        chunk = data[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks, strict=True))]
+        if chunk.shape != chunks and chunk.size:
+            whole = np.zeros(chunks, chunk.dtype)
+            whole[tuple(slice(0, n) for n in chunk.shape)] = chunk
+            chunk = whole
+        if chunk.size:
+            yield number, np.ascontiguousarray(chunk).reshape(-1)
+
+
+def _compress_chunk(values: npt.NDArray[Any], level: Level) -> bytes | None:
+    """The blosc frame of a chunk; None if it holds nothing but zeros."""
     frame = _compress(values, level)
     if len(frame) * _ZERO_FRAME_RATIO < values.nbytes or values.nbytes < BLOSC_BLOCK_BYTES:
         return frame if values.any() else None
@@ -215,7 +225,7 @@ def _codecs(dtype: np.dtype[Any], level: Level) -> list[dict[str, Any]]:
 
 
 def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    (folder / "zarr.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    (folder / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -227,12 +237,3 @@ def serial_blosc() -> Iterator[None]:
         yield
     finally:
         blosc.use_threads = before
-
-
-def sync_file(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

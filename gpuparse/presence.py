@@ -18,6 +18,8 @@ __all__ = ["find_presence", "label_pairs"]
 
 _SLAB_BYTES = 1 << 20  # stays in the processor's cache
 _ID_BITS = 32
+_MAX_TABLE = 1 << 22
+_SHORT_ROW = 64
 
 
 def label_pairs(labels: npt.NDArray[np.unsignedinteger[Any]], axes: Sequence[int]) -> dict[int, npt.NDArray[np.int64]]:
@@ -31,57 +33,78 @@ def label_pairs(labels: npt.NDArray[np.unsignedinteger[Any]], axes: Sequence[int
         Axis -> (num_pairs, 2) int64, the pairs (position, id) with id > 0, sorted.
     """
     depth, height, width = labels.shape
-    by_rows = any(axis != 0 for axis in axes)  # else a run may go on from row to row
-    row = width if by_rows else height * width
     slab = max(1, _SLAB_BYTES // (height * width * labels.itemsize))
     found: dict[int, list[npt.NDArray[np.int64]]] = {axis: [] for axis in axes}
     for first in range(0, depth, slab):
-        flat = labels[first : first + slab].reshape(-1)
-        starts = _run_starts(flat, row)
-        values = flat[starts]
-        foreground = np.flatnonzero(values)
-        if not len(foreground):
+        rows = labels[first : first + slab].reshape(-1, width)
+        numbers = _rows_with_labels(rows)
+        if not len(numbers):
             continue
-        stops = np.append(starts[1:], len(flat))[foreground]
-        starts, ids = starts[foreground], values[foreground].astype(np.int64)
+        flat = (rows if len(numbers) == len(rows) else rows[numbers]).reshape(-1)
+        starts = _run_starts(flat, width)
+        values = flat[starts]
+        labelled = np.flatnonzero(values)
+        stops = np.append(starts[1:], len(flat))[labelled]
+        starts, ids = starts[labelled], values[labelled].astype(np.int64)
+        row = numbers[starts // width]
         if 0 in found:
-            found[0].append(_unique_pairs(starts // (height * width) + first, ids))
+            found[0].append(_unique_pairs(row // height, ids) + (first << _ID_BITS))
         if 1 in found:
-            found[1].append(_unique_pairs(starts // width % height, ids))
+            found[1].append(_unique_pairs(row % height, ids))
         if 2 in found:
             found[2].append(_covered(starts % width, stops - starts, ids, width))
     return {axis: _merge(pairs) for axis, pairs in found.items()}
 
 
-def _run_starts(flat: npt.NDArray[np.unsignedinteger[Any]], row: int) -> npt.NDArray[np.int64]:
+def _rows_with_labels(rows: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.intp]:
+    """Numbers of the rows that are not all zero; all rows where leaving the others out would not pay."""
+    if rows.shape[1] >= _SHORT_ROW:
+        numbers = np.flatnonzero(rows.max(axis=1) != 0)
+        if 2 * len(numbers) < len(rows):
+            return numbers
+    return np.arange(len(rows))
+
+
+def _run_starts(flat: npt.NDArray[np.unsignedinteger[Any]], width: int) -> npt.NDArray[np.int64]:
     """Where runs of equal values begin; a run ends with its row."""
     begins = np.empty(len(flat), bool)
     begins[0] = True
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[::row] = True
-    # Eight flags at a time: nearly all are unset.
+    begins[::width] = True
+    # Eight flags at a time: nearly all are unset. Of what can be asked for, nonzero is fast for flags only.
     whole = len(flat) // 8 * 8
-    words = np.flatnonzero(begins[:whole].view(np.uint64))
+    words = np.flatnonzero(begins[:whole].view(np.uint64) != 0)
     inside = np.flatnonzero(begins[:whole].reshape(-1, 8)[words])
     return np.concatenate([words[inside >> 3] * 8 + (inside & 7), np.flatnonzero(begins[whole:]) + whole])
 
 
 def _unique_pairs(positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.unique(positions << _ID_BITS | ids)
+    if not len(ids):
+        return np.empty(0, np.int64)
+    num_positions, num_ids = int(positions.max()) + 1, int(ids.max()) + 1
+    if num_positions * num_ids > _MAX_TABLE:
+        return np.unique(positions << _ID_BITS | ids)
+    seen = np.zeros((num_positions, num_ids), bool)
+    seen[positions, ids] = True
+    position, kind = np.nonzero(seen)
+    return position << _ID_BITS | kind
 
 
 def _covered(
     starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], width: int
 ) -> npt.NDArray[np.int64]:
     """Pairs of all positions that runs along the last axis cover, from their first positions and lengths."""
-    order = np.argsort(ids, kind="stable")
-    kinds, counts = np.unique(ids[order], return_counts=True)
+    kinds, kind = np.unique(ids, return_inverse=True)
+    step = width + 1
     pairs = []
-    for kind, run in zip(kinds, np.split(order, np.cumsum(counts)[:-1]), strict=True):
-        open_runs = np.bincount(starts[run], minlength=width + 1)
-        open_runs -= np.bincount(starts[run] + lengths[run], minlength=width + 1)
-        pairs.append(np.flatnonzero(np.cumsum(open_runs)) << _ID_BITS | kind)
-    return np.concatenate(pairs)
+    for first in range(0, len(kinds), max(1, _MAX_TABLE // step)):
+        part = (kind >= first) & (kind < first + max(1, _MAX_TABLE // step))
+        places = (kind[part] - first) * step + starts[part]
+        size = min(len(kinds) - first, max(1, _MAX_TABLE // step)) * step
+        open_runs = np.bincount(places, minlength=size) - np.bincount(places + lengths[part], minlength=size)
+        which, position = np.nonzero(np.cumsum(open_runs.reshape(-1, step), axis=1))
+        pairs.append(position << _ID_BITS | kinds[which + first])
+    return np.concatenate(pairs) if pairs else np.empty(0, np.int64)
 
 
 def _merge(pairs: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

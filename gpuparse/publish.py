@@ -89,9 +89,9 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
         os.replace(work_path / "incoming" / index, root_path / index)
         group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         for folder in ("cases", "index"):
-            replace_text(root_path / folder / "zarr.json", json.dumps(group, indent=2))
+            replace_text(root_path / folder / "zarr.json", json.dumps(group))
         attributes.update(index=index, num_slices=len(columns["case"]))
-        replace_text(root_path / "zarr.json", json.dumps({**group, "attributes": {"gpuparse": attributes}}, indent=2))
+        replace_text(root_path / "zarr.json", json.dumps({**group, "attributes": {"gpuparse": attributes}}))
         # What was in force until now stays: a training run may be reading it.
         old_index = None if store is None else str(store.attributes["index"])
         _keep_only(root_path / "index", {Path(name).name for name in (index, old_index) if name is not None})

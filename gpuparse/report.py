@@ -148,4 +148,4 @@ def write_report(
     except (OSError, ValueError):
         entries = {}
     entries = entries if isinstance(entries, dict) else {}
-    replace_text(path, json.dumps({**entries, store_path.name: entry}, indent=1))
+    replace_text(path, json.dumps({**entries, store_path.name: entry}))
