@@ -15,6 +15,8 @@ from gpuparse.augment import augment
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
+from gpuparse.foreign import ForeignFormat
+from gpuparse.pairs import FolderLayout
 from gpuparse.sampling import Augmentation, sample_params
 from gpuparse.store import Store, open_store
 
@@ -30,6 +32,8 @@ __all__ = [
     "Augmentation",
     "ConversionReport",
     "DataLoader",
+    "FolderLayout",
+    "ForeignFormat",
     "GpuparseError",
     "SliceDataset",
     "Store",

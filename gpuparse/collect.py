@@ -13,7 +13,7 @@ from typing import Any
 
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_folders
-from gpuparse.pairs import Layout
+from gpuparse.pairs import FolderLayout
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.proposal import write_proposal
 from gpuparse.source import NpzReader, SourceCase, find_npz_cases
@@ -65,7 +65,7 @@ def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str
         InputError: There is no such folder, or it holds both.
     """
     npz = find_datasets(data_dir, split)
-    nnunet = find_datasets(data_dir, split, ForeignFormat(Layout("nnunet"))) if split in ("train", "test") else []
+    nnunet = find_datasets(data_dir, split, ForeignFormat(FolderLayout("nnunet"))) if split in ("train", "test") else []
     if npz and nnunet:
         raise InputError(
             f"{data_dir}: npz datasets ({', '.join(npz)}) and nnU-Net datasets ({', '.join(nnunet)}). Name one of them "

@@ -25,7 +25,8 @@ __all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segm
 _SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
-    "SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "ReferencedSeriesSequence",
+    "SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "ImagePositionPatient",
+    "ReferencedSeriesSequence",
 ]  # fmt: skip
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GAP_TOLERANCE = 0.1  # of the usual distance of two slices
@@ -61,6 +62,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
     pydicom = import_format_package("pydicom", "to read DICOM")
     series: dict[str, list[Path]] = {}
     notes: dict[str, tuple[str, str]] = {}
+    placed: set[str] = set()
     segmentations: dict[Path, str] = {}
     niftis: list[Path] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
@@ -82,6 +84,8 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         elif header.get("Rows") and header.get("SeriesInstanceUID"):
             uid = str(header.SeriesInstanceUID)
             series.setdefault(uid, []).append(path)
+            if "ImagePositionPatient" in header:
+                placed.add(uid)
             notes[uid] = (str(header.get("Modality", "")), str(header.get("SeriesDescription", "")))
         elif kind != _DIRECTORY_CLASS and (
             "SeriesInstanceUID" not in header or "Image Storage" in getattr(kind, "name", "")
@@ -90,8 +94,9 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
     if not series:
         raise VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
     chosen = list(series)
-    if len(chosen) > 1:
-        chosen = [uid for uid in series if uid in segmentations.values()]
+    for choice in (placed, set(segmentations.values())):  # screen shots have no place
+        if len(chosen) > 1:
+            chosen = [uid for uid in chosen if uid in choice]
     if len(chosen) != 1:
         listed = "; ".join(f"{notes[u][0]} {notes[u][1]!r}, {len(files)} files" for u, files in series.items())
         raise VolumeFormatError(

@@ -15,13 +15,13 @@ from gpuparse.cli import app
 from gpuparse.collect import detect_format
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat
-from gpuparse.pairs import Layout
+from gpuparse.pairs import FolderLayout
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, open_store
 
 IMAGE, LABELS = phantom()
 NAMES = {1: "heart", 2: "liver", 3: "spleen"}
 PROMPTS = {"1": "heart", "2": ["liver", "the liver"], "3": "spleen", "instance_label": 0}
-CT = ForeignFormat(Layout("nnunet"), "abdomen")
+CT = ForeignFormat(FolderLayout("nnunet"), "abdomen")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from scans import HEART, LIVER, OBLIQUE, SPACING_MM, as_stored, phantom, write_n
 from gpuparse.dicom import look_into, read_segmentation, read_series, series_bytes
 from gpuparse.errors import MissingDependencyError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
-from gpuparse.pairs import Layout
+from gpuparse.pairs import FolderLayout
 from gpuparse.scan import lay_onto
 
 IMAGE, LABELS = phantom()
@@ -160,6 +160,12 @@ def test_a_folder_with_several_series_is_refused_unless_a_segmentation_chooses(f
     assert found.labels == folder / "seg.dcm"
 
 
+def test_a_screen_shot_beside_a_series_is_passed_over(folder):
+    write_series(folder / "report", image=IMAGE[:1])
+    edit(folder / "report" / "000.dcm", ImagePositionPatient=None)
+    assert {path.parent.name for path in look_into(folder).files} == {"case"}
+
+
 def test_a_folder_with_several_label_files_is_refused(folder):
     for name in ("a.nii.gz", "b.nii"):
         write_nifti(folder / name, *as_stored(LABELS, "LPS"))
@@ -237,7 +243,7 @@ def test_missing_packages_are_named_with_the_remedy(folder, tmp_path, monkeypatc
 
 
 def cases_of(root, **labels):
-    return find_cases(root, ForeignFormat(Layout("dicom", **labels), "abdomen")).cases
+    return find_cases(root, ForeignFormat(FolderLayout("dicom", **labels), "abdomen")).cases
 
 
 def test_names_come_from_the_first_segmentation_and_hold_for_all(tmp_path):
@@ -276,7 +282,7 @@ def test_a_case_without_labels_or_of_another_modality_is_refused(tmp_path):
 
 
 def test_a_series_larger_than_allowed_is_refused_by_its_headers(folder):
-    (case,) = find_cases(folder.parent, ForeignFormat(Layout("dicom"), "abdomen"), max_bytes=1000).cases
+    (case,) = find_cases(folder.parent, ForeignFormat(FolderLayout("dicom"), "abdomen"), max_bytes=1000).cases
     with pytest.raises(VolumeFormatError, match=r"7 slices declare .* GiB; expected at most"):
         case.read()
     (folder / "000.txt").write_text("sorted before the images")

@@ -8,11 +8,11 @@ import pytest
 
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_folders
-from gpuparse.pairs import Layout, find_pairs, read_dataset_json
+from gpuparse.pairs import FolderLayout, find_pairs, read_dataset_json
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.proposal import class_names, propose_prompts, write_proposal
 
-NNUNET = Layout("nnunet")
+NNUNET = FolderLayout("nnunet")
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_several_channels_want_a_choice(folder):
     root = folder(*names, "labelsTr/b_a.nii.gz", "labelsTr/b_b.nii.gz", channel_names={"0": "T1", "3": "FLAIR"})
     with pytest.raises(InputError, match=r"several channels: 0 \(T1\), 3 \(FLAIR\)\. Choose one with --channel"):
         find_pairs(root, NNUNET)
-    assert [p.image.name for p in find_pairs(root, Layout("nnunet", channel=3))] == names_of(names, 3)
+    assert [p.image.name for p in find_pairs(root, FolderLayout("nnunet", channel=3))] == names_of(names, 3)
     with pytest.raises(InputError, match=r"no channel 1; it has 0, 3"):
-        find_pairs(root, Layout("nnunet", channel=1))
+        find_pairs(root, FolderLayout("nnunet", channel=1))
     (root / names[3]).unlink()
-    missing = find_pairs(root, Layout("nnunet", channel=3))[1]
+    missing = find_pairs(root, FolderLayout("nnunet", channel=3))[1]
     assert "b_b_0000.nii.gz: its case has no file of channel 3" in missing.problem
 
 
@@ -102,14 +102,14 @@ def test_globs_pair_by_what_their_stars_stand_for(folder, images, labels, names)
             f"sites/{'A' if case == 'p1' else 'B'}/gt/p1.nii",
         )
     ])  # fmt: skip
-    pairs = find_pairs(root, Layout("nifti", images, labels))
+    pairs = find_pairs(root, FolderLayout("nifti", images, labels))
     assert [p.name for p in pairs] == names
     assert all(p.problem is None and p.image != p.labels for p in pairs)
 
 
 def test_an_image_glob_may_match_the_labels_too(folder):
     root = folder("a.nii", "a_seg.nii", "b.nii")
-    pairs = find_pairs(root, Layout("nifti", "*.nii", "*_seg.nii"))
+    pairs = find_pairs(root, FolderLayout("nifti", "*.nii", "*_seg.nii"))
     # What the labels' glob matches is labels; b has none, and the report says so.
     assert [(p.name, p.problem is None) for p in pairs] == [("a", True), ("b", False)]
 
@@ -132,7 +132,7 @@ def test_an_image_glob_may_match_the_labels_too(folder):
 def test_globs_that_cannot_pair_are_refused(folder, images, labels, message):
     root = folder("images/p1.nii", "masks/p1.nii", "i1/2.nii", "i1_2/1.nii", "i1/2_1.nii")
     with pytest.raises(InputError, match=message):
-        find_pairs(root, Layout("nifti", images, labels))
+        find_pairs(root, FolderLayout("nifti", images, labels))
 
 
 def test_folders_that_hold_nothing_are_refused(folder, tmp_path):
@@ -146,12 +146,12 @@ def test_folders_that_hold_nothing_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"imagesTr: no \.nii or \.nii\.gz files"):
         find_pairs(tmp_path, NNUNET)
     with pytest.raises(InputError, match="Expected a folder of DICOM files for each case"):
-        find_pairs(tmp_path / "imagesTr", Layout("dicom"))
+        find_pairs(tmp_path / "imagesTr", FolderLayout("dicom"))
 
 
 def test_a_store_beside_its_sources_is_no_case(folder):
     root = folder("p1/1.dcm", "train.zarr/zarr.json", ".train.zarr.partial/x")
-    assert [p.name for p in find_pairs(root, Layout("dicom"))] == ["p1"]
+    assert [p.name for p in find_pairs(root, FolderLayout("dicom"))] == ["p1"]
 
 
 def test_a_folder_is_a_dataset_or_holds_some(folder):

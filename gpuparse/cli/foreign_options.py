@@ -10,7 +10,7 @@ import typer
 from gpuparse.collect import detect_format
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat
-from gpuparse.pairs import Layout
+from gpuparse.pairs import FolderLayout
 
 __all__ = ["Channel", "Format", "ImageGlob", "LabelGlob", "Orientation", "WindowText", "foreign_format"]
 
@@ -96,4 +96,4 @@ def foreign_format(
         raise InputError(f"{', '.join(wrong)}: means nothing for format {name}. Leave it out.{others}")
     if name == "biomedparse":
         return None
-    return ForeignFormat(Layout(name, image_glob, label_glob, channel), window, orientation)  # type: ignore[arg-type]
+    return ForeignFormat(FolderLayout(name, image_glob, label_glob, channel), window, orientation)  # type: ignore[arg-type]
