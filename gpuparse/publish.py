@@ -2,10 +2,12 @@
 
 The slice index names the folder of every case. A case that replaces an earlier version gets a folder of its own, so
 that whoever reads by the old index still finds the old voxels; they go when the next index but one is published.
+Indexes stay as long as all that they name is there, the newest eight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -25,6 +27,8 @@ from gpuparse.splits import ValSplit, assign_splits, follow_groups
 from gpuparse.store import FORMAT_VERSION, SliceTable, Store, split_code
 
 __all__ = ["PublishTarget", "ValCases", "choose_val_cases", "publish"]
+
+_MAX_INDEXES = 8  # the one in force and those before it, for readers that have the store open
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,8 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
         attributes.update(index=index, num_slices=len(columns["case"]))
         replace_text(root_path / "zarr.json", json.dumps({**group, "attributes": {"gpuparse": attributes}}))
         # What was in force until now stays: a training run may be reading it.
-        old_index = None if store is None else str(store.attributes["index"])
-        _keep_only(root_path / "index", {Path(name).name for name in (index, old_index) if name is not None})
         _keep_only(root_path / "cases", old_folders.union(folders))
+        _keep_only(root_path / "index", _usable_indexes(root_path / "index", old_folders.union(folders)))
     if store is None:
         discard_folder(work_path / "incoming")
         replace_folder(work_path, target.store_path)
@@ -134,6 +137,17 @@ def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: lis
     write_group(path, {"case_names": names, "case_folders": folders, "crc32c": checksums})
     for name, values in columns.items():
         write_column(path / name, values)
+
+
+def _usable_indexes(parent: Path, folders: set[str]) -> set[str]:
+    """The newest indexes that name none but `folders`: whoever has opened the store by one of them can go on."""
+    newest = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    usable = []
+    for path in newest:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+            usable += [path.name] if folders.issuperset(attributes["case_folders"]) else []
+    return set(usable[:_MAX_INDEXES])
 
 
 def _keep_only(parent: Path, names: set[str]) -> None:

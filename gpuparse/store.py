@@ -242,7 +242,11 @@ class Store:
             folder = self.case_path(case)
             files = _read_json(folder / "zarr.json").get("attributes", {}).get("gpuparse", {}).get("files")
             prefix = f"{array_path}/"
-            own = {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)} if files else None
+            own = (
+                {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)}
+                if files is not None
+                else None
+            )
             self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
         return self._layouts[key]
 
