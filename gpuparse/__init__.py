@@ -16,6 +16,8 @@ from gpuparse.check import CheckReport, check
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
+from gpuparse.foreign import ForeignFormat
+from gpuparse.pairs import FolderLayout
 from gpuparse.sampling import Augmentation, sample_params
 from gpuparse.store import Store, open_store
 
@@ -37,6 +39,8 @@ __all__ = [
     "CheckReport",
     "ConversionReport",
     "DataLoader",
+    "FolderLayout",
+    "ForeignFormat",
     "GpuparseError",
     "SliceDataset",
     "Store",

@@ -7,6 +7,7 @@ highdicom reads segmentations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from gpuparse.scan import Scan, import_format_package
 __all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names", "series_bytes"]
 
 _SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
-    "SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "ReferencedSeriesSequence",
+    "SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "Rows", "ImagePositionPatient",
+    "ReferencedSeriesSequence",
 ]  # fmt: skip
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GAP_TOLERANCE = 0.1  # of the usual distance of two slices
@@ -59,6 +62,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
     pydicom = import_format_package("pydicom", "to read DICOM")
     series: dict[str, list[Path]] = {}
     notes: dict[str, tuple[str, str]] = {}
+    placed: set[str] = set()
     segmentations: dict[Path, str] = {}
     niftis: list[Path] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
@@ -73,18 +77,26 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
             continue
         except Exception as error:  # damaged files make pydicom raise nearly anything
             raise _damaged(path, error) from error
-        if header.get("SOPClassUID") in _SEGMENTATION_CLASSES:
+        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+        if kind in _SEGMENTATION_CLASSES:
             referenced = header.get("ReferencedSeriesSequence") or [{}]
             segmentations[path] = str(referenced[0].get("SeriesInstanceUID", ""))
         elif header.get("Rows") and header.get("SeriesInstanceUID"):
             uid = str(header.SeriesInstanceUID)
             series.setdefault(uid, []).append(path)
+            if "ImagePositionPatient" in header:
+                placed.add(uid)
             notes[uid] = (str(header.get("Modality", "")), str(header.get("SeriesDescription", "")))
+        elif kind != _DIRECTORY_CLASS and (
+            "SeriesInstanceUID" not in header or "Image Storage" in getattr(kind, "name", "")
+        ):
+            raise _damaged(path, ValueError("its header ends too early"))  # reports and other objects are passed over
     if not series:
         raise VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
     chosen = list(series)
-    if len(chosen) > 1:
-        chosen = [uid for uid in series if uid in segmentations.values()]
+    for choice in (placed, set(segmentations.values())):  # screen shots have no place
+        if len(chosen) > 1:
+            chosen = [uid for uid in chosen if uid in choice]
     if len(chosen) != 1:
         listed = "; ".join(f"{notes[u][0]} {notes[u][1]!r}, {len(files)} files" for u, files in series.items())
         raise VolumeFormatError(
@@ -102,18 +114,20 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
 
 
 def series_bytes(files: Sequence[Path]) -> int:
-    """Bytes of the voxels of a series, uncompressed, by the header of its first file.
+    """Bytes of the voxels of a series, uncompressed, by the header of the first file that is an image.
 
     Raises:
-        VolumeFormatError: The header cannot be read.
+        VolumeFormatError: None of the files is one.
         MissingDependencyError: pydicom is not installed.
     """
     pydicom = import_format_package("pydicom", "to read DICOM")
-    try:
-        header = pydicom.dcmread(files[0], stop_before_pixels=True, specific_tags=["Rows", "Columns", "BitsAllocated"])
-        return int(header.Rows) * int(header.Columns) * -(-int(header.BitsAllocated) // 8) * len(files)
-    except Exception as error:  # damaged files make pydicom raise nearly anything
-        raise _damaged(files[0], error) from error
+    tags = ["SOPClassUID", "Rows", "Columns", "BitsAllocated"]
+    for path in files:
+        with contextlib.suppress(Exception):  # damaged and foreign files make pydicom raise nearly anything
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            if header.SOPClassUID not in _SEGMENTATION_CLASSES:
+                return int(header.Rows) * int(header.Columns) * -(-int(header.BitsAllocated) // 8) * len(files)
+    raise VolumeFormatError(f"{files[0]}: neither it nor its neighbours are DICOM images. Leave the folder out.")
 
 
 def read_series(what: str, files: Sequence[Path]) -> Scan:
@@ -201,7 +215,7 @@ def segment_names(path: Path) -> Mapping[int, str]:
     pydicom = import_format_package("pydicom", "to read DICOM")
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
-        return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence}
+        return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence if s.SegmentNumber}
     except Exception as error:
         raise _damaged(path, error) from error
 

@@ -17,6 +17,7 @@ __all__ = [
     "MissingDependencyError",
     "PipelineError",
     "StoreFormatError",
+    "StoreWriteError",
     "VolumeFormatError",
 ]
 
@@ -35,6 +36,10 @@ class VolumeFormatError(InputError):
 
 class StoreFormatError(InputError):
     """A store is missing, unfinished, of another format version, or not laid out as the format says."""
+
+
+class StoreWriteError(GpuparseError, OSError):
+    """A store cannot be written: its disk is full, read-only or gone, or another run holds it."""
 
 
 class ChunkCorruptError(GpuparseError, OSError):

@@ -15,7 +15,7 @@ from gpuparse.dicom import look_into, read_segmentation, read_series, segment_na
 from gpuparse.errors import InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
 from gpuparse.nifti import nifti_bytes, nifti_stem, read_nifti
-from gpuparse.pairs import Layout, Pair, find_pairs, folder_matches, read_dataset_json
+from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json
 from gpuparse.proposal import class_names, propose_prompts
 from gpuparse.scan import Scan, check_orientation, lay_onto, make_volume
 from gpuparse.source import SourceCase
@@ -34,7 +34,7 @@ class ForeignFormat:
         orientation: Where x, y and z of the volumes grow to, such as `LPS`; `stored` keeps the images' axes.
     """
 
-    layout: Layout
+    layout: FolderLayout
     window: str | None = None
     orientation: str = "LPS"
 

@@ -115,7 +115,9 @@ def _bounds(
         return window.bounds
     if small:
         codes, every = _codes(values)
-        counts = np.bincount(codes.ravel(order="K"), minlength=len(every))
+        counts = np.zeros(len(every), np.int64)
+        for part in _slabs(codes):  # bincount makes int64 of what it counts
+            counts += np.bincount(part.ravel(order="K"), minlength=len(every))
         stored = every[counts > 0]
         counts = counts[counts > 0]
     else:
@@ -129,12 +131,16 @@ def _bounds(
                 "Give a window, or percentile."
             )
         return 0.0, 255.0
-    intensities = _intensity(stored, rescale)
-    inside = intensities != 0
     if counts is None:
-        inner = intensities[inside]
-        low, high = (float(v) for v in np.percentile(inner, PERCENTILES)) if len(inner) else (0.0, 0.0)
+        # In the image's own precision: a volume of float64 beside it may be more memory than there is.
+        inner = stored if rescale == (1.0, 0.0) else _intensity(stored, rescale)
+        inner = inner[inner != 0]
+        low, high = (
+            (float(v) for v in np.percentile(inner, PERCENTILES, overwrite_input=True)) if len(inner) else (0.0, 0.0)
+        )
     else:
+        intensities = _intensity(stored, rescale)
+        inside = intensities != 0
         low, high = _percentiles(intensities[inside], counts[inside])
     if not low < high:
         raise VolumeFormatError(

@@ -48,7 +48,7 @@ def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
         VolumeFormatError: It cannot be read, is cut short, or does not hold one volume of numbers.
         MissingDependencyError: nibabel is not installed.
     """
-    with _opened(path) as (stream, image):
+    with _opened(path) as (stream, image, zooms):
         header = _header(path, image)
         num_file_bytes = path.stat().st_size
         if header.num_bytes > max_bytes:
@@ -59,7 +59,7 @@ def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
                 f"{num_file_bytes} bytes cannot hold them. It is cut short or damaged: copy it again."
             )
         proxy = image.dataobj
-        affine, lost = _affine(path, image.header)
+        affine, lost = _affine(path, image.header, zooms)
         values = np.asanyarray(proxy.get_unscaled()).reshape(header.shape, order="F")
         if len(stream.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
             raise VolumeFormatError(f"{path}: goes on after the voxels that its header names. Export it again.")
@@ -73,7 +73,7 @@ def nifti_bytes(path: Path) -> int:
         VolumeFormatError: There is no usable header.
         MissingDependencyError: nibabel is not installed.
     """
-    with _opened(path) as (_, image):
+    with _opened(path) as (_, image, _):
         return _header(path, image).num_bytes
 
 
@@ -88,8 +88,11 @@ class _Header:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """The file's uncompressed bytes and nibabel's image over them; whatever goes wrong within names the file."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]]]:
+    """The file's uncompressed bytes, nibabel's image over them, and the voxel sizes as the file has them.
+
+    Whatever goes wrong within names the file.
+    """
     import_format_package("nibabel", "to read NIfTI")
     try:
         with contextlib.ExitStack() as stack:
@@ -103,9 +106,12 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
 
             with LoggingOutputSuppressor():  # its remarks would go to standard error without the file's name
                 kind = _image_class(path, stream)
+                # nibabel makes sizes of 0 into 1, so they are read before it does.
+                zooms = np.asarray(kind.header_class.from_fileobj(stream, check=False)["pixdim"][1:4], np.float64)
+                stream.seek(0)
                 # No memory map: a file that shrinks while it is read would end the process.
                 image = kind.from_file_map(kind.make_file_map({"image": stream}), mmap=False)
-            yield stream, image
+            yield stream, image, zooms
     except GpuparseError:
         raise
     except EOFError as error:
@@ -151,30 +157,28 @@ def _image_class(path: Path, stream: BinaryIO) -> Any:
     raise VolumeFormatError(f"{path}: no NIfTI file, it lacks NIfTI's mark. Export it as .nii.gz, or leave it out.")
 
 
-def _affine(path: Path, header: Any) -> tuple[npt.NDArray[np.float64], str | None]:
+def _affine(path: Path, header: Any, zooms: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], str | None]:
     """Voxel index to millimetres along R, A, S, and why it says nothing about directions, if so."""
-    scale = _MM_PER_UNIT[header.get_xyzt_units()[0]]
     forms = {}
     if int(header["sform_code"]) > 0:
         forms["sform"] = header.get_sform()
+    elif not (np.isfinite(zooms).all() and zooms.all()):
+        raise VolumeFormatError(f"{path}: voxel size {zooms.tolist()}; expected above 0. Mend pixdim in the header.")
     if int(header["qform_code"]) > 0:
         forms["qform"] = header.get_qform()
+    lost = None
+    if not forms:
+        lost = "neither sform nor qform is set"
+        forms["pixdim"] = np.diag([*np.abs(zooms), 1.0])
     for name, form in forms.items():
         lengths = np.linalg.norm(form[:3, :3], axis=0)
-        if not np.isfinite(form).all() or abs(np.linalg.det(form[:3, :3])) < 1e-6 * np.prod(lengths):
+        if not np.isfinite(form).all() or abs(np.linalg.det(form[:3, :3])) <= 1e-6 * np.prod(lengths):
             raise VolumeFormatError(
                 f"{path}: its {name} gives voxels no volume or no place: {form[:3].tolist()}. Mend the header."
             )
     codes = {name: orientation_of(form) for name, form in forms.items()}
-    lost = None
-    if not forms:
-        lost = "neither sform nor qform is set"
-        forms["pixdim"] = np.diag([*(float(v) for v in header.get_zooms()[:3]), 1.0])
-    elif len(set(codes.values())) > 1:
+    if len(set(codes.values())) > 1:
         lost = f"its sform says {codes['sform']} and its qform {codes['qform']}"
     affine = next(iter(forms.values())).astype(np.float64)
-    affine[:3] *= scale
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise VolumeFormatError(f"{path}: voxel size {spacing.tolist()} mm; expected above 0. Mend the header.")
+    affine[:3] *= _MM_PER_UNIT[header.get_xyzt_units()[0]]
     return affine, lost

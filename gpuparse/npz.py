@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 __all__ = ["DamagedError", "Member", "NpzFile", "TooLargeError"]
 
-MAX_HEADER_BYTES = 1 << 14  # numpy itself refuses headers above 10,000
+_MAX_HEADER_BYTES = 1 << 14  # numpy itself refuses headers above 10,000
 _MAX_DEFLATE_RATIO = 1032  # a deflate stream cannot grow by more than that
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -67,6 +67,7 @@ class NpzFile:
     def __init__(self, raw: bytes | io.BufferedReader) -> None:
         self._raw = raw
         self._archive = zipfile.ZipFile(io.BytesIO(raw) if isinstance(raw, bytes) else raw)
+        self._headers: dict[str, Member] = {}
         self._infos = {info.filename: info for info in self._archive.infolist()}
 
     @property
@@ -80,10 +81,10 @@ class NpzFile:
         Raises:
             DamagedError: The header is none, or declares other sizes than the archive does.
         """
-        info = self._infos[f"{key}.npy"]
-        with self._archive.open(info) as stream:
-            head = stream.read(MAX_HEADER_BYTES)
-        return _parse_header(head)
+        if key not in self._headers:
+            with self._archive.open(self._infos[f"{key}.npy"]) as stream:
+                self._headers[key] = _parse_header(stream.read(_MAX_HEADER_BYTES))
+        return self._headers[key]
 
     def check_size(self, key: str, member: Member) -> None:
         """Compares the size that an array's header declares with that of its place in the archive.

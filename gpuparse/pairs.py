@@ -17,14 +17,14 @@ from typing import Any, Literal
 from gpuparse.errors import InputError
 from gpuparse.nifti import nifti_stem
 
-__all__ = ["Layout", "Pair", "find_pairs", "folder_matches", "read_dataset_json"]
+__all__ = ["FolderLayout", "Pair", "find_pairs", "folder_matches", "read_dataset_json"]
 
 _SPLIT_SUFFIX = {"train": "Tr", "test": "Ts"}
 _CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """How a folder holds its cases.
 
     Attributes:
@@ -57,14 +57,14 @@ class Pair:
     problem: str | None = None
 
 
-def folder_matches(folder: Path, layout: Layout, split: str = "train") -> bool:
+def folder_matches(folder: Path, layout: FolderLayout, split: str = "train") -> bool:
     """Whether a folder holds cases of this layout itself."""
     if layout.format == "nnunet":
         return (folder / f"images{_SPLIT_SUFFIX.get(split, '')}").is_dir()
     return bool(_matches(folder, layout.image_glob or "*", folders=layout.format == "dicom"))
 
 
-def find_pairs(folder: str | os.PathLike[str], layout: Layout, split: str = "train") -> list[Pair]:
+def find_pairs(folder: str | os.PathLike[str], layout: FolderLayout, split: str = "train") -> list[Pair]:
     """The cases of one dataset, by name.
 
     Args:
@@ -114,7 +114,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     return data
 
 
-def _nnunet_pairs(folder: Path, layout: Layout, split: str) -> list[Pair]:
+def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
     if split not in _SPLIT_SUFFIX:
         raise InputError(f"split is {split!r}; an nnU-Net folder has 'train' (imagesTr) and 'test' (imagesTs).")
     image_dir, label_dir = (folder / f"{kind}{_SPLIT_SUFFIX[split]}" for kind in ("images", "labels"))
@@ -170,7 +170,12 @@ def _paired(
         )
     if not images:
         raise InputError(f"{folder}: nothing in it matches {image_glob!r}. Give a glob below that folder.")
-    labels = {name: path for name, path in labels.items() if path not in set(images.values())}
+    images = {name: path for name, path in images.items() if path not in set(labels.values())}
+    if not images:
+        raise InputError(
+            f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "
+            "Give narrower globs."
+        )
     pairs = [_pair(name, path, labels.get(name), str(folder / label_glob)) for name, path in sorted(images.items())]
     return pairs + [_orphan(n, labels[n], str(folder / image_glob)) for n in sorted(set(labels) - set(images))]
 

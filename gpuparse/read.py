@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arrays import BLOSC_BLOCK_BYTES
 from gpuparse.errors import ChunkCorruptError
 from gpuparse.gather import Gathering, SliceKey, gather
-from gpuparse.store import BLOSC_BLOCK_BYTES, ArrayLayout
+from gpuparse.store import ArrayLayout
 
 __all__ = [
     "COMPRESSED_BLOCK_DTYPE",

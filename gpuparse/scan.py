@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gpuparse.errors import InputError, MissingDependencyError, VolumeFormatError
 from gpuparse.intensity import Window, to_uint8
 from gpuparse.source import SourceCase
-from gpuparse.volume import Volume, as_narrow_labels, check_name
+from gpuparse.volume import Volume, as_narrow_labels
 
 __all__ = [
     "STORED",
@@ -179,7 +179,6 @@ def make_volume(case: SourceCase, image: Scan, labels: Scan, window: Window, ori
     Raises:
         VolumeFormatError: The grids differ, the orientation is not known, or the values are not usable.
     """
-    check_name(case.name, f"{image.what}: case name")
     source_code = None if image.lost is not None else orientation_of(image.affine)
     code = source_code if orientation == STORED else orientation
     if code is not None:

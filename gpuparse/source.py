@@ -131,7 +131,7 @@ class NpzReader:
 
     def declared_bytes(self, case: SourceCase) -> int:
         """Bytes of the file and of what is inflated from it."""
-        return declared_bytes(case.path)
+        return declared_bytes(case.path, self.max_bytes)
 
 
 def find_npz_cases(folder: Path, reader: Reader) -> tuple[SourceCase, ...]:

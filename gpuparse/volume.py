@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import VolumeFormatError
-from gpuparse.npz import NpzFile
+from gpuparse.npz import Member, NpzFile
 
 __all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_spacing_mm", "as_uint8", "check_name",
            "declared_bytes", "read_arrays", "read_volume", "too_large"]  # fmt: skip
@@ -160,28 +160,27 @@ def read_arrays(
         return arrays
 
 
-def declared_bytes(path: str | os.PathLike[str]) -> int:
+def declared_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES) -> int:
     """The memory that reading an npz case takes at its highest, by its headers alone.
 
     Raises:
-        VolumeFormatError: The file cannot be read, or is none.
+        VolumeFormatError: The file cannot be read, or `read_volume` would refuse it by its headers.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             with _damage_reported(path, num_bytes):
-                archive = NpzFile(file)
-                _check_keys(path, archive)
-                arrays = [archive.header(key) for key in ("imgs", "gts")]
+                arrays = _check_members(path, NpzFile(file), max_bytes)
     except OSError as error:
         raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
-    # What is not uint8 is copied; numbers wider than a byte need the copy and a few flags per voxel.
+    # What is not uint8 in the order of C is copied, and checked with a few flags for each voxel.
     return num_bytes + sum(
-        array.nbytes + (array.nbytes if array.fortran_order else 0)
-        + (0 if array.dtype == np.uint8 else 3 * array.nbytes // array.dtype.itemsize)
+        array.nbytes
+        + (array.nbytes if array.fortran_order else 0)
+        + (0 if array.dtype == np.uint8 else 6 * array.nbytes // array.dtype.itemsize)
         for array in arrays
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -210,8 +209,12 @@ def _check_keys(path: Path, archive: NpzFile) -> None:
         )
 
 
-def _check_members(path: Path, archive: NpzFile, max_bytes: int) -> None:
-    """Refuses by header alone what shall never be read: pickled objects, wrong ranks, empty and oversized volumes."""
+def _check_members(path: Path, archive: NpzFile, max_bytes: int) -> tuple[Member, Member]:
+    """Refuses by header alone what shall never be read: pickled objects, wrong ranks, empty and oversized volumes.
+
+    Returns:
+        The headers of imgs and gts.
+    """
     _check_keys(path, archive)
     headers = {key: archive.header(key) for key in ("imgs", "gts", "spacing")}
     for key, header in headers.items():
@@ -226,6 +229,7 @@ def _check_members(path: Path, archive: NpzFile, max_bytes: int) -> None:
     num_bytes = image.nbytes + labels.nbytes
     if num_bytes > max_bytes:
         raise too_large(path, f"imgs {image.shape} {image.dtype} and gts {labels.dtype} declare", num_bytes, max_bytes)
+    return image, labels
 
 
 def too_large(path: Path, what: str, num_bytes: int, max_bytes: int) -> VolumeFormatError:

@@ -31,7 +31,7 @@ OBLIQUE = OBLIQUE * np.sign(np.diag(OBLIQUE))
 
 
 def phantom() -> tuple[np.ndarray, np.ndarray]:
-    """Intensities (int16) and labels (uint8), (z, y, x): the liver is on the patient's right, the spleen on the left."""
+    """Intensities (int16) and labels (uint8), (z, y, x): the liver is on the right, the spleen on the left."""
     labels = np.zeros(SHAPE_ZYX, np.uint8)
     labels[1:4, 3:8, 1:5] = LIVER
     labels[2:4, 5:8, 9:11] = SPLEEN

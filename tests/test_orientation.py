@@ -27,12 +27,12 @@ from scans import (
 from gpuparse.errors import InputError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.intensity import parse_window, to_uint8
-from gpuparse.pairs import Layout
+from gpuparse.pairs import FolderLayout
 
 IMAGE, LABELS = phantom()
 GREY = to_uint8("phantom", IMAGE, (1.0, 0.0), parse_window("abdomen"))[0]
-NIFTI = Layout("nifti", "images/*.nii.gz", "labels/*.nii.gz")
-DICOM = Layout("dicom")
+NIFTI = FolderLayout("nifti", "images/*.nii.gz", "labels/*.nii.gz")
+DICOM = FolderLayout("dicom")
 NAMES = {1: "heart", 2: "liver", 3: "spleen"}
 
 
@@ -138,7 +138,7 @@ def test_sform_and_qform_that_contradict_each_other_are_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["LPX", "LRS", "LP", "", "LPSS"])
 def test_orientations_that_are_none_are_refused(tmp_path, text):
-    with pytest.raises(InputError, match="orientation is .*one of each pair"):
+    with pytest.raises(InputError, match=r"orientation is .*one of each pair"):
         read(write_pair(tmp_path, "RAS"), NIFTI, text)
 
 

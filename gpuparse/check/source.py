@@ -60,7 +60,7 @@ def check_source(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volum
     if any(finding.severity == "error" for finding in findings):
         return None, findings
     try:
-        return read_volume(path), findings
+        return read_volume(path, max_volume_bytes), findings
     except VolumeFormatError as error:
         found = str(error).removeprefix(f"{path}: ")
         # Messages begin with what they are about; a file that is damaged behind its headers names no member first.
