@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_volumes import PROMPTS, write_set
+from test_volumes import PROMPTS, random_case, write_set
 from typer.testing import CliRunner
 
 import gpuparse
 from gpuparse.cli import app
-from gpuparse.errors import InputError, VolumeFormatError
-from gpuparse.evaluation import MetricOptions, evaluate, write_nifti, write_npz
+from gpuparse.errors import InputError, StoreFormatError, VolumeFormatError
+from gpuparse.evaluation import MetricOptions, evaluate, find_cases, write_nifti, write_npz
 from gpuparse.evaluation.plot import draw_scores, save_plot
 from gpuparse.evaluation.report import Statistic
 
@@ -113,6 +113,28 @@ def test_one_dataset_with_predictions_beside_or_below(folders, tmp_path):
         labels[-1] = 0
         write_nifti(tmp_path / "nifti" / f"{case}.nii.gz", labels, (3.0, 2.0, 1.0))
     assert evaluate(tmp_path / "nifti", data / "ORGANS").to_csv() == flat.to_csv()
+
+
+def test_nifti_predictions_are_turned_as_a_store_of_nifti_sources_lies(tmp_path):
+    image, labels = random_case((4, 6, 5))
+    affine = np.array([[0, 0.8, 0, -7], [0.7, 0, 0, 3], [0, 0, 5.0, 1], [0, 0, 0, 1]])  # x to the front, y to the right
+    write_nifti(tmp_path / "pred/a.nii.gz", labels, (5.0, 0.8, 0.7), affine)
+    # A store as conversion leaves it where the source's own axes are kept:
+    write_set(tmp_path / "DATA", masks=None, cases=("a",), shape=(4, 6, 5))
+    np.savez(tmp_path / "DATA/test/a.npz", imgs=image, gts=labels, spacing=[0.7, 0.8, 5.0])
+    gpuparse.convert(tmp_path, split="test", datasets=["DATA"])
+    attributes = tmp_path / "DATA/test.zarr/cases/a/zarr.json"
+    document = json.loads(attributes.read_text())
+    document["attributes"]["gpuparse"]["origin"] = {"orientation": "ARS", "affine_ras_mm": affine.tolist()}
+    attributes.write_text(json.dumps(document))
+    (case,) = find_cases(tmp_path / "DATA").cases
+    assert np.array_equal(case.affine_ras_mm(), affine)
+    assert evaluate(tmp_path / "pred", tmp_path / "DATA").cases[0].dice == 1.0
+    attributes.write_text("{}")
+    with pytest.raises(
+        StoreFormatError, match=r"cases/a/zarr\.json' cannot be read \(KeyError.*Convert the case again"
+    ):
+        case.affine_ras_mm()
 
 
 def test_a_set_of_cases_with_different_classes_is_reported_in_parts(tmp_path):

@@ -15,7 +15,7 @@ from ome_zarr_models.v05 import Image, ImageLabel
 from oracle import files_below
 
 import gpuparse
-from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation import VolumeDataset, write_label_image, write_nifti, write_npz
 from gpuparse.evaluation.evaluate import read_prediction
 
@@ -156,8 +156,8 @@ def test_a_label_image_that_fails_leaves_the_old_one(store, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zarr.Group, "create_array", full)
-    with pytest.raises(InputError, match=r"labels': prediction cannot be written there: .*No space left"):
+    monkeypatch.setattr("gpuparse.evaluation.write.write_voxels", full)
+    with pytest.raises(StoreWriteError, match=r"labels': label image 'prediction' cannot be written .*No space left"):
         write_label_image(store, "a", ids + 1)
     assert files_below(store.path) == before
     assert json.loads(before["cases/a/labels/zarr.json"])["attributes"]["ome"]["labels"] == ["gts", "prediction"]

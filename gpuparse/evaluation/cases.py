@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import ChunkCorruptError, InputError
+from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
 from gpuparse.npz import NpzFile
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, open_store, split_code
@@ -69,6 +70,13 @@ class EvaluationCase(Protocol):
             GpuparseError: It cannot be read.
         """
 
+    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
+        """(4, 4) voxel index (x, y, z) to millimetres along R, A, S; None where the source does not say.
+
+        Raises:
+            GpuparseError: It cannot be read.
+        """
+
 
 @dataclass(frozen=True)
 class NpzCase:
@@ -111,6 +119,9 @@ class NpzCase:
             f"{self.image_path}: no spacing in it, nor in {self.labels_path}. Distances in millimetres need it: save "
             "spacing (x, y, z) with the image."
         )
+
+    def affine_ras_mm(self) -> None:
+        """None: npz files hold no directions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +169,16 @@ class StoredCase:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size along z, y, x."""
         return self.store.cases[self.number].spacing_mm
+
+    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
+        """What conversion noted of the source, such as a NIfTI file; None where that held no directions."""
+        path = self.store.case_path(self.number) / "zarr.json"
+        try:
+            attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreFormatError(f"'{path}' cannot be read ({error!r}). Convert the case again.") from error
+        affine = attributes.get("origin", {}).get("affine_ras_mm")
+        return None if affine is None else np.array(affine, np.float64)
 
     def _read(self, array_path: str) -> Any:
         import zarr

@@ -18,7 +18,7 @@ from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, fin
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
-from gpuparse.scan import reorient
+from gpuparse.scan import orientation_of, reorient
 from gpuparse.volume import as_narrow_labels, read_arrays
 
 __all__ = ["MissingPolicy", "evaluate", "find_prediction", "read_prediction"]
@@ -38,7 +38,10 @@ class _Job:
 
     def run(self) -> CaseScores:
         labels = self.case.labels()
-        prediction = np.zeros(labels.shape, np.uint8) if self.prediction is None else read_prediction(self.prediction)
+        if self.prediction is None:
+            prediction: npt.NDArray[Any] = np.zeros(labels.shape, np.uint8)
+        else:
+            prediction = read_prediction(self.prediction, self.case.affine_ras_mm())
         return score_case(
             self.dataset, self.case.name, labels, prediction, self.case.spacing_mm(), self.case.prompts, self.options
         )
@@ -156,12 +159,15 @@ def find_prediction(folder: Path, case: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_prediction(path: Path) -> npt.NDArray[np.unsignedinteger[Any]]:
+def read_prediction(
+    path: Path, affine_ras_mm: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.unsignedinteger[Any]]:
     """Reads a prediction at native size.
 
     Args:
-        path: An npz file with `segs` (z, y, x), or a NIfTI file; the latter is turned so that x grows to the patient's
-            left, y to the back and z to the head, as BiomedParse's volumes lie.
+        path: An npz file with `segs` (z, y, x), or a NIfTI file, which is turned as the case lies.
+        affine_ras_mm: How that is, as `EvaluationCase.affine_ras_mm` says; None stands for x to the patient's left, y
+            to the back and z to the head, as BiomedParse's volumes lie.
 
     Returns:
         (z, y, x) ids, in the narrowest unsigned type.
@@ -171,7 +177,7 @@ def read_prediction(path: Path) -> npt.NDArray[np.unsignedinteger[Any]]:
     """
     if path.suffix == ".npz":
         return as_narrow_labels(path, read_arrays(path, ["segs"])["segs"], "segs")
-    scan = reorient(read_nifti(path), "LPS")
+    scan = reorient(read_nifti(path), "LPS" if affine_ras_mm is None else orientation_of(affine_ras_mm))
     slope, intercept = scan.rescale
     values = scan.values.T if scan.rescale == (1.0, 0.0) else scan.values.T * slope + intercept
     return as_narrow_labels(path, values, "prediction")

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import InputError
+from gpuparse.arrays import serial_blosc, write_group, write_voxels
+from gpuparse.errors import InputError, StoreWriteError
+from gpuparse.folders import replace_folder
 from gpuparse.scan import import_format_package
-from gpuparse.store import LABELS_PATH, Store, compressors
+from gpuparse.store import LABELS_PATH, Store, shard_shape
 from gpuparse.volume import as_narrow_labels, check_name
 
 __all__ = ["replace_file", "write_label_image", "write_nifti", "write_npz"]
@@ -110,9 +112,8 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
 
     Raises:
         InputError: There is no such case, the shape is another, or the name cannot be used.
+        StoreWriteError: The store cannot be written; it is as it was.
     """
-    import zarr
-
     check_name(name, "label image")
     names = {info.name: number for number, info in enumerate(store.cases)}
     if case not in names or name == "gts":
@@ -133,26 +134,15 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
     metadata["multiscales"][0]["name"] = name
     temporary = labels_dir / f".{name}.{uuid.uuid4().hex}"
     try:
-        group = zarr.open_group(temporary, mode="w-", zarr_format=3, attributes={"ome": metadata})
-        array = group.create_array(
-            "0",
-            shape=ids.shape,
-            dtype=ids.dtype,
-            chunks=layout.chunks,
-            shards=layout.shards,
-            compressors=compressors(),
-            fill_value=0,
-            dimension_names=("z", "y", "x"),
-        )
-        array[...] = ids
-        target = labels_dir / name
-        old = temporary.with_suffix(".old")
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
+        write_group(temporary, {"ome": metadata})
+        with serial_blosc():
+            shards = shard_shape(ids.shape, layout.chunks, ids.dtype.itemsize)
+            write_voxels(temporary / "0", ids, layout.chunks, shards)
+        replace_folder(temporary, labels_dir / name)
     except OSError as error:
-        raise InputError(f"'{labels_dir}': {name} cannot be written there: {error}.") from error
+        raise StoreWriteError(
+            f"'{labels_dir}': label image {name!r} cannot be written there: {error}. Nothing was changed."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     listing = json.loads((labels_dir / "zarr.json").read_text(encoding="utf-8"))
@@ -160,7 +150,7 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
     if name not in listed:
         listed.append(name)
         replace_file(labels_dir / "zarr.json", json.dumps(listing, indent=2).encode())
-    return target
+    return labels_dir / name
 
 
 def replace_file(path: Path, data: bytes) -> None:
