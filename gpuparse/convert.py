@@ -26,7 +26,7 @@ from gpuparse.source import NpzReader, find_npz_cases
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
-from gpuparse.workers import Workers
+from gpuparse.workers import WorkerPool
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
 
@@ -105,30 +105,33 @@ def convert(
     out_path = Path(out_dir) if out_dir is not None else Path(data_dir)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for name, prompts in _collect(Path(data_dir), datasets, split).items():
-        store_path = out_path / name / f"{split}.zarr"
-        with contextlib.nullcontext() if dry_run else StoreLock(store_path) as lock:
-            workers = Workers(num_jobs, memory_bytes, () if lock is None else (lock.handle,))
-            store = _open_existing(store_path, overwrite)
-            target = PublishTarget(name, store_path, split, CaseSettings(prompts, level or _level_of(store)), val_split)
-            run = DatasetRun(
-                target,
-                find_npz_cases(Path(data_dir) / name / split, reader),
-                RunOptions(workers, on_error, overwrite, dry_run, on_case),
-                store,
-            )
-            try:
-                report = run()
-            except GpuparseError:
-                raise
-            except OSError as error:
-                raise StoreWriteError(
-                    f"{store_path}: cannot be written: {error}. Mend it and run the command again: finished cases are "
-                    "kept."
-                ) from error
-        reports += [report] if report is not None else []
-        failures += run.failures
+    options = RunOptions(on_error, overwrite, dry_run, on_case)
+    with WorkerPool(num_jobs, memory_bytes) as pool:
+        for name, prompts in _collect(Path(data_dir), datasets, split).items():
+            store_path = out_path / name / f"{split}.zarr"
+            cases = find_npz_cases(Path(data_dir) / name / split, reader)
+            with contextlib.nullcontext() if dry_run else StoreLock(store_path):
+                store = _open_existing(store_path, overwrite)
+                settings = CaseSettings(prompts, level or _level_of(store))
+                target = PublishTarget(name, store_path, split, settings, val_split)
+                run = DatasetRun(target, cases, options, pool, store)
+                report = _writing(run)
+            reports += [report] if report is not None else []
+            failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)
+
+
+def _writing(run: DatasetRun) -> DatasetReport | None:
+    """Runs it; what the file system raises while the store is put together becomes an error that names the store."""
+    try:
+        return run()
+    except GpuparseError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"{run.target.store_path}: cannot be written: {error}. Mend it and run the command again: finished cases "
+            "are kept."
+        ) from error
 
 
 def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
