@@ -66,21 +66,24 @@ def large_volume(shape: tuple[int, int, int], num_classes: int, seed: int = 0) -
     return {"imgs": image, "gts": labels, "spacing": np.ones(3)}
 
 
+def write_dataset(folder: Path, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """Writes one large volume as a dataset of its own; returns its prompts."""
+    (folder / "train").mkdir(parents=True)
+    np.savez_compressed(folder / "train/large.npz", **large_volume(shape, num_classes))
+    return {**{str(i): [f"structure {i}"] for i in range(1, num_classes + 1)}, "instance_label": 0}
+
+
 def make_sources(folder: Path, data: Path | None, num_bytes: int, toy: bool) -> dict[str, Any]:
     """Copies of distinct volumes until there are `num_bytes` of raw voxels; one copy of each goes to `distinct`."""
-    samples = make_sample_data(folder / "samples")
-    originals = [samples] if data is None else [samples, data]
     distinct, prompts = folder / "distinct", {}
-    for root in originals:
+    originals = [] if toy else [make_sample_data(folder / "samples")]
+    for root in originals if data is None else [*originals, data]:
         prompts.update(json.loads((root / "class_prompts.json").read_text()))
         for path in sorted(root.glob("*/train/*.npz")):
             target = distinct / path.parts[-3] / "train"
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    if not toy:
-        (distinct / "LARGE/train").mkdir(parents=True)
-        np.savez_compressed(distinct / "LARGE/train/large.npz", **large_volume((535, 321, 321), 24))
-        prompts["LARGE"] = {str(i): [f"structure {i}"] for i in range(1, 25)} | {"instance_label": 0}
+    prompts["LARGE"] = write_dataset(distinct / "LARGE", (24, 20, 20) if toy else (535, 321, 321), 24)
     prompts = {name: entry for name, entry in prompts.items() if (distinct / name).is_dir()}
     for root in (distinct, folder / "sources"):
         root.mkdir(exist_ok=True)
@@ -216,7 +219,8 @@ def compare_inflaters(files: Sequence[Path], repeats: int) -> list[dict[str, Any
 
 def start_up(folder: Path, repeats: int) -> dict[str, float]:
     """A run with nothing to do: one small volume, converted before."""
-    make_sample_data(folder / "tiny")
+    prompts = {"TINY": write_dataset(folder / "tiny/TINY", (4, 16, 16), 2)}
+    (folder / "tiny/class_prompts.json").write_text(json.dumps(prompts))
     out = folder / "tiny-out"
     convert(folder / "tiny", out, 1)
     times = [timed(convert, folder / "tiny", out, 1) for _ in range(repeats)]
@@ -321,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work-dir", type=Path, help="where sources and stores go; default: the temporary folder")
     parser.add_argument("--json", type=Path, help="keep the figures there")
-    parser.add_argument("--toy", action="store_true", help="the generated volumes once: does it run?")
+    parser.add_argument("--toy", action="store_true", help="one small volume once: does it run?")
     options = parser.parse_args(arguments)
     if options.toy:
         options.gb, options.rounds = 0.0, 1
