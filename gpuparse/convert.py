@@ -26,7 +26,7 @@ from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
 from gpuparse.volume import MAX_VOLUME_BYTES
-from gpuparse.workers import Workers
+from gpuparse.workers import WorkerPool
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert"]
 
@@ -98,34 +98,44 @@ def convert(
     memory_bytes = default_memory_bytes() if memory_gib is None else int(memory_gib * GIB)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for found in collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run):
-        store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
-        with contextlib.nullcontext() if dry_run else StoreLock(store_path) as lock:
-            workers = Workers(num_jobs, memory_bytes, () if lock is None else (lock.handle,))
-            store = _open_existing(store_path, overwrite)
-            settings = CaseSettings(found.prompts, level or _level_of(store))
-            target = PublishTarget(found.name, store_path, split, settings, val_split)
-            run = DatasetRun(target, found.cases, RunOptions(workers, on_error, overwrite, dry_run, on_case), store)
-            try:
-                report = run()
-            except GpuparseError:
-                raise
-            except OSError as error:
-                raise StoreWriteError(
-                    f"{store_path}: cannot be written: {error}. Mend it and run the command again: finished cases are "
-                    "kept."
-                ) from error
-        reports += [report] if report is not None else []
-        failures += run.failures
+    options = RunOptions(on_error, overwrite, dry_run, on_case)
+    sources = collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
+    with WorkerPool(num_jobs, memory_bytes) as pool:
+        for found in sources:
+            store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
+            with contextlib.nullcontext() if dry_run else StoreLock(store_path):
+                store = _open_existing(store_path, overwrite)
+                settings = CaseSettings(found.prompts, level or _level_of(store))
+                target = PublishTarget(found.name, store_path, split, settings, val_split)
+                run = DatasetRun(target, found.cases, options, pool, store)
+                report = _writing(run)
+            reports += [report] if report is not None else []
+            failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)
 
 
+def _writing(run: DatasetRun) -> DatasetReport | None:
+    """Runs it; what the file system raises while the store is put together becomes an error that names the store."""
+    try:
+        return run()
+    except GpuparseError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"{run.target.store_path}: cannot be written: {error}. Mend it and run the command again: finished cases "
+            "are kept."
+        ) from error
+
+
 def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
-    """The store that is there; a folder of another kind or version is refused, except where it is to be replaced."""
+    """The store that is there; one of another kind or version is refused, except where it is to be replaced."""
     if not store_path.exists():
         return None
     try:
-        return open_store(store_path)
+        store = open_store(store_path)
+        if overwrite:
+            _ = store.cases, store.slices  # a damaged index tells nothing that could be kept
+        return store
     except StoreFormatError:
         if overwrite:
             return None

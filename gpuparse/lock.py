@@ -1,4 +1,4 @@
-"""One writer per store: a lock that lives and dies with the processes that hold it."""
+"""One writer per store: a lock that lives and dies with the process that holds it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class StoreLock:
     """Holds a store for writing, as a context.
 
-    The kernel holds the lock (`flock`) for the open file, and gives it up when the last process that has it open ends,
-    in whatever way. The file `.<store>.lock` beside the store is only its handle: one that is left over blocks nobody.
+    The kernel holds the lock (`flock`) for the open file, and gives it up when the process that opened it ends, in
+    whatever way. The file `.<store>.lock` beside the store is only its handle: one that is left over blocks nobody.
 
     Args:
         store_path: The store; it need not exist.
@@ -38,11 +38,6 @@ class StoreLock:
         self._store_path = store_path
         self._handle = -1
         self._new_folder = False
-
-    @property
-    def handle(self) -> int:
-        """The open file's descriptor. A process that inherits it holds the lock too."""
-        return self._handle
 
     def __enter__(self) -> StoreLock:
         deadline = time.monotonic() + GRACE_SECONDS

@@ -128,13 +128,13 @@ def find_presence(
     """
     class_runs: dict[str, dict[str, list[list[int]]]] = {}
     zeroed_runs: dict[str, list[list[int]]] = {}
-    every_id = sorted({int(i) for found in pairs.values() for i in found[:, 1]})
+    every_id = np.unique(next(iter(pairs.values()))[:, 1]).tolist()  # the same along each axis
     for axis, found in pairs.items():
         positions, ids = found[:, 0], found[:, 1]
         if instance_class is None:
             class_runs[str(axis)] = {str(i): _runs(positions[ids == i]) for i in every_id}
         else:
-            class_runs[str(axis)] = {str(instance_class): _runs(np.unique(positions))} if every_id else {}
+            class_runs[str(axis)] = {str(instance_class): _runs(np.unique(positions))} if len(positions) else {}
         zeroed_runs[str(axis)] = _runs(_zeroed(labels, axis, positions, ids & 255))
     return {"axes": list(pairs), "class_runs": class_runs, "zeroed_runs": zeroed_runs}
 

@@ -17,7 +17,7 @@ from gpuparse.folders import discard_folder, remove_discarded
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
 from gpuparse.source import SourceCase
 from gpuparse.store import Store
-from gpuparse.workers import Died, Task, Workers, run_tasks
+from gpuparse.workers import Died, Task, WorkerPool
 
 __all__ = ["DatasetRun", "RunOptions"]
 
@@ -27,14 +27,12 @@ class RunOptions:
     """How to go about it; what `convert` was asked for.
 
     Attributes:
-        workers: Processes and memory.
         on_error: `stop` or `skip`.
         overwrite: Whether to write every case anew.
         dry_run: Whether to write nothing at all.
         on_case: Called after each source.
     """
 
-    workers: Workers
     on_error: str
     overwrite: bool
     dry_run: bool
@@ -49,6 +47,7 @@ class DatasetRun:
         target: The store to be.
         cases: The sources, by name; names are unique.
         options: How to go about it.
+        pool: The processes that convert.
         store: The store as it is, also where it is to be replaced; None if there is none.
         results: What became of each source so far.
         failures: Those that failed, and why.
@@ -57,6 +56,7 @@ class DatasetRun:
     target: PublishTarget
     cases: tuple[SourceCase, ...]
     options: RunOptions
+    pool: WorkerPool
     store: Store | None
     results: list[CaseResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -188,15 +188,12 @@ class DatasetRun:
         return found
 
     def _write(self, cases: list[SourceCase]) -> Generator[dict[str, Any] | GpuparseError, None, None]:
-        workers = self.options.workers
-        alone = min(workers.num_jobs, len(cases)) <= 1
-        if alone:
-            workers = Workers(1, workers.memory_bytes)
+        alone = min(self.pool.num_jobs, len(cases)) <= 1
         tasks = (
             Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
             for case in cases
         )
-        results = run_tasks(convert_case, tasks, workers)
+        results = self.pool.run(convert_case, tasks, here=alone)
         with contextlib.closing(results):
             for case, result in zip(cases, results, strict=True):
                 if isinstance(result, Died):

@@ -15,11 +15,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["Died", "Task", "Workers", "run_tasks", "serve"]
+__all__ = ["Died", "Task", "WorkerPool", "serve"]
 
 Result = TypeVar("Result")
 
@@ -58,21 +58,6 @@ class Died:
     reason: str
 
 
-@dataclass(frozen=True)
-class Workers:
-    """How many processes there are and what they may take.
-
-    Attributes:
-        num_jobs: Processes; with 1 there are none, and calls are made here.
-        memory_bytes: The most that the tasks in flight may take together. A task that takes more runs alone.
-        inherited: File descriptors that workers keep open as long as they live.
-    """
-
-    num_jobs: int
-    memory_bytes: int
-    inherited: tuple[int, ...] = ()
-
-
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
@@ -81,97 +66,104 @@ class _Worker:
     num_bytes: int = 0
 
 
-@dataclass
-class _Pool(Generic[Result]):
-    """The running workers; ends with them all."""
+class WorkerPool:
+    """Processes that are started when they are needed and kept until the end of the context.
 
-    function: Callable[..., Result]
-    workers: Workers
-    idle: list[_Worker] = field(default_factory=list)
-    busy: list[_Worker] = field(default_factory=list)
+    Args:
+        num_jobs: Processes, at most; with 1 there are none, and calls are made here.
+        memory_bytes: The most that the tasks in flight may take together. A task that takes more runs alone.
+    """
 
-    @property
-    def bytes_in_flight(self) -> int:
-        return sum(worker.num_bytes for worker in self.busy)
+    def __init__(self, num_jobs: int, memory_bytes: int) -> None:
+        self.num_jobs = num_jobs
+        self.memory_bytes = memory_bytes
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
 
-    def can_take(self, task: Task) -> bool:
-        free = len(self.busy) < self.workers.num_jobs
-        return free and (not self.busy or self.bytes_in_flight + task.num_bytes <= self.workers.memory_bytes)
+    def __enter__(self) -> WorkerPool:
+        return self
 
-    def submit(self, number: int, task: Task) -> None:
-        worker = self.idle.pop() if self.idle else self._start()
+    def __exit__(self, *_: object) -> None:
+        self._stop(self._busy)
+        self._stop(self._idle)
+
+    def run(
+        self, function: Callable[..., Result], tasks: Iterable[Task], *, here: bool = False
+    ) -> Generator[Result | Died, None, None]:
+        """Calls `function` for every task, side by side, and yields the results in the order of the tasks.
+
+        Args:
+            function: Importable by name; it should return errors rather than raise them.
+            tasks: What to call it with; taken one by one as workers become free.
+            here: Whether to make the calls in this process, because there are too few to start another.
+
+        Yields:
+            A result, or what became of the worker that had the task. An exception that a task raises ends its worker.
+        """
+        if here or self.num_jobs == 1:
+            for task in tasks:
+                yield function(*task.arguments)
+            return
+        source = enumerate(tasks)
+        finished: dict[int, Result | Died] = {}
+        wanted = 0
+        pending = next(source, None)
+        try:
+            while pending is not None or self._busy or finished:
+                while pending is not None and self._can_take(pending[1]):
+                    self._submit(function, *pending)
+                    pending = next(source, None)
+                finished.update(self._results() if self._busy else ())
+                while wanted in finished:
+                    yield finished.pop(wanted)
+                    wanted += 1
+        finally:
+            self._stop(self._busy)  # what is left there was given up by whoever wanted the results
+
+    def _can_take(self, task: Task) -> bool:
+        in_flight = sum(worker.num_bytes for worker in self._busy)
+        free = len(self._busy) < self.num_jobs
+        return free and (not self._busy or in_flight + task.num_bytes <= self.memory_bytes)
+
+    def _submit(self, function: Callable[..., Any], number: int, task: Task) -> None:
+        worker = self._idle.pop() if self._idle else _start()
         worker.number, worker.num_bytes = number, task.num_bytes
-        self.busy.append(worker)
-        with contextlib.suppress(OSError):  # it has died: `results` will notice
-            worker.pipe.send((self.function, task.arguments))
+        self._busy.append(worker)
+        with contextlib.suppress(OSError):  # it has died: `_results` will notice
+            worker.pipe.send((function, task.arguments))
 
-    def results(self) -> Iterator[tuple[int, Result | Died]]:
+    def _results(self) -> Iterator[tuple[int, Any]]:
         """The results that are there, once at least one is."""
-        ready = wait([worker.pipe for worker in self.busy])
-        for worker in [worker for worker in self.busy if worker.pipe in ready]:
-            self.busy.remove(worker)
+        ready = wait([worker.pipe for worker in self._busy])
+        for worker in [worker for worker in self._busy if worker.pipe in ready]:
+            self._busy.remove(worker)
             try:
-                result: Result | Died = worker.pipe.recv()
-                self.idle.append(worker)
+                result = worker.pipe.recv()
+                self._idle.append(worker)
             except (EOFError, OSError):
                 worker.pipe.close()
                 result = Died(_describe_end(worker.process.wait()))
             yield worker.number, result
 
-    def _start(self) -> _Worker:
-        here, there = Pipe()
-        code = _START.format(path=sys.path, handle=there.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=(there.fileno(), *self.workers.inherited),
-            stdin=subprocess.DEVNULL,
-            env={**_ENVIRONMENT, **os.environ},
-        )
-        there.close()
-        return _Worker(process, here)
-
-    def close(self) -> None:
-        for worker in self.busy:
-            worker.process.kill()
-        for worker in self.idle + self.busy:
+    def _stop(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.process.kill()  # an idle one has nothing to lose, a busy one nothing that it could half-write
+        for worker in workers:
             worker.pipe.close()
-        for worker in self.idle + self.busy:
             worker.process.wait()
+        workers.clear()
 
 
-def run_tasks(
-    function: Callable[..., Result], tasks: Iterable[Task], workers: Workers
-) -> Generator[Result | Died, None, None]:
-    """Calls `function` for every task, side by side, and yields the results in the order of the tasks.
-
-    Args:
-        function: Importable by name; it should return errors rather than raise them.
-        tasks: What to call it with; taken one by one as workers become free.
-        workers: How many processes, with how much memory.
-
-    Yields:
-        A result, or what became of the worker that had the task. An exception that a task raises ends its worker.
-    """
-    if workers.num_jobs == 1:
-        for task in tasks:
-            yield function(*task.arguments)
-        return
-    pool = _Pool(function, workers)
-    source = enumerate(tasks)
-    finished: dict[int, Result | Died] = {}
-    wanted = 0
-    pending = next(source, None)
-    try:
-        while pending is not None or pool.busy or finished:
-            while pending is not None and pool.can_take(pending[1]):
-                pool.submit(*pending)
-                pending = next(source, None)
-            finished.update(pool.results() if pool.busy else ())
-            while wanted in finished:
-                yield finished.pop(wanted)
-                wanted += 1
-    finally:
-        pool.close()
+def _start() -> _Worker:
+    here, there = Pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _START.format(path=sys.path, handle=there.fileno())],
+        pass_fds=(there.fileno(),),
+        stdin=subprocess.DEVNULL,
+        env={**_ENVIRONMENT, **os.environ},
+    )
+    there.close()
+    return _Worker(process, here)
 
 
 def _describe_end(status: int) -> str:
