@@ -30,6 +30,7 @@ from gpuparse.volume import Volume, check_name
 __all__ = ["CaseSettings", "convert_case", "kept_case", "stored_case"]
 
 _CASE_VERSION = 1  # of a case's layout; cases written under another number are written again
+_MAX_NAMED = 20  # classes in a message; labels that are noise have millions
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,10 @@ def _presence(case: SourceCase, volume: Volume, settings: CaseSettings) -> dict[
         return find_presence(volume.labels, pairs, prompts.class_ids[0])
     nameless = [int(i) for i in np.unique(pairs[axes[0]][:, 1]) if int(i) not in prompts.classes]
     if nameless:
+        listed = ", ".join(map(str, nameless[:_MAX_NAMED]))
+        more = f" and {len(nameless) - _MAX_NAMED} more" if len(nameless) > _MAX_NAMED else ""
         raise VolumeFormatError(
-            f"{case.path}: gts holds class {', '.join(map(str, nameless))}, for which {PROMPTS_FILE} has no prompt "
+            f"{case.path}: gts holds class {listed}{more}, for which {PROMPTS_FILE} has no prompt "
             f"(it has {', '.join(map(str, prompts.class_ids))}). Add prompts, or set these voxels to 0; "
             "if the ids number instances, set instance_label to 1."
         )

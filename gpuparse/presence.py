@@ -1,115 +1,62 @@
 """Presence: which slices of a volume hold which label ids, for the slice index.
 
-Labels are mostly long runs of one value. The ends of the runs are found in one pass over the bytes, and all else works
-on the runs.
+The voxels are looked at in C; all else works on the pairs of slice and id that are found there.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse import kernels
 from gpuparse.views import view_geometry
 
 __all__ = ["find_presence", "label_pairs"]
 
-_SLAB_BYTES = 1 << 20  # stays in the processor's cache
-_ID_BITS = 32
-_MAX_TABLE = 1 << 22
-_SHORT_ROW = 64
 
-
-def label_pairs(labels: npt.NDArray[np.unsignedinteger[Any]], axes: Sequence[int]) -> dict[int, npt.NDArray[np.int64]]:
+def label_pairs(
+    labels: npt.NDArray[np.unsignedinteger[Any]], axes: Sequence[int], *, note_words: int = 0
+) -> dict[int, npt.NDArray[np.int64]]:
     """Finds which ids occur in which slices.
 
     Args:
         labels: (z, y, x) uint8, uint16 or uint32, contiguous.
         axes: The axes along which slices are wanted.
+        note_words: Memory for notes on the ids met so far, in words of 8 bytes; 0 takes 64 MiB. What does not fit is
+            sorted at the end, so that this changes the time and not the result.
 
     Returns:
         Axis -> (num_pairs, 2) int64, the pairs (position, id) with id > 0, sorted.
+
+    Raises:
+        MemoryError: There are too many pairs.
     """
-    depth, height, width = labels.shape
-    slab = max(1, _SLAB_BYTES // (height * width * labels.itemsize))
-    found: dict[int, list[npt.NDArray[np.int64]]] = {axis: [] for axis in axes}
-    for first in range(0, depth, slab):
-        rows = labels[first : first + slab].reshape(-1, width)
-        numbers = _rows_with_labels(rows)
-        if not len(numbers):
-            continue
-        flat = (rows if len(numbers) == len(rows) else rows[numbers]).reshape(-1)
-        starts = _run_starts(flat, width)
-        values = flat[starts]
-        labelled = np.flatnonzero(values)
-        stops = np.append(starts[1:], len(flat))[labelled]
-        starts, ids = starts[labelled], values[labelled].astype(np.int64)
-        row = numbers[starts // width]
-        if 0 in found:
-            found[0].append(_unique_pairs(row // height, ids) + (first << _ID_BITS))
-        if 1 in found:
-            found[1].append(_unique_pairs(row % height, ids))
-        if 2 in found:
-            found[2].append(_covered(starts % width, stops - starts, ids, width))
-    return {axis: _merge(pairs) for axis, pairs in found.items()}
-
-
-def _rows_with_labels(rows: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.intp]:
-    """Numbers of the rows that are not all zero; all rows where leaving the others out would not pay."""
-    if rows.shape[1] >= _SHORT_ROW:
-        numbers = np.flatnonzero(rows.max(axis=1) != 0)
-        if 2 * len(numbers) < len(rows):
-            return numbers
-    return np.arange(len(rows))
-
-
-def _run_starts(flat: npt.NDArray[np.unsignedinteger[Any]], width: int) -> npt.NDArray[np.int64]:
-    """Where runs of equal values begin; a run ends with its row."""
-    begins = np.empty(len(flat), bool)
-    begins[0] = True
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[::width] = True
-    # Eight flags at a time: nearly all are unset. Of what can be asked for, nonzero is fast for flags only.
-    whole = len(flat) // 8 * 8
-    words = np.flatnonzero(begins[:whole].view(np.uint64) != 0)
-    inside = np.flatnonzero(begins[:whole].reshape(-1, 8)[words])
-    return np.concatenate([words[inside >> 3] * 8 + (inside & 7), np.flatnonzero(begins[whole:]) + whole])
-
-
-def _unique_pairs(positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    if not len(ids):
-        return np.empty(0, np.int64)
-    num_positions, num_ids = int(positions.max()) + 1, int(ids.max()) + 1
-    if num_positions * num_ids > _MAX_TABLE:
-        return np.unique(positions << _ID_BITS | ids)
-    seen = np.zeros((num_positions, num_ids), bool)
-    seen[positions, ids] = True
-    position, kind = np.nonzero(seen)
-    return position << _ID_BITS | kind
-
-
-def _covered(
-    starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], width: int
-) -> npt.NDArray[np.int64]:
-    """Pairs of all positions that runs along the last axis cover, from their first positions and lengths."""
-    kinds, kind = np.unique(ids, return_inverse=True)
-    step = width + 1
-    pairs = []
-    for first in range(0, len(kinds), max(1, _MAX_TABLE // step)):
-        part = (kind >= first) & (kind < first + max(1, _MAX_TABLE // step))
-        places = (kind[part] - first) * step + starts[part]
-        size = min(len(kinds) - first, max(1, _MAX_TABLE // step)) * step
-        open_runs = np.bincount(places, minlength=size) - np.bincount(places + lengths[part], minlength=size)
-        which, position = np.nonzero(np.cumsum(open_runs.reshape(-1, step), axis=1))
-        pairs.append(position << _ID_BITS | kinds[which + first])
-    return np.concatenate(pairs) if pairs else np.empty(0, np.int64)
-
-
-def _merge(pairs: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    keys = np.unique(np.concatenate(pairs)) if pairs else np.empty(0, np.int64)
-    return np.stack([keys >> _ID_BITS, keys & (1 << _ID_BITS) - 1], axis=1)
+    library = kernels.host_library()
+    library.gpuparse_find_pairs.restype = ctypes.c_void_p
+    shape = np.array(labels.shape, np.int64)
+    wanted = np.array([axis in axes for axis in range(3)], np.int32)
+    counts = np.zeros(3, np.int64)
+    found = library.gpuparse_find_pairs(
+        kernels.pointer(labels),
+        ctypes.c_int32(labels.itemsize),
+        kernels.pointer(shape),
+        kernels.pointer(wanted),
+        ctypes.c_int64(note_words),
+        kernels.pointer(counts),
+    )
+    if not found:
+        raise MemoryError(f"no memory for the ids in the slices of labels of shape {labels.shape}")
+    try:
+        pairs = {axis: np.empty((int(counts[axis]), 2), np.int64) for axis in axes}
+        for axis in axes:
+            library.gpuparse_copy_pairs(ctypes.c_void_p(found), ctypes.c_int32(axis), kernels.pointer(pairs[axis]))
+    finally:
+        library.gpuparse_free_pairs(ctypes.c_void_p(found))
+    return pairs
 
 
 def find_presence(

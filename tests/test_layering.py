@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
-    ["npz", "arrays", "folders", "memory", "workers"],
+    ["npz", "arrays", "folders", "kernels", "memory", "workers"],
     ["volume", "prompts", "intensity", "lock", "conversion_report"],
     ["source", "proposal"],
     ["scan"],
@@ -35,7 +35,6 @@ LAYERS = [
     ["sampling", "order"],
     ["check"],
     ["gather"],
-    ["kernels"],
     ["read"],
     ["cache", "staging"],
     ["encode"],
@@ -122,9 +121,26 @@ def test_importing_the_package_loads_no_heavy_library():
     assert run.stdout.strip() == "[]"
 
 
-def test_a_function_and_the_module_of_its_name_do_not_hide_each_other():
+def test_importing_the_package_or_a_module_loads_nothing_that_it_does_not_need():
     code = (
-        "import gpuparse.read, gpuparse.check.run, gpuparse.convert, gpuparse.encode, gpuparse\n"
+        "import sys, gpuparse\n"
+        "print(sorted(name for name in sys.modules if name.startswith('gpuparse.')), 'numpy' in sys.modules)\n"
+        "import gpuparse.workers, gpuparse.case\n"
+        "print(sorted({'zarr', 'gpuparse.plan', 'gpuparse.foreign', 'gpuparse.check'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["[] False", "[]"]
+
+
+@pytest.mark.parametrize(
+    "first", ["gpuparse", "gpuparse.convert", "gpuparse.check.run, gpuparse.encode", "gpuparse.read"]
+)
+def test_a_function_and_the_module_of_its_name_do_not_hide_each_other(first):
+    code = (
+        f"import {first}, gpuparse\n"
+        "from gpuparse.convert import convert\n"
+        "from gpuparse import convert as public\n"
+        "assert convert is public is gpuparse.convert\n"
         "assert callable(gpuparse.convert) and callable(gpuparse.encode) and callable(gpuparse.check)\n"
         "assert set(gpuparse.__all__) <= set(dir(gpuparse))\n"
         "try:\n"

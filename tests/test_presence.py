@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gpuparse.presence
+from gpuparse.errors import KernelError
 from gpuparse.presence import find_presence, label_pairs
 
 
@@ -20,29 +20,43 @@ def pairs_by_looking(labels, axis):
     ]
 
 
-@settings(max_examples=80)
+@settings(max_examples=120)
 @given(
     shape=st.one_of(
         st.tuples(*[st.integers(1, 12)] * 3),
-        st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(60, 70)),  # rows long enough to be left out
+        st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(30, 140)),  # rows longer than a few words
+        st.tuples(st.integers(1, 3), st.integers(60, 140), st.integers(1, 3)),
     ),
-    ids=st.lists(st.sampled_from([1, 2, 255, 256, 511, 70_000, 2**32 - 1]), min_size=1, max_size=4),
-    share=st.floats(0, 1), run=st.integers(1, 20), slab_bytes=st.sampled_from([1, 64, 1 << 20]),
-    table=st.sampled_from([1, 1 << 22]), seed=st.integers(0, 999),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.uint32]),
+    ids=st.lists(st.sampled_from([1, 2, 127, 128, 255, 256, 257, 65_535, 70_000, 2**31, 2**32 - 1]), min_size=1),
+    share=st.floats(0, 1), run=st.integers(1, 40), note_words=st.sampled_from([0, 1, 7]), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_pairs_are_those_of_looking_at_every_slice(shape, ids, share, run, slab_bytes, table, seed):
+def test_pairs_are_those_of_looking_at_every_slice(shape, dtype, ids, share, run, note_words, seed):
     rng = np.random.default_rng(seed)
-    values = np.where(rng.random(-(-np.prod(shape) // run)) < share, rng.choice(ids, -(-np.prod(shape) // run)), 0)
-    dtype = np.uint8 if max(ids) < 256 else np.uint16 if max(ids) < 65536 else np.uint32
+    ids = [i for i in ids if i <= np.iinfo(dtype).max] or [1]
+    num_runs = -(-np.prod(shape) // run)
+    values = np.where(rng.random(num_runs) < share, rng.choice(ids, num_runs), 0)
     labels = np.repeat(values, run)[: np.prod(shape)].reshape(shape).astype(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpuparse.presence, "_SLAB_BYTES", slab_bytes)
-        patch.setattr(gpuparse.presence, "_MAX_TABLE", table)
-        for axes in ((0,), (1,), (2,), (0, 1, 2)):
-            found = label_pairs(labels, axes)
-            assert {axis: pairs.tolist() for axis, pairs in found.items()} == {
-                axis: pairs_by_looking(labels, axis) for axis in axes
-            }
+    for axes in ((0,), (1,), (2,), (2, 0), (0, 1, 2)):
+        found = label_pairs(labels, axes, note_words=note_words)
+        assert {axis: pairs.tolist() for axis, pairs in found.items()} == {
+            axis: pairs_by_looking(labels, axis) for axis in axes
+        }
+
+
+@pytest.mark.parametrize("note_words", [0, 5000])
+def test_pairs_of_labels_that_are_nothing_but_ids(note_words):
+    labels = np.random.default_rng(0).integers(0, 2**32, (9, 30, 70), np.uint32)
+    found = label_pairs(labels, (0, 1, 2), note_words=note_words)
+    for axis, pairs in found.items():
+        expected = np.unique(np.stack([np.indices(labels.shape)[axis].ravel(), labels.ravel()], axis=1), axis=0)
+        expected = expected[expected[:, 1] > 0]
+        np.testing.assert_array_equal(pairs, expected)
+
+
+def test_labels_with_gaps_between_their_voxels_are_refused():
+    with pytest.raises(KernelError, match="not C-contiguous"):
+        label_pairs(np.zeros((4, 4, 8), np.uint8)[:, :, ::2], (0,))
 
 
 def test_runs_of_slices_and_what_the_reference_zeroes():
