@@ -7,6 +7,7 @@ caller's main module again, and leaves them waiting when the caller is killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -24,12 +25,13 @@ __all__ = ["Died", "Task", "WorkerPool", "serve"]
 Result = TypeVar("Result")
 
 # One thread each; and memory that is freed is used again, where glibc would give it back and fault it in anew, which
-# takes a fifth of the time of a conversion.
+# takes a fifth of the time of a conversion. After a task that takes more than is kept, all is given back.
+_KEPT_BYTES = 256 << 20
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
 }
 _START = "import sys; sys.path[:] = {path!r}; from gpuparse.workers import serve; serve({handle})"
 
@@ -130,7 +132,7 @@ class WorkerPool:
         worker.number, worker.num_bytes = number, task.num_bytes
         self._busy.append(worker)
         with contextlib.suppress(OSError):  # it has died: `_results` will notice
-            worker.pipe.send((function, task.arguments))
+            worker.pipe.send((function, task.arguments, task.num_bytes > _KEPT_BYTES))
 
     def _results(self) -> Iterator[tuple[int, Any]]:
         """The results that are there, once at least one is."""
@@ -180,7 +182,7 @@ def serve(handle: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the terminal is the starting process's business
     pipe = Connection(handle)
-    calls: queue.SimpleQueue[tuple[Callable[..., Any], Sequence[Any]]] = queue.SimpleQueue()
+    calls: queue.SimpleQueue[tuple[Callable[..., Any], Sequence[Any], bool]] = queue.SimpleQueue()
 
     def receive() -> None:
         # In a thread of its own, so that the end of the other side is noticed in the middle of a task too.
@@ -195,5 +197,14 @@ def serve(handle: int) -> None:
 
     threading.Thread(target=receive, daemon=True).start()
     while True:
-        function, arguments = calls.get()
+        function, arguments, is_large = calls.get()
         pipe.send(function(*arguments))
+        del arguments
+        if is_large:
+            _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Hands what is free in this process's heap to the system, also between what is in use."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,26 @@ def test_the_budget_bounds_what_runs_side_by_side(tmp_path, sizes, most):
         list(pool.run(square, [Task((0,)), Task((1,))]))  # both processes are up
         running = list(pool.run(span, [Task((tmp_path, n), size) for n, size in enumerate(sizes)]))
     assert max(running) <= most
+
+
+def hold(num_bytes):
+    """Takes memory below something that stays; returns what the process holds before."""
+    before = resident_bytes()
+    held = [bytearray(b"x") * (1 << 20) for _ in range(num_bytes >> 20)]  # touched
+    hold.kept = bytearray(64)
+    del held
+    return before
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(60, True), (1 << 30, False)])
+def test_memory_is_used_again_and_after_a_large_task_given_back(size, is_kept):
+    with WorkerPool(2, size) as pool:  # one at a time
+        before, after = pool.run(hold, [Task((n << 20,), size) for n in (100, 0)])
+    assert (after > before + (90 << 20)) == is_kept
 
 
 def test_giving_up_ends_the_processes():

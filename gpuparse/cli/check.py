@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from gpuparse.check import CheckReport, Finding, check, repair
-from gpuparse.check.rules import RULES, SEVERITIES
+# What the checks need is imported when they run: the other commands start without it.
+if TYPE_CHECKING:
+    from gpuparse.check import CheckReport, Finding
 
 __all__ = ["check_command"]
 
@@ -66,6 +67,8 @@ def check_command(
 
     Example: gpuparse check stores/AMOS/train.zarr --repair --source data
     """
+    from gpuparse.check import check, repair
+
     if source is not None and not repair_stores:
         raise typer.BadParameter("it says where --repair finds sources; add --repair.", param_hint="--source")
     num_jobs = jobs or len(os.sched_getaffinity(0))
@@ -113,6 +116,8 @@ def _progress(console: Console) -> Progress:
 
 
 def _print_report(report: CheckReport) -> None:
+    from gpuparse.check.rules import SEVERITIES
+
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=_PLAIN_WIDTH)
@@ -128,6 +133,8 @@ def _print_report(report: CheckReport) -> None:
 
 
 def _findings_table(findings: tuple[Finding, ...]) -> Table:
+    from gpuparse.check.rules import RULES
+
     table = Table("severity", "code", "where", "found", "remedy", title="Findings", show_lines=True)
     shown: Counter[str] = Counter()
     for finding in findings:
