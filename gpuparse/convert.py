@@ -15,6 +15,7 @@ from typing import Literal
 
 from gpuparse.arrays import LEVELS, Level
 from gpuparse.case import CaseSettings
+from gpuparse.cluster import DaskPool
 from gpuparse.collect import collect
 from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
@@ -26,7 +27,7 @@ from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
 from gpuparse.volume import MAX_VOLUME_BYTES
-from gpuparse.workers import WorkerPool
+from gpuparse.workers import TaskPool, WorkerPool
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert"]
 
@@ -39,6 +40,8 @@ def convert(
     split: str = "train",
     level: Level | None = None,
     num_jobs: int = 1,
+    executor: Literal["local", "dask"] = "local",
+    scheduler: str | None = None,
     memory_gib: float | None = None,
     max_volume_gib: float = MAX_VOLUME_BYTES / GIB,
     on_error: Literal["stop", "skip"] = "stop",
@@ -61,9 +64,13 @@ def convert(
         split: The subfolder to read; also the store's name.
         level: `fast` compresses with LZ4, `high` with LZ4HC: smaller, many times slower to write, as fast to read.
             None keeps what the store has, `fast` for a new one.
-        num_jobs: Processes that convert cases side by side.
+        num_jobs: Processes that convert cases side by side, of executor `local`.
+        executor: `local` converts with processes of this machine; `dask` with the workers of a running Dask cluster,
+            which have gpuparse installed and see the folders under the same paths. Publishing stays here.
+        scheduler: The address of the cluster's scheduler, such as `tcp://host:8786`, or its scheduler file (`.json`).
         memory_gib: Memory in GiB for the volumes that are in work at the same time, by what their headers declare. A
-            volume that needs more is converted while nothing else is. None takes half of what is free.
+            volume that needs more is converted while nothing else is. None takes half of what is free; with `dask`,
+            it leaves each thread of a worker one volume.
         max_volume_gib: A file whose image and labels together declare more GiB than this is bad.
         on_error: `stop` ends at the first bad file with its error; `skip` goes on and lists it in the report.
         overwrite: Write every case anew and drop the store that is there, once the new one is whole. Without it,
@@ -81,6 +88,8 @@ def convert(
         InputError: The folder, the prompts or an argument is not usable; nothing has been written.
         VolumeFormatError: A source file is bad and `on_error` is `stop`. The dataset's store is not published;
             its finished cases are kept for the next run.
+        ClusterError: The Dask cluster cannot be used, or was lost; finished cases are kept for the next run.
+        MissingDependencyError: A package that the format or the executor needs is not installed.
         StoreWriteError: A store cannot be written, or another process is writing it. It is as it was, and finished
             cases are kept for the next run.
     """
@@ -95,15 +104,20 @@ def convert(
             raise InputError(f"{what} is {value}; expected a number above 0.")
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
-    memory_bytes = default_memory_bytes() if memory_gib is None else int(memory_gib * GIB)
+    _check_executor(executor, scheduler, num_jobs)
+    memory_bytes = None if memory_gib is None else int(memory_gib * GIB)
+    if executor == "dask":  # the workers stand in other folders
+        data_dir, out_dir = Path(data_dir).absolute(), None if out_dir is None else Path(out_dir).absolute()
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
     options = RunOptions(on_error, overwrite, dry_run, on_case)
     sources = collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
-    with WorkerPool(num_jobs, memory_bytes) as pool:
+    with _pool(num_jobs, None if dry_run else scheduler, memory_bytes) as pool:
         for found in sources:
             store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
-            with contextlib.nullcontext() if dry_run else StoreLock(store_path):
+            lock = StoreLock(store_path)
+            pool.require(found.folder, lock.path)  # no other folder of that name has this file
+            with contextlib.nullcontext() if dry_run else lock:
                 store = _open_existing(store_path, overwrite)
                 settings = CaseSettings(found.prompts, level or _level_of(store))
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
@@ -112,6 +126,26 @@ def convert(
             reports += [report] if report is not None else []
             failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)
+
+
+def _check_executor(executor: str, scheduler: str | None, num_jobs: int) -> None:
+    if executor not in ("local", "dask"):
+        raise InputError(f"executor is {executor!r}; expected 'local' or 'dask'.")
+    if executor == "dask" and not scheduler:
+        raise InputError("executor 'dask' needs scheduler (--scheduler): its address, such as tcp://host:8786.")
+    if executor == "local" and scheduler is not None:
+        raise InputError(f"scheduler is {scheduler!r}, but executor is 'local'. Set executor (--executor) to 'dask'.")
+    if executor == "dask" and num_jobs != 1:
+        raise InputError(
+            f"num_jobs (--jobs) is {num_jobs}, but executor 'dask' converts with the workers that the cluster has. "
+            "Leave it out, and start more workers."
+        )
+
+
+def _pool(num_jobs: int, scheduler: str | None, memory_bytes: int | None) -> TaskPool:
+    if scheduler is not None:
+        return DaskPool(scheduler, memory_bytes)
+    return WorkerPool(num_jobs, default_memory_bytes() if memory_bytes is None else memory_bytes)
 
 
 def _writing(run: DatasetRun) -> DatasetReport | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 __all__ = [
     "ChunkCorruptError",
+    "ClusterError",
     "DeviceError",
     "GpuparseError",
     "InputError",
@@ -68,3 +69,7 @@ class PipelineError(GpuparseError, RuntimeError):
 
 class MissingDependencyError(GpuparseError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
+
+
+class ClusterError(GpuparseError, RuntimeError):
+    """A cluster cannot be used: no scheduler, or workers that are not set up like this machine."""

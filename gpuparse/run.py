@@ -17,7 +17,7 @@ from gpuparse.folders import discard_folder, remove_discarded
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
 from gpuparse.source import SourceCase
 from gpuparse.store import Store
-from gpuparse.workers import Died, Task, WorkerPool
+from gpuparse.workers import Died, Task, TaskPool
 
 __all__ = ["DatasetRun", "RunOptions"]
 
@@ -47,7 +47,7 @@ class DatasetRun:
         target: The store to be.
         cases: The sources, by name; names are unique.
         options: How to go about it.
-        pool: The processes that convert.
+        pool: What converts.
         store: The store as it is, also where it is to be replaced; None if there is none.
         results: What became of each source so far.
         failures: Those that failed, and why.
@@ -56,7 +56,7 @@ class DatasetRun:
     target: PublishTarget
     cases: tuple[SourceCase, ...]
     options: RunOptions
-    pool: WorkerPool
+    pool: TaskPool
     store: Store | None
     results: list[CaseResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -188,7 +188,7 @@ class DatasetRun:
         return found
 
     def _write(self, cases: list[SourceCase]) -> Generator[dict[str, Any] | GpuparseError, None, None]:
-        alone = min(self.pool.num_jobs, len(cases)) <= 1
+        alone = self.pool.runs_here(len(cases))
         tasks = (
             Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
             for case in cases

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
-__all__ = ["Died", "Task", "WorkerPool", "serve"]
+__all__ = ["Died", "Task", "TaskPool", "WorkerPool", "serve"]
 
 Result = TypeVar("Result")
 
@@ -65,29 +67,25 @@ class _Worker:
     process: subprocess.Popen[bytes]
     pipe: Connection
     number: int = -1  # of the task in hand
-    num_bytes: int = 0
 
 
-class WorkerPool:
-    """Processes that are started when they are needed and kept until the end of the context.
+class TaskPool(ABC):
+    """Something that makes calls, many at a time, and is to be left as a context.
 
     Args:
-        num_jobs: Processes, at most; with 1 there are none, and calls are made here.
-        memory_bytes: The most that the tasks in flight may take together. A task that takes more runs alone.
+        memory_bytes: The most that the tasks in flight may take together; None sets no bound. A task that takes more
+            runs alone.
     """
 
-    def __init__(self, num_jobs: int, memory_bytes: int) -> None:
-        self.num_jobs = num_jobs
+    def __init__(self, memory_bytes: int | None) -> None:
         self.memory_bytes = memory_bytes
-        self._idle: list[_Worker] = []
-        self._busy: list[_Worker] = []
+        self._in_flight: dict[int, int] = {}  # number of a task -> its bytes
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop(self._busy)
-        self._stop(self._idle)
+        self._give_up()
 
     def run(
         self, function: Callable[..., Result], tasks: Iterable[Task], *, here: bool = False
@@ -96,13 +94,13 @@ class WorkerPool:
 
         Args:
             function: Importable by name; it should return errors rather than raise them.
-            tasks: What to call it with; taken one by one as workers become free.
+            tasks: What to call it with; taken one by one as there is room for them.
             here: Whether to make the calls in this process, because there are too few to start another.
 
         Yields:
             A result, or what became of the worker that had the task. An exception that a task raises ends its worker.
         """
-        if here or self.num_jobs == 1:
+        if here:
             for task in tasks:
                 yield function(*task.arguments)
             return
@@ -111,31 +109,94 @@ class WorkerPool:
         wanted = 0
         pending = next(source, None)
         try:
-            while pending is not None or self._busy or finished:
+            while pending is not None or self._in_flight or finished:
                 while pending is not None and self._can_take(pending[1]):
-                    self._submit(function, *pending)
+                    number, task = pending
+                    self._in_flight[number] = task.num_bytes
+                    self._submit(function, number, task)
                     pending = next(source, None)
-                finished.update(self._results() if self._busy else ())
+                for number, result in self._results() if self._in_flight else ():
+                    del self._in_flight[number]
+                    finished[number] = result
                 while wanted in finished:
                     yield finished.pop(wanted)
                     wanted += 1
         finally:
-            self._stop(self._busy)  # what is left there was given up by whoever wanted the results
+            self._give_up()  # what is left in flight, whoever wanted the results wants no more
+            self._in_flight.clear()
 
     def _can_take(self, task: Task) -> bool:
-        in_flight = sum(worker.num_bytes for worker in self._busy)
-        free = len(self._busy) < self.num_jobs
-        return free and (not self._busy or in_flight + task.num_bytes <= self.memory_bytes)
+        if not self._in_flight:
+            return True
+        fits = self.memory_bytes is None or sum(self._in_flight.values()) + task.num_bytes <= self.memory_bytes
+        return fits and self._has_room()
+
+    def require(self, *paths: Path) -> None:  # noqa: B027  # nothing to do, unless they are elsewhere
+        """Names files and folders that whoever makes the calls must see; processes of this machine do."""
+
+    @abstractmethod
+    def runs_here(self, num_tasks: int) -> bool:
+        """Whether so few tasks are better run in this process."""
+
+    @abstractmethod
+    def _has_room(self) -> bool:
+        """Whether a worker is free."""
+
+    @abstractmethod
+    def _submit(self, function: Callable[..., Any], number: int, task: Task) -> None:
+        """Starts a call."""
+
+    @abstractmethod
+    def _results(self) -> Iterator[tuple[int, Any]]:
+        """Numbers and results of tasks in flight that have ended, once at least one has."""
+
+    @abstractmethod
+    def _give_up(self) -> None:
+        """Ends what is in flight, or sees to it that it does not matter."""
+
+
+class WorkerPool(TaskPool):
+    """Processes of this machine, started when they are needed and kept until the end of the context.
+
+    Args:
+        num_jobs: Processes, at most; with 1 there are none, and calls are made here.
+        memory_bytes: The most that the tasks in flight may take together. A task that takes more runs alone.
+    """
+
+    def __init__(self, num_jobs: int, memory_bytes: int | None) -> None:
+        super().__init__(memory_bytes)
+        self.num_jobs = num_jobs
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._stop(self._idle)
+
+    def run(
+        self, function: Callable[..., Result], tasks: Iterable[Task], *, here: bool = False
+    ) -> Generator[Result | Died, None, None]:
+        """Calls `function` for every task; see `TaskPool.run`. With one process, that is this one."""
+        return super().run(function, tasks, here=here or self.num_jobs == 1)
+
+    def runs_here(self, num_tasks: int) -> bool:
+        """Whether one process is all that they can fill."""
+        return min(self.num_jobs, num_tasks) <= 1
+
+    def _has_room(self) -> bool:
+        return len(self._busy) < self.num_jobs
+
+    def _give_up(self) -> None:
+        self._stop(self._busy)
 
     def _submit(self, function: Callable[..., Any], number: int, task: Task) -> None:
         worker = self._idle.pop() if self._idle else _start()
-        worker.number, worker.num_bytes = number, task.num_bytes
+        worker.number = number
         self._busy.append(worker)
         with contextlib.suppress(OSError):  # it has died: `_results` will notice
             worker.pipe.send((function, task.arguments, task.num_bytes > _KEPT_BYTES))
 
     def _results(self) -> Iterator[tuple[int, Any]]:
-        """The results that are there, once at least one is."""
         ready = wait([worker.pipe for worker in self._busy])
         for worker in [worker for worker in self._busy if worker.pipe in ready]:
             self._busy.remove(worker)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from stores import content
 
 import gpuparse
 from gpuparse.errors import StoreWriteError
@@ -25,7 +26,8 @@ from gpuparse.store import open_store
 # on files; answers with the number of operations, or -9. Importing once makes 100 killed processes affordable.
 DRIVER = """
 import json, os, signal, sys
-import gpuparse, gpuparse.arrays
+import gpuparse, gpuparse.arrays, gpuparse.kernels
+gpuparse.convert, gpuparse.kernels.host_library()
 gpuparse.arrays._FILE_BUFFER_BYTES = 64
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 for line in sys.stdin:
@@ -61,19 +63,6 @@ def driver():
     yield convert
     process.stdin.close()
     assert process.wait() == 0
-
-
-def content(store_path):
-    """Everything in a store but the names that are drawn at random: case -> file -> bytes, columns, attributes."""
-    store = open_store(store_path)
-    cases = {}
-    for i, case in enumerate(store.cases):
-        folder = store.case_path(i)
-        cases[case.name] = {
-            p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-        }
-    columns = {name: values.tolist() for name, values in vars(store.slices).items()}
-    return cases, columns, {key: value for key, value in store.attributes.items() if key != "index"}
 
 
 def leftovers(out):

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 LAYERS = [
     ["errors"],
     ["npz", "arrays", "folders", "kernels", "memory", "workers"],
-    ["volume", "prompts", "intensity", "lock", "conversion_report"],
+    ["volume", "prompts", "intensity", "lock", "conversion_report", "cluster"],
     ["source", "proposal"],
     ["scan"],
     ["nifti"],
@@ -114,7 +114,7 @@ def test_importing_the_package_loads_no_heavy_library():
     code = (
         "import sys, gpuparse, gpuparse.convert, gpuparse.read\n"
         "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'cc3d'}\n"
-        "heavy |= {'nibabel', 'pydicom', 'highdicom', 'scipy'}\n"
+        "heavy |= {'nibabel', 'pydicom', 'highdicom', 'scipy', 'distributed', 'dask'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -49,6 +49,12 @@ def convert_command(
         typer.Option("--level", help="'fast' or 'high' (smaller, slower to write); default: as in the store, or fast."),
     ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")] = None,
+    executor: Annotated[
+        Literal["local", "dask"], typer.Option("--executor", help="Processes here, or the workers of a Dask cluster.")
+    ] = "local",
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="With --executor dask: tcp://host:8786, or its scheduler file.")
+    ] = None,
     memory_gib: Annotated[
         float | None,
         typer.Option("--memory-gib", help="Memory for the volumes in work at one time; default: half of what is free."),
@@ -91,6 +97,8 @@ def convert_command(
 
     Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8 --on-error skip
 
+    On a cluster: gpuparse convert data --out stores --executor dask --scheduler tcp://node1:8786
+
     With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
     console = Console(quiet=quiet)
@@ -106,10 +114,11 @@ def convert_command(
         data_dir, split, format_name, window=window, orientation=orientation, image_glob=image_glob,
         label_glob=label_glob, channel=channel,
     )  # fmt: skip
-    num_jobs = jobs or len(os.sched_getaffinity(0))
-    memory = memory_gib if memory_gib is not None else default_memory_bytes() / GIB
-    if not dry_run:
-        console.print(f"{num_jobs} processes, at most {memory:.3g} GiB of volumes in work", highlight=False)
+    num_jobs = jobs or (len(os.sched_getaffinity(0)) if executor == "local" else 1)
+    if executor == "local" and memory_gib is None:
+        memory_gib = default_memory_bytes() / GIB
+    if not dry_run and executor == "local":
+        console.print(f"{num_jobs} processes, at most {memory_gib:.3g} GiB of volumes in work", highlight=False)
     with _CaseProgress(console, list_cases(data_dir, names, split, foreign)) as progress:
         report = convert(
             data_dir,
@@ -118,7 +127,9 @@ def convert_command(
             split=split,
             level=level,  # type: ignore[arg-type]  # convert checks it
             num_jobs=num_jobs,
-            memory_gib=memory,
+            executor=executor,
+            scheduler=scheduler,
+            memory_gib=memory_gib,
             max_volume_gib=max_volume_gib,
             on_error=on_error,  # type: ignore[arg-type]  # convert checks it
             overwrite=overwrite,
