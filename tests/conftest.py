@@ -79,6 +79,14 @@ def sample_stores(sample_dir, tmp_path_factory) -> dict[str, Path]:
     return {dataset.name: dataset.store_path for dataset in report.datasets}
 
 
+@pytest.fixture(scope="session")
+def mixed_store(tmp_path_factory):
+    """A store of `small_stores.volumes`: all shapes, label widths and kinds of chunks. Read it, do not write."""
+    from small_stores import convert, volumes
+
+    return convert(tmp_path_factory.mktemp("mixed"), volumes())
+
+
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
     """Where `write_case` puts its datasets and their class_prompts.json."""
