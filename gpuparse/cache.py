@@ -88,7 +88,7 @@ class ChunkCache:
 
     A chunk counts as there from the moment it is reserved, because batches are made in the order in which they were
     reserved: a later batch finds what an earlier one brings. Batches that were reserved and never made are undone by
-    `drop_unmade`. One iteration at a time may use it.
+    `release`. One iteration at a time may use it.
 
     Args:
         capacity_bytes: Size of the slab.
@@ -113,11 +113,18 @@ class ChunkCache:
             was_in_use, self._in_use = self._in_use, True
             return not was_in_use
 
-    def release(self) -> None:
-        """Ends an iteration: chunks of batches that were never made are forgotten."""
+    def release(self, *, failed: bool = False) -> None:
+        """Ends an iteration: chunks of batches that were never made are forgotten.
+
+        Args:
+            failed: Whether it ended in an error. All chunks are forgotten then: batches behind the one that failed may
+                have been made, so that nobody knows whose chunks were decoded.
+        """
         with self._lock:
             while self._unmade:
                 self._forget(self._unmade.pop())
+            if failed:
+                self._forget(list(self._places))
             self._in_use = False
 
     def reserve(

@@ -151,12 +151,17 @@ class Caches:
     @contextlib.contextmanager
     def lend(self) -> Iterator[tuple[ChunkCache | None, PageCacheBudget | None]]:
         """The caches for one iteration; a second one at the same time goes without the cache of decoded chunks."""
-        mine = self._chunks is not None and self._chunks.acquire()
+        mine = self._chunks if self._chunks is not None and self._chunks.acquire() else None
+        failed = True
         try:
-            yield self._chunks if mine else None, self._budget
+            yield mine, self._budget
+            failed = False
+        except GeneratorExit:  # left early
+            failed = False
+            raise
         finally:
-            if mine and self._chunks is not None:
-                self._chunks.release()
+            if mine is not None:
+                mine.release(failed=failed)
 
     def status(self) -> CacheStatus | None:
         """How full the cache is, None without one."""

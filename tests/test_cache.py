@@ -174,6 +174,20 @@ def test_one_iteration_at_a_time():
     assert repr(cache) == f"ChunkCache({cache.status()})"
 
 
+def test_an_iteration_that_failed_leaves_no_chunk():
+    layout = array("a", 16)
+    cache = ChunkCache(64)
+    for number in range(3):
+        reserve(cache, [(layout, number)])
+    cache.made()
+    cache.release()
+    assert cache.status().num_chunks == 1
+    reserve(cache, [(layout, 1)])
+    cache.release(failed=True)
+    assert cache.status() == CacheStatus(64, 0, 0, 0)
+    assert reserve(cache, [(layout, i) for i in range(4)]) == ([0, 16, 32, 48], [False] * 4)
+
+
 def test_a_batch_larger_than_the_cache_loses_nothing_of_others():
     layout = array("a", 16)
     cache = ChunkCache(16 * 3)
