@@ -199,7 +199,7 @@ class BatchPipeline:
                 self._render(step, packed, buffer, arena)
             except BaseException as error:
                 self._failures[step] = error
-        self._num_rendered += 1
+        self._num_rendered += step < self._options.num_steps  # behind the last batch DALI runs on with nothing
 
 
 def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:
