@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from gpuparse.errors import PipelineError
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
 
 
@@ -72,6 +75,31 @@ def test_exceptions_come_in_place_of_their_batches(prefetch_depth, stage):
         else:
             assert pipeline.run() == step
     pipeline.close()
+
+
+@pytest.mark.parametrize("stage", ["fetch", "render", "dali"])
+def test_closing_ends_dali_while_an_exception_is_kept(monkeypatch, stage):
+    def fail_in(name):
+        if stage == name:
+            raise KeyError(name)
+
+    def fetch(step):
+        fail_in("fetch")
+        return packed(step)
+
+    pipeline = BatchPipeline(fetch, lambda *_: fail_in("render"), PipelineOptions(4, 2))
+    if stage == "dali":
+        monkeypatch.setattr(type(pipeline._pipeline), "run", lambda self, *_: fail_in("dali"))
+    ended = weakref.ref(pipeline._pipeline)
+    gc.disable()  # not by the collector, which may run in DALI's own thread
+    try:
+        with pytest.raises((KeyError, PipelineError), match=stage) as kept:
+            pipeline.run()
+        pipeline.close()
+        assert ended() is None
+    finally:
+        gc.enable()
+    assert kept.value.__traceback__ is not None
 
 
 def test_a_buffer_of_another_batch_is_noticed():
