@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from gpuparse.store import ArrayLayout
 
 __all__ = ["CacheStatus", "ChunkCache", "PageCacheBudget"]
 
-_ChunkKey = tuple[ArrayLayout, int]
+_ChunkKey = tuple[Path, int]  # an array's folder, which all layouts of it share, and the chunk's number
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ChunkCache:
 
     A chunk counts as there from the moment it is reserved, because batches are made in the order in which they were
     reserved: a later batch finds what an earlier one brings. Batches that were reserved and never made are undone by
-    `drop_unmade`. One iteration at a time may use it.
+    `release`. One iteration at a time may use it.
 
     Args:
         capacity_bytes: Size of the slab.
@@ -112,11 +113,18 @@ class ChunkCache:
             was_in_use, self._in_use = self._in_use, True
             return not was_in_use
 
-    def release(self) -> None:
-        """Ends an iteration: chunks of batches that were never made are forgotten."""
+    def release(self, *, failed: bool = False) -> None:
+        """Ends an iteration: chunks of batches that were never made are forgotten.
+
+        Args:
+            failed: Whether it ended in an error. All chunks are forgotten then: batches behind the one that failed may
+                have been made, so that nobody knows whose chunks were decoded.
+        """
         with self._lock:
             while self._unmade:
                 self._forget(self._unmade.pop())
+            if failed:
+                self._forget(list(self._places))
             self._in_use = False
 
     def reserve(
@@ -135,20 +143,23 @@ class ChunkCache:
         Raises:
             InputError: The batch alone does not fit.
         """
-        keys = [(arrays[a], number) for a, number in zip(chunk_array.tolist(), chunk_number.tolist(), strict=True)]
+        owners = [arrays[a] for a in chunk_array.tolist()]
+        keys = [(owner.path, number) for owner, number in zip(owners, chunk_number.tolist(), strict=True)]
         with self._lock:
             resident = np.array([key in self._places for key in keys], bool)
-            for key, is_there in zip(keys, resident.tolist(), strict=True):
-                if is_there:
-                    self._places.move_to_end(key)  # what this batch uses goes last
             kept = {key for key, is_there in zip(keys, resident.tolist(), strict=True) if is_there}
+            for key in keys:
+                if key in kept:
+                    self._places.move_to_end(key)  # what this batch uses goes last
             made: list[_ChunkKey] = []
             try:
-                for key, is_there in zip(keys, resident.tolist(), strict=True):
-                    if not is_there:
-                        self._places[key] = self._find_room(-(-key[0].chunk_bytes // ALIGNMENT_BYTES), kept)
-                        kept.add(key)
-                        made.append(key)
+                for i in np.flatnonzero(~resident).tolist():
+                    if keys[i] in kept:  # a store that was opened twice: its array is in the batch twice
+                        resident[i] = True
+                        continue
+                    self._places[keys[i]] = self._find_room(-(-owners[i].chunk_bytes // ALIGNMENT_BYTES), kept)
+                    kept.add(keys[i])
+                    made.append(keys[i])
             except InputError:
                 self._forget(made)
                 raise

@@ -79,6 +79,24 @@ def sample_stores(sample_dir, tmp_path_factory) -> dict[str, Path]:
     return {dataset.name: dataset.store_path for dataset in report.datasets}
 
 
+@pytest.fixture(scope="session")
+def mixed_store(tmp_path_factory):
+    """A store of `small_stores.volumes`: all shapes, label widths and kinds of chunks. Read it, do not write."""
+    from small_stores import convert, volumes
+
+    return convert(tmp_path_factory.mktemp("mixed"), volumes())
+
+
+@pytest.fixture(scope="session")
+def mixture(mixed_store, sample_stores):
+    """Every kind of case, all views, label widths of 8, 16 and 32 bits, and a second dataset of other volumes."""
+    from torch.utils.data import ConcatDataset, Subset
+
+    mixed = gpuparse.SliceDataset(mixed_store.path.parent, img_size=(64, 64))
+    ct = gpuparse.SliceDataset(sample_stores["SAMPLE_CT"].parent, img_size=(64, 64))
+    return ConcatDataset([Subset(mixed, range(0, len(mixed), 9)), Subset(ct, range(0, 114, 12))])
+
+
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
     """Where `write_case` puts its datasets and their class_prompts.json."""
