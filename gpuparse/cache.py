@@ -186,7 +186,7 @@ class ChunkCache:
             oldest = next(iter(self._places), None)
             if oldest is None or oldest in kept:
                 raise InputError(
-                    f"a batch needs more decoded chunks at a time than the cache holds, {self.capacity_bytes} bytes. "
+                    f"the decoded chunks of one batch do not fit the cache of {self.capacity_bytes} bytes together. "
                     "Raise cache_gib, lower batch_size, or use cache=None."
                 )
             self._remove(oldest)
@@ -221,23 +221,26 @@ class PageCacheBudget:
         self._extents: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._used_bytes = 0
         self._num_evicted = 0
+        self._lock = threading.Lock()
 
     def touch(self, extents: Iterable[ChunkExtent]) -> None:
         """Counts what a batch has read."""
-        for path, offset, num_bytes in extents:
-            key = (path, offset)
-            if key in self._extents:
-                self._extents.move_to_end(key)
-            else:
-                self._extents[key] = num_bytes
-                self._used_bytes += num_bytes
-        if self.capacity_bytes is None:
-            return
-        while self._used_bytes > self.capacity_bytes and self._extents:
-            (path, offset), num_bytes = self._extents.popitem(last=False)
-            self._used_bytes -= num_bytes
-            self._num_evicted += 1
-            _give_up(path, offset, num_bytes)
+        given_up = []
+        with self._lock:
+            for path, offset, num_bytes in extents:
+                key = (path, offset)
+                if key in self._extents:
+                    self._extents.move_to_end(key)
+                else:
+                    self._extents[key] = num_bytes
+                    self._used_bytes += num_bytes
+            while self.capacity_bytes is not None and self._used_bytes > self.capacity_bytes and self._extents:
+                (path, offset), num_bytes = self._extents.popitem(last=False)
+                self._used_bytes -= num_bytes
+                self._num_evicted += 1
+                given_up.append((path, offset, num_bytes))
+        for extent in given_up:
+            _give_up(*extent)
 
     def status(self) -> CacheStatus:
         """How full it is; the capacity is what it holds where there is no limit."""

@@ -114,7 +114,7 @@ class DataLoader:
         self.shuffle = bool(shuffle)
         self.drop_last = bool(drop_last)
         self.seed = check_seed(seed)
-        if not isinstance(log_every, int) or log_every < 0:
+        if not isinstance(log_every, int) or isinstance(log_every, bool) or log_every < 0:
             raise InputError(f"log_every is {log_every!r}; expected a number of batches, or 0.")
         self.device = choose_device(device)
         self.num_threads = num_threads or kernels.default_num_threads()

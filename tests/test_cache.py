@@ -18,7 +18,7 @@ from gpuparse.read import ChunkExtent
 from gpuparse.store import ArrayLayout
 
 TOO_SMALL = (
-    r"a batch needs more decoded chunks at a time than the cache holds, \d+ bytes\. "
+    r"the decoded chunks of one batch do not fit the cache of \d+ bytes together\. "
     r"Raise cache_gib, lower batch_size, or use cache=None\."
 )
 

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 import gpuparse.device
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.augment import OutputTypes
-from gpuparse.device import DeviceRenderer, choose_device
+from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import DeviceError, InputError, MissingDependencyError, PipelineError
 from gpuparse.pack import SPARE_BLOCK
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
@@ -46,7 +46,11 @@ def machine(monkeypatch):
 
 def test_cuda_devices_are_found_by_any_name(machine):
     assert choose_device("cuda:0") == choose_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
-    assert choose_device("cuda") == choose_device(None) == torch.device("cuda", 1)
+    # A loader may be built before its process has chosen its device: the number is looked up when it iterates.
+    assert choose_device("cuda") == choose_device(None) == torch.device("cuda")
+    assert with_index(choose_device("cuda")) == torch.device("cuda", 1)
+    assert with_index(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert with_index(torch.device("cpu")) == torch.device("cpu")
     assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
 
 
@@ -124,7 +128,7 @@ def test_what_stands_in_the_way_is_named(machine, monkeypatch, caplog, obstacle,
 
 
 def test_a_device_that_is_not_there_is_refused(machine):
-    with pytest.raises(DeviceError, match="device is 'cuda:2', but torch sees 2 CUDA devices, 0 to 1"):
+    with pytest.raises(DeviceError, match="device is 'cuda:2', but torch sees 2 CUDA devices, numbered from 0"):
         choose_device("cuda:2")
     for device in ("graphics", "xpu", "cuda:x", 1.5):
         with pytest.raises(InputError, match=rf"device is {device!r}; expected 'cpu', 'cuda', 'cuda:<n>' or None"):

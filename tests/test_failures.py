@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import threading
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,20 @@ def damage(path, case, array, numbers):
     index = np.frombuffer(bytes(raw[-16 * layout.chunks_per_shard - 4 : -4]), "<u8").reshape(-1, 2)
     for number in numbers:
         raw[int(index[number, 0]) + 20] ^= 0x10
+    shard.write_bytes(raw)
+
+
+def write_nonsense(path, case, number):
+    """Puts what is no LZ4 into a chunk, with the checksum that goes with it."""
+    store = open_store(path)
+    layout = store.layout([c.name for c in store.cases].index(case), "0")
+    shard = layout.path / "c/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    index = np.frombuffer(bytes(raw[-16 * layout.chunks_per_shard - 4 : -4]), "<u8").reshape(-1, 2)
+    start, num_bytes = (int(n) for n in index[number])
+    (block,) = struct.unpack_from("<I", raw, start + 16)
+    raw[start + block + 4 : start + num_bytes - 4] = b"\xff" * (num_bytes - block - 8)
+    struct.pack_into("<I", raw, start + num_bytes - 4, google_crc32c.value(bytes(raw[start : start + num_bytes - 4])))
     shard.write_bytes(raw)
 
 
@@ -255,6 +271,15 @@ def test_nothing_but_damage_ends_in_an_error(sample_stores, tmp_path_factory):
     ):
         list(DataLoader(dataset, max_failures=1000, **options))
     assert own_threads() == set()
+
+
+def test_a_block_that_is_no_lz4_is_named(sample_stores, tmp_path_factory):
+    root = copy_of(sample_stores, tmp_path_factory)
+    write_nonsense(root / "train.zarr", "case_002", 20)
+    dataset = SliceDataset(root, img_size=SIZE)
+    wrong = r"case 'case_002', axis 0, slice 19: block \d+ of a batch .* is no LZ4 block .* convert this case again"
+    with pytest.raises(ChunkCorruptError, match=wrong):  # slice 19 is the first that has chunk 20 beside it
+        list(DataLoader(dataset, 4, **OPTIONS))
 
 
 @pytest.mark.parametrize("array", ["0", "labels/gts/0"])

@@ -109,7 +109,7 @@ def test_a_cache_smaller_than_a_batch_is_refused(mixture):
     loader = DataLoader(mixture, **OPTIONS, cache="device", cache_gib=1e-4)
     with pytest.raises(
         InputError,
-        match=r"a batch needs more decoded chunks at a time than the cache holds, 107360 bytes\. Raise cache_gib",
+        match=r"the decoded chunks of one batch do not fit the cache of 107360 bytes together\. Raise cache_gib",
     ):
         list(loader)
 
