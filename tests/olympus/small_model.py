@@ -26,7 +26,9 @@ class SmallModel(nn.Module):
         assert edge_queries > 0
         channels = out_channels_1
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(channels, channels, 5, stride=2, padding=2)
+            nn.Conv2d(3, channels, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 5, stride=2, padding=2),
         )
         self.words = nn.Embedding(NUM_WORDS, channels)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)

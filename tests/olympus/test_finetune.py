@@ -92,8 +92,9 @@ def test_training_on_the_shipped_files_lowers_the_loss(config_dir, external, tmp
     """The command of BiomedParse's FINETUNING.md, on the shipped example, with a small model."""
     overrides = [
         f"mounts.external={external}", f"experiment_output_dir={tmp_path}", f"hydra.run.dir={tmp_path}",
-        "datamodule.dataloaders.train.batch_size=4", "optimizer.lr=0.01",
-        "+trainer.max_steps=24", "+trainer.limit_val_batches=6", "+trainer.log_every_n_steps=1",
+        "datamodule.dataloaders.train.batch_size=2", "optimizer.lr=0.01", "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=30", "+trainer.limit_val_batches=4",
+        "+trainer.num_sanity_val_steps=1", "+trainer.log_every_n_steps=1",
     ]  # fmt: skip
     built = SimpleNamespace()
     parse = olympus.parse_config
@@ -105,12 +106,11 @@ def test_training_on_the_shipped_files_lowers_the_loss(config_dir, external, tmp
     assert type(module) is OlympusLightningModule
     assert type(module.loss_function) is SEEMLossCLS
     assert type(module.loss_function.loss_fn) is MedSamLoss
-    assert built.experiment.trainer.global_step == 24
     losses = logged(tmp_path, "train_loss_step")
-    assert len(losses) == 24
-    print("losses", losses)
-    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
-    (validation_loss,) = logged(tmp_path, "validation_loss_epoch")
-    print(validation_loss)
-    (dice,) = logged(tmp_path, "validate_dice_score")
-    assert 0 <= dice <= 1
+    assert len(losses) == 30
+    print(losses)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    # The evaluator read the validation batches: one for each row of labels.
+    for name in ("validation_loss_epoch", "validate_dice_score", "validate_edge_dice_score", "existence_accuracy"):
+        (value,) = logged(tmp_path, name)
+        assert np.isfinite(value), name
