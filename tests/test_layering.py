@@ -38,7 +38,7 @@ LAYERS = [
     ["loader"],
     ["evaluation"],
     ["sample_data", "sheet"],
-    ["integrations"],
+    ["integrations", "conf"],
     ["demo"],
     ["cli"],
     ["__main__"],

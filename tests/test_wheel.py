@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-
 from running import run
 
 import gpuparse

@@ -6,7 +6,7 @@ import zlib
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 NUM_WORDS = 512
 

@@ -108,7 +108,6 @@ def test_training_on_the_shipped_files_lowers_the_loss(config_dir, external, tmp
     assert type(module.loss_function.loss_fn) is MedSamLoss
     losses = logged(tmp_path, "train_loss_step")
     assert len(losses) == 30
-    print(losses)
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     # The evaluator read the validation batches: one for each row of labels.
     for name in ("validation_loss_epoch", "validate_dice_score", "validate_edge_dice_score", "existence_accuracy"):
