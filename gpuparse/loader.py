@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from gpuparse.plan import EpochPlan, check_epoch, check_seed
 from gpuparse.ranks import detect_ranks
 from gpuparse.read import ChunkReader
 from gpuparse.render import Samples, StageTimes, render_on_host
+from gpuparse.torch_options import check_torch_options
 
 __all__ = ["DataLoader"]
 
@@ -70,6 +72,9 @@ class DataLoader:
         prefetch_depth: Batches made ahead.
         image_dtype: "float32", "float16" or "bfloat16".
         labels_dtype: "int64" or "uint8".
+        torch_options: Arguments of torch's DataLoader that are left in a configuration: those about worker processes
+            and pinned memory (`num_workers`, `pin_memory`, ...) have no effect, and a warning says so; those that
+            would choose other samples or make other batches (`sampler`, `collate_fn`, ...) are refused.
 
     Raises:
         InputError: An argument or a dataset is not usable.
@@ -93,11 +98,15 @@ class DataLoader:
         prefetch_depth: int = 2,
         image_dtype: str = "float32",
         labels_dtype: str = "int64",
+        **torch_options: Any,
     ) -> None:
-        if prefetch_depth < 1:
-            raise InputError(f"prefetch_depth is {prefetch_depth}; expected at least 1.")
-        if num_threads is not None and num_threads < 1:
-            raise InputError(f"num_threads is {num_threads}; expected at least 1, or None for all cores.")
+        check_torch_options(torch_options, _ARGUMENTS)
+        if not _is_count(prefetch_depth):
+            raise InputError(f"prefetch_depth is {prefetch_depth!r}; expected a whole number of at least 1.")
+        if num_threads is not None and not _is_count(num_threads):
+            raise InputError(
+                f"num_threads is {num_threads!r}; expected a whole number of at least 1, or None for all cores."
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = bool(shuffle)
@@ -274,6 +283,15 @@ class DataLoader:
                 del batch
         finally:
             pipeline.close()
+
+
+_ARGUMENTS = tuple(
+    name for name, kind in inspect.signature(DataLoader).parameters.items() if kind.kind is not kind.VAR_KEYWORD
+)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _choose_device(device: str | None) -> str:

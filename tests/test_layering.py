@@ -34,7 +34,7 @@ LAYERS = [
     ["flat"],
     ["pipeline"],
     ["batch"],
-    ["ranks"],
+    ["ranks", "torch_options"],
     ["loader"],
     ["evaluation"],
     ["sample_data", "sheet"],
