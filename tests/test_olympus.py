@@ -18,7 +18,7 @@ def olympus_python() -> Path:
     """The interpreter of the framework's environment."""
     environment = Path(run(MAKE, "--where").strip())
     if not (environment / "complete").is_file():
-        reason = f"no environment in {environment}; make it with `just olympus` (a few minutes, 3.6 GB)"
+        reason = f"no environment in {environment}; make it with tests/olympus/make_environment.sh (3.6 GB)"
         if os.environ.get("GPUPARSE_REQUIRE_OLYMPUS") == "1":
             pytest.fail(f"GPUPARSE_REQUIRE_OLYMPUS=1, but there is {reason}", pytrace=False)
         pytest.skip(reason)
