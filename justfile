@@ -35,13 +35,13 @@ test *args:
 olympus:
     tests/olympus/make_environment.sh
 
-# all tests under Python 3.11 and 3.12, each with numpy 2 and numpy 1.26, in new virtual environments
-matrix:
+# all tests under Python 3.11 and 3.12 (or the interpreters named), each with numpy 2 and with numpy 1.26
+matrix +pythons="python3.11 python3.12":
     #!/usr/bin/env bash
     set -euo pipefail
     work=$(mktemp -d "${TMPDIR:-/tmp}/gpuparse-matrix.XXXXXX")
     trap 'rm -rf -- "$work"' EXIT
-    for python in python3.11 python3.12; do
+    for python in {{ pythons }}; do
       for versions in constraints.txt tests/olympus/constraints.txt; do
         printf '\n=== %s, %s\n' "$python" "$versions"
         rm -rf -- "$work/venv"
