@@ -12,28 +12,41 @@ from typing import TYPE_CHECKING, Any
 # Imported here, not on demand: a function and its module share a name, and only the first import of a submodule
 # binds that name to the module.
 from gpuparse.augment import augment
+from gpuparse.check import CheckReport, check
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
+from gpuparse.foreign import ForeignFormat
+from gpuparse.pairs import FolderLayout
 from gpuparse.sampling import Augmentation, sample_params
 from gpuparse.store import Store, open_store
 
 if TYPE_CHECKING:
     from gpuparse.dataset import SliceDataset
+    from gpuparse.evaluation.volumes import VolumeDataset
     from gpuparse.loader import DataLoader
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = {"DataLoader": "gpuparse.loader", "SliceDataset": "gpuparse.dataset"}
+_ON_DEMAND = {
+    "DataLoader": "gpuparse.loader",
+    "SliceDataset": "gpuparse.dataset",
+    "VolumeDataset": "gpuparse.evaluation.volumes",
+}
 
 __all__ = [
     "Augmentation",
+    "CheckReport",
     "ConversionReport",
     "DataLoader",
+    "FolderLayout",
+    "ForeignFormat",
     "GpuparseError",
     "SliceDataset",
     "Store",
+    "VolumeDataset",
     "augment",
+    "check",
     "convert",
     "encode",
     "open_store",

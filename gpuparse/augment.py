@@ -26,7 +26,16 @@ from gpuparse.views import (
     view_geometry,
 )
 
-__all__ = ["AugmentedBatch", "LabelSpec", "OutputTypes", "augment", "finish_batch"]
+__all__ = [
+    "AugmentedBatch",
+    "FinishTables",
+    "LabelSpec",
+    "OutputTypes",
+    "augment",
+    "finish_batch",
+    "launch_finish",
+    "prepare_finish",
+]
 
 LabelMode = Literal["prompts", "instances", "classes", "foreground"]
 _MODES = {"prompts": 0, "instances": 1, "classes": 2, "foreground": 3}
@@ -234,6 +243,102 @@ def _crop_tables(
     return numbers, index, weight, nearest
 
 
+@dataclass(frozen=True, eq=False)
+class FinishTables:
+    """What the last kernel needs besides pixels, checked; arrays of the host, or of a GPU once they lie there.
+
+    Attributes:
+        params: (batch,) PARAMS_DTYPE, or (batch, 72) uint8 on a GPU.
+        crop_numbers: (batch, 2) int32, each sample's row and column table.
+        linear_index: (num_tables, longest) int32.
+        linear_weight: (num_tables, longest) float32.
+        crop_nearest: (num_tables, longest) int32.
+        class_ids: (batch, num_prompts) int32.
+        modes: (batch,) int32.
+    """
+
+    params: Any
+    crop_numbers: Any
+    linear_index: Any
+    linear_weight: Any
+    crop_nearest: Any
+    class_ids: Any
+    modes: Any
+
+
+def prepare_finish(
+    params: npt.NDArray[Any],
+    spec: LabelSpec,
+    label_planes: npt.NDArray[Any],
+    size: tuple[int, int],
+    types: OutputTypes,
+) -> FinishTables:
+    """Checks a batch's parameters and makes the tables that go with them.
+
+    Args:
+        params: (batch,) PARAMS_DTYPE.
+        spec: What labels to make.
+        label_planes: (batch,) PLANE_DTYPE.
+        size: Rows and columns of an encoded slice.
+        types: Element types of the outputs.
+
+    Raises:
+        InputError: The table does not fit the batch, or uint8 labels cannot hold the stored ids.
+    """
+    params = _check_params(params, len(label_planes), *size)
+    raw_ids = np.isin(spec.modes, (_MODES["instances"], _MODES["classes"])) & (params["wrap_ids"] == 0)
+    too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
+    if types.labels == "uint8" and (
+        too_wide or (spec.modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any()
+    ):
+        raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
+    return FinishTables(params, *_crop_tables(params, *size), spec.class_ids, spec.modes)
+
+
+def launch_finish(
+    images: Any,
+    arena: Any,
+    blocks: Any,
+    label_planes: Any,
+    tables: ResamplingTables,
+    finish: FinishTables,
+    types: OutputTypes,
+    out: AugmentedBatch,
+    num_threads: int | None = None,
+) -> None:
+    """Runs the last kernel on arrays that are checked and in place; the arguments are those of `finish_batch`."""
+    num_samples, _, height, width = images.shape
+    codes = (_IMAGE_TYPES[types.image][0], _LABEL_TYPES[types.labels][0])
+    sizes = (finish.class_ids.shape[1], height, width, *codes)
+    crop_arrays = (finish.params, finish.crop_numbers, finish.linear_index, finish.linear_weight, finish.crop_nearest)
+    crop_length = finish.linear_index.shape[1]
+    if kernels.is_device_array(images):
+        with images.device:
+            arguments = (
+                images, arena, *map(kernels.on_device, (blocks, label_planes, tables.nearest)), np.int32(tables.length),
+                *map(kernels.on_device, crop_arrays), np.int32(crop_length),
+                *map(kernels.on_device, (finish.class_ids, finish.modes)), *(np.int32(n) for n in sizes),
+                out.image, out.labels,
+            )  # fmt: skip
+            quads = -(-height * width // 4)
+            kernels.launch_on_device("augment.cu", "augment", num_samples * quads, arguments)
+        return
+    p = kernels.pointer
+    kernels.host_library().gpuparse_augment(
+        ctypes.c_int64(num_samples),
+        ctypes.c_int32(num_threads or kernels.default_num_threads()),
+        *map(p, (images, arena, blocks, label_planes, tables.nearest)),
+        ctypes.c_int32(tables.length),
+        *map(p, crop_arrays),
+        ctypes.c_int32(crop_length),
+        p(finish.class_ids),
+        p(finish.modes),
+        *(ctypes.c_int32(n) for n in sizes),
+        p(out.image),
+        p(out.labels),
+    )
+
+
 def finish_batch(
     images: Any,
     arena: Any,
@@ -265,57 +370,18 @@ def finish_batch(
         InputError: The table does not fit the batch, or uint8 labels cannot hold the stored ids.
     """
     num_samples, _, height, width = images.shape
-    params = _check_params(params, num_samples, height, width)
-    raw_ids = np.isin(spec.modes, (_MODES["instances"], _MODES["classes"])) & (params["wrap_ids"] == 0)
-    too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
-    if types.labels == "uint8" and (
-        too_wide or (spec.modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any()
-    ):
-        raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
-    num_prompts = spec.class_ids.shape[1]
-    labels_shape = (num_samples, num_prompts, height, width) if spec.stacked else (num_samples, height, width)
-    crop_numbers, linear_index, linear_weight, crop_nearest = _crop_tables(params, height, width)
-    image_type, label_type = types.arrays
-    codes = (_IMAGE_TYPES[types.image][0], _LABEL_TYPES[types.labels][0])
-    sizes = (num_prompts, height, width, *codes)
-    if kernels.is_device_array(images):
-        import cupy
-
-        with images.device:
-            if out is None:
-                out = AugmentedBatch(cupy.empty(images.shape, image_type), cupy.empty(labels_shape, label_type))
-            host_arrays = (blocks, label_planes, tables.nearest)
-            crop_arrays = (params, crop_numbers, linear_index, linear_weight, crop_nearest)
-            arguments = (
-                images, arena, *map(_to_device, host_arrays), np.int32(tables.length),
-                *map(_to_device, crop_arrays), np.int32(linear_index.shape[1]),
-                _to_device(spec.class_ids), _to_device(spec.modes), *(np.int32(n) for n in sizes),
-                out.image, out.labels,
-            )  # fmt: skip
-            quads = -(-height * width // 4)
-            kernels.launch_on_device("augment.cu", "augment", num_samples * quads, arguments)
-        return out
+    if len(label_planes) != num_samples:
+        raise InputError(f"there are {num_samples} images and {len(label_planes)} label planes; expected one for each.")
+    finish = prepare_finish(params, spec, label_planes, (height, width), types)
     if out is None:
-        out = AugmentedBatch(np.empty(images.shape, image_type), np.empty(labels_shape, label_type))
-    p = kernels.pointer
-    kernels.host_library().gpuparse_augment(
-        ctypes.c_int64(num_samples),
-        ctypes.c_int32(num_threads or kernels.default_num_threads()),
-        *map(p, (images, arena, blocks, label_planes, tables.nearest)),
-        ctypes.c_int32(tables.length),
-        *map(p, (params, crop_numbers, linear_index, linear_weight, crop_nearest)),
-        ctypes.c_int32(linear_index.shape[1]),
-        p(spec.class_ids),
-        p(spec.modes),
-        *(ctypes.c_int32(n) for n in sizes),
-        p(out.image),
-        p(out.labels),
-    )
+        labels_shape = (num_samples, *spec.class_ids.shape[1:] * spec.stacked, height, width)
+        image_type, label_type = types.arrays
+        if kernels.is_device_array(images):
+            import cupy
+
+            with images.device:
+                out = AugmentedBatch(cupy.empty(images.shape, image_type), cupy.empty(labels_shape, label_type))
+        else:
+            out = AugmentedBatch(np.empty(images.shape, image_type), np.empty(labels_shape, label_type))
+    launch_finish(images, arena, blocks, label_planes, tables, finish, types, out, num_threads)
     return out
-
-
-def _to_device(array: npt.NDArray[Any]) -> Any:
-    import cupy
-
-    plain = array.view(np.uint8) if array.dtype.names else array
-    return cupy.asarray(plain)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,27 +13,7 @@ import torch
 from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.render import Samples
 
-__all__ = ["BatchSpec", "BufferPool", "collate"]
-
-
-@dataclass(frozen=True)
-class BatchSpec:
-    """Shapes and types of the batches of a loader.
-
-    Attributes:
-        size: Rows and columns.
-        num_prompts: Length of the labels' prompt axis, None where labels have none.
-        types: Element types.
-    """
-
-    size: tuple[int, int]
-    num_prompts: int | None
-    types: OutputTypes
-
-    def shapes(self, num_samples: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of image and labels."""
-        prompts = () if self.num_prompts is None else (self.num_prompts,)
-        return (num_samples, 3, *self.size), (num_samples, *prompts, *self.size)
+__all__ = ["BufferPool", "collate", "host_tensors"]
 
 
 class BufferPool:
@@ -73,25 +52,28 @@ class BufferPool:
                 stock.append(memory)
 
 
-def allocate(pool: BufferPool, spec: BatchSpec, num_samples: int) -> AugmentedBatch:
-    """Arrays for one batch."""
-    image_shape, labels_shape = spec.shapes(num_samples)
-    image_type, labels_type = spec.types.arrays
-    return AugmentedBatch(pool.take(image_shape, image_type), pool.take(labels_shape, labels_type))
+def host_tensors(rendered: AugmentedBatch, types: OutputTypes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and labels as tensors over the same memory.
+
+    Args:
+        rendered: Arrays on the CPU.
+        types: Element types; bfloat16 arrives as uint16 bits.
+    """
+    image = torch.from_numpy(rendered.image.view(np.int16) if types.image == "bfloat16" else rendered.image)
+    return image.view(torch.bfloat16) if types.image == "bfloat16" else image, torch.from_numpy(rendered.labels)
 
 
-def collate(samples: Samples, rendered: AugmentedBatch, types: OutputTypes) -> dict[str, Any]:
+def collate(samples: Samples, image: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """The dict that torch's `default_collate` would make of the items.
 
     Args:
         samples: The batch's samples.
-        rendered: Their arrays, on the CPU; the tensors share their memory.
-        types: Element types; bfloat16 arrives as uint16 bits.
+        image: (batch, 3, height, width).
+        labels: (batch, num_prompts, height, width) or (batch, height, width).
     """
-    image = torch.from_numpy(rendered.image.view(np.int16) if types.image == "bfloat16" else rendered.image)
     return {
-        "image": image.view(torch.bfloat16) if types.image == "bfloat16" else image,
-        "labels": torch.from_numpy(rendered.labels),
+        "image": image,
+        "labels": labels,
         "text": list(samples.texts),
         "class_ids": list(samples.class_ids),
         "mask_file": list(samples.mask_files),

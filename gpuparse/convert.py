@@ -1,135 +1,34 @@
-"""Conversion: folders of npz volumes into stores, complete or not at all.
+"""Conversion: folders of volumes into stores, complete or not at all.
 
 A new store grows in a hidden folder beside its final name and is renamed when it is whole; a case is written to a
-temporary folder and renamed into place. A run that ends early therefore leaves no store, and the next run takes up the
-cases that were finished.
+temporary folder and renamed into place. A run that ends early, in whatever way, leaves the store as it was, and the
+next run takes up the cases that were finished.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
-import multiprocessing
+import contextlib
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from gpuparse.case import convert_case, stored_case
-from gpuparse.errors import GpuparseError, InputError
-from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.publish import PublishTarget, choose_val_cases, publish
+from gpuparse.arrays import LEVELS, Level
+from gpuparse.case import CaseSettings
+from gpuparse.collect import collect
+from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
+from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
+from gpuparse.foreign import ForeignFormat
+from gpuparse.lock import StoreLock
+from gpuparse.memory import GIB, default_memory_bytes
+from gpuparse.publish import PublishTarget
+from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
-from gpuparse.store import open_store
-from gpuparse.volume import check_name
+from gpuparse.store import Store, open_store
+from gpuparse.volume import MAX_VOLUME_BYTES
+from gpuparse.workers import WorkerPool
 
-__all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert", "find_datasets"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A source file that was not converted, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One source file as it went through conversion, handed to `on_case`.
-
-    Attributes:
-        dataset: Name of its dataset.
-        path: The source file.
-        source_bytes: Its size.
-        state: `written`, `kept` (an earlier run had written it and nothing changed) or `failed`.
-    """
-
-    dataset: str
-    path: Path
-    source_bytes: int
-    state: Literal["written", "kept", "failed"]
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """What conversion made of one dataset.
-
-    Attributes:
-        name: The dataset.
-        store_path: Its store.
-        num_written: Cases written in this run.
-        num_kept: Cases that an earlier run had written.
-        num_slices: Trainable slices in the store, over all its views.
-        source_bytes: Size of the npz files.
-        raw_bytes: Size of the voxels, image and labels, uncompressed.
-        store_bytes: Size of the store on disk.
-        seconds: Wall time.
-    """
-
-    name: str
-    store_path: Path
-    num_written: int
-    num_kept: int
-    num_slices: int
-    source_bytes: int
-    raw_bytes: int
-    store_bytes: int
-    seconds: float
-
-    @property
-    def num_cases(self) -> int:
-        """Cases in the store."""
-        return self.num_written + self.num_kept
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert` did.
-
-    Attributes:
-        datasets: One report per dataset, in the order of conversion.
-        failures: Files skipped because of errors (`on_error="skip"`).
-    """
-
-    datasets: tuple[DatasetReport, ...]
-    failures: tuple[Failure, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [
-            f"{d.name}: {d.num_cases} cases ({d.num_kept} kept), {d.num_slices} slices, "
-            f"{d.source_bytes / 1e6:.1f} MB npz -> {d.store_bytes / 1e6:.1f} MB store, {d.seconds:.2f} s"
-            for d in self.datasets
-        ]
-        return "\n".join(lines + [f"skipped: {failure.reason}" for failure in self.failures])
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One dataset to convert, and how."""
-
-    files: tuple[Path, ...]
-    target: PublishTarget
-    overwrite: bool
-    on_error: str
-    num_jobs: int
-
-    @property
-    def work_path(self) -> Path:
-        """Where cases grow until they are published; what a run that ended early leaves there, the next one uses."""
-        store_path = self.target.store_path
-        return store_path.with_name(f".{store_path.name}.partial")
-
-
-def find_datasets(data_dir: str | os.PathLike[str], split: str = "train") -> list[str]:
-    """The datasets of a BiomedParse folder: its subfolders that hold npz files in `<split>/`, by name."""
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and any((p / split).glob("*.npz")))
+__all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert"]
 
 
 def convert(
@@ -138,26 +37,41 @@ def convert(
     out_dir: str | os.PathLike[str] | None = None,
     datasets: Sequence[str] | None = None,
     split: str = "train",
+    level: Level | None = None,
     num_jobs: int = 1,
+    memory_gib: float | None = None,
+    max_volume_gib: float = MAX_VOLUME_BYTES / GIB,
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
+    dry_run: bool = False,
     val_split: ValSplit | None = None,
+    foreign: ForeignFormat | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
 ) -> ConversionReport:
-    """Converts BiomedParse's folder layout into one Zarr store per dataset.
+    """Converts BiomedParse's folder layout, or a foreign one, into one Zarr store per dataset.
+
+    A run that is interrupted or killed loses no finished case: the next one takes them up. One process at a time
+    writes a store. What became of each file is also written to `report.json` beside the store.
 
     Args:
-        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`.
-        out_dir: Where `DATASETn/<split>.zarr` goes; None puts it beside the source, into `data_dir`.
-        datasets: Names of the datasets to convert; None takes all that have npz files.
+        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`, or datasets of the foreign format; or is
+            such a dataset itself.
+        out_dir: Where `DATASETn/<split>.zarr` goes; None puts `<split>.zarr` into the dataset's own folder.
+        datasets: Names of the datasets to convert; None takes all that have sources.
         split: The subfolder to read; also the store's name.
-        num_jobs: Processes that convert cases side by side. Above 1, a script that calls this needs the usual
-            `if __name__ == "__main__":` guard.
+        level: `fast` compresses with LZ4, `high` with LZ4HC: smaller, many times slower to write, as fast to read.
+            None keeps what the store has, `fast` for a new one.
+        num_jobs: Processes that convert cases side by side.
+        memory_gib: Memory in GiB for the volumes that are in work at the same time, by what their headers declare. A
+            volume that needs more is converted while nothing else is. None takes half of what is free.
+        max_volume_gib: A file whose image and labels together declare more GiB than this is bad.
         on_error: `stop` ends at the first bad file with its error; `skip` goes on and lists it in the report.
         overwrite: Write every case anew and drop the store that is there, once the new one is whole. Without it,
             cases whose source and settings have not changed are kept, and so are those whose source is gone or bad.
+        dry_run: Write nothing; say what would be written and kept, and check the headers of what would be written.
         val_split: How to set cases apart for validation; they stay in the same store, and `SliceDataset(split="val")`
             reads them. None keeps what the store has, or sets none apart.
+        foreign: How to find and read NIfTI or DICOM cases; None reads npz files.
         on_case: Called in this process after each file.
 
     Returns:
@@ -167,168 +81,67 @@ def convert(
         InputError: The folder, the prompts or an argument is not usable; nothing has been written.
         VolumeFormatError: A source file is bad and `on_error` is `stop`. The dataset's store is not published;
             its finished cases are kept for the next run.
+        StoreWriteError: A store cannot be written, or another process is writing it. It is as it was, and finished
+            cases are kept for the next run.
     """
     if on_error not in ("stop", "skip"):
         raise InputError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
+    if level is not None and level not in LEVELS:
+        raise InputError(f"level is {level!r}; expected {' or '.join(map(repr, LEVELS))}.")
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    for what, value in (("memory_gib", memory_gib), ("max_volume_gib", max_volume_gib)):
+        if value is not None and not value > 0:
+            raise InputError(f"{what} is {value}; expected a number above 0.")
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
-    targets = _collect(Path(data_dir), Path(out_dir) if out_dir is not None else Path(data_dir), datasets, split)
+    memory_bytes = default_memory_bytes() if memory_gib is None else int(memory_gib * GIB)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
-    for target in targets:
-        files = tuple(sorted((Path(data_dir) / target.name / split).glob("*.npz")))
-        job = _Job(files, replace(target, val_split=val_split), overwrite, on_error, num_jobs)
-        reports += _convert_dataset(job, on_case, failures)
-    return ConversionReport(tuple(reports), tuple(failures))
+    options = RunOptions(on_error, overwrite, dry_run, on_case)
+    sources = collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
+    with WorkerPool(num_jobs, memory_bytes) as pool:
+        for found in sources:
+            store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
+            with contextlib.nullcontext() if dry_run else StoreLock(store_path):
+                store = _open_existing(store_path, overwrite)
+                settings = CaseSettings(found.prompts, level or _level_of(store))
+                target = PublishTarget(found.name, store_path, split, settings, val_split)
+                run = DatasetRun(target, found.cases, options, pool, store)
+                report = _writing(run)
+            reports += [report] if report is not None else []
+            failures += run.failures
+    return ConversionReport(tuple(reports), tuple(failures), dry_run)
 
 
-def _collect(data_dir: Path, out_dir: Path, datasets: Sequence[str] | None, split: str) -> list[PublishTarget]:
-    check_name(split, "split")
-    if isinstance(datasets, str):
-        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
-    found = find_datasets(data_dir, split)
-    names = list(dict.fromkeys(datasets)) if datasets is not None else found
-    for name in names:
-        check_name(name, "dataset name")
-    absent = [name for name in names if name not in found]
-    if absent:
-        raise InputError(
-            f"{data_dir}: no npz files in {', '.join(f'{n}/{split}' for n in absent)}. "
-            f"Datasets with npz files there: {', '.join(found) or 'none'}."
-        )
-    if not names:
-        raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. Expected DATASETn/{split}/*.npz.")
-    prompts_path = data_dir / PROMPTS_FILE
-    entries = load_class_prompts(prompts_path)
-    unknown = [name for name in names if name not in entries]
-    if unknown:
-        raise InputError(
-            f"{prompts_path}: no prompts for {', '.join(map(repr, unknown))}; it has {', '.join(entries) or 'none'}. "
-            "Add an entry, or name the datasets to convert with --dataset."
-        )
-    return [
-        PublishTarget(
-            name=name,
-            prompts=parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"),
-            store_path=out_dir / name / f"{split}.zarr",
-            split=split,
-        )
-        for name in names
-    ]
-
-
-def _convert_dataset(
-    job: _Job, on_case: Callable[[CaseResult], None] | None, failures: list[Failure]
-) -> list[DatasetReport]:
-    start = time.perf_counter()
-    target, work_path = job.target, job.work_path
-    earlier: dict[str, Path] = {}
-    if job.overwrite:
-        shutil.rmtree(work_path, ignore_errors=True)
-    elif target.store_path.exists():
-        store = open_store(target.store_path)  # refuses a folder of another kind or version
-        earlier = {case.name: store.case_path(number) for number, case in enumerate(store.cases)}
-    names = sorted({path.stem for path in job.files}.union(earlier))
-    val_cases = choose_val_cases(target, names)
-    done: list[dict[str, Any]] = []
+def _writing(run: DatasetRun) -> DatasetReport | None:
+    """Runs it; what the file system raises while the store is put together becomes an error that names the store."""
     try:
-        for path, outcome in _run_cases(job, earlier):
-            state: Literal["written", "kept", "failed"] = "failed"
-            if isinstance(outcome, GpuparseError):
-                if job.on_error == "stop":
-                    raise outcome
-                failures.append(Failure(path, str(outcome)))
-            else:
-                done.append(outcome)
-                state = "kept" if outcome["kept"] else "written"
-            if on_case is not None:
-                on_case(CaseResult(target.name, path, file_size(path), state))
-        if not done:
-            return []
-        done += _orphans(job, earlier, {str(case["name"]) for case in done}, failures)
-        publish(target, work_path, sorted(done, key=lambda case: str(case["name"])), val_cases, overwrite=job.overwrite)
-    except BaseException:
-        if job.overwrite:  # no later run would use what this one wrote
-            shutil.rmtree(work_path, ignore_errors=True)
+        return run()
+    except GpuparseError:
         raise
-    finally:
-        _remove_leftovers(work_path)
-    num_kept = sum(case["kept"] for case in done)
-    return [
-        DatasetReport(
-            name=target.name,
-            store_path=target.store_path,
-            num_written=len(done) - num_kept,
-            num_kept=num_kept,
-            num_slices=sum(case["shape"][axis] for case in done for axis in case["axes"]),
-            source_bytes=sum(case["source"]["bytes"] for case in done),
-            raw_bytes=sum(case["raw_bytes"] for case in done),
-            store_bytes=sum(p.stat().st_size for p in target.store_path.rglob("*") if p.is_file()),
-            seconds=time.perf_counter() - start,
-        )
-    ]
+    except OSError as error:
+        raise StoreWriteError(
+            f"{run.target.store_path}: cannot be written: {error}. Mend it and run the command again: finished cases "
+            "are kept."
+        ) from error
 
 
-def _orphans(job: _Job, earlier: Mapping[str, Path], names: set[str], failures: list[Failure]) -> list[dict[str, Any]]:
-    """Cases of the store without a usable source in this run. They stay: the store may be all that is left of them."""
-    kept = []
-    for name in sorted(set(earlier) - names):
-        case = stored_case(earlier[name], job.target.prompts)
-        if case is not None:
-            kept.append(case)
-        else:
-            failures.append(
-                Failure(
-                    earlier[name],
-                    f"{earlier[name]}: written with other settings, and there is no source to write it again; it left "
-                    "the index. Bring back the source, or the class ids and instance_label it was written with.",
-                )
-            )
-    return kept
-
-
-def _run_cases(job: _Job, earlier: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, Any] | GpuparseError]]:
-    def arguments(path: Path) -> tuple[Path, Path, ClassPrompts, Path | None]:
-        return path, job.work_path, job.target.prompts, earlier.get(path.stem)
-
-    num_jobs = min(job.num_jobs, len(job.files))
-    if num_jobs == 1:
-        for path in job.files:
-            yield path, convert_case(*arguments(path))
-        return
-    # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
-        # A few cases in flight per process bound the memory; results come back in the order of the files.
-        paths = iter(job.files)
-        window: list[tuple[Path, concurrent.futures.Future[dict[str, Any] | GpuparseError]]] = []
-        try:
-            while True:
-                for path in itertools.islice(paths, 2 * num_jobs - len(window)):
-                    window.append((path, pool.submit(convert_case, *arguments(path))))
-                if not window:
-                    return
-                path, future = window.pop(0)
-                yield path, future.result()
-        finally:
-            for _, future in window:
-                future.cancel()
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file, 0 where it is gone or a link to nowhere."""
+def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
+    """The store that is there; one of another kind or version is refused, except where it is to be replaced."""
+    if not store_path.exists():
+        return None
     try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+        store = open_store(store_path)
+        if overwrite:
+            _ = store.cases, store.slices  # a damaged index tells nothing that could be kept
+        return store
+    except StoreFormatError:
+        if overwrite:
+            return None
+        raise
 
 
-def _remove_leftovers(work_path: Path) -> None:
-    shutil.rmtree(work_path / "incoming", ignore_errors=True)
-    for folder in (work_path / "cases", work_path):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-            if folder == work_path and not any(work_path.parent.iterdir()):
-                work_path.parent.rmdir()  # the dataset's folder under --out, made for nothing
+def _level_of(store: Store | None) -> Level:
+    level = store.attributes.get("settings", {}).get("level") if store is not None else None
+    return level if level in LEVELS else "fast"

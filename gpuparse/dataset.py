@@ -18,9 +18,11 @@ from torch.utils.data import Dataset
 
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.gather import SliceKey
+from gpuparse.pack import pack
 from gpuparse.plan import check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
-from gpuparse.read import ChunkReader, SliceKey
+from gpuparse.read import ChunkReader
 from gpuparse.render import Samples, render_on_host
 from gpuparse.sampling import (
     Augmentation,
@@ -30,6 +32,7 @@ from gpuparse.sampling import (
     params_from_streams,
     paraphrases,
     redraw_foreground,
+    words_for_training,
 )
 from gpuparse.store import Store, open_store, split_code
 from gpuparse.views import Recipe, check_recipe, check_size
@@ -107,6 +110,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.seed = check_seed(seed)
         self.present_fraction = check_fraction("present_fraction", present_fraction)
         self.foreground_fraction = check_fraction("foreground_fraction", foreground_fraction)
+        self._mask_dir = os.path.join(self.root_dir, f"{split}_mask", "")
         self.store = _open_split(self.root_dir, split)
         self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
         self._rows = self._select(views)
@@ -132,6 +136,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
         """The epoch that items are drawn for."""
         return int(self._epoch[0])
 
+    @property
+    def case_numbers(self) -> npt.NDArray[np.int32]:
+        """The cases of the store that this dataset's slices are from, ascending."""
+        cases: npt.NDArray[np.int32] = np.unique(self.store.slices.case[self._rows])
+        return cases
+
     def set_epoch(self, epoch: int) -> None:
         """Makes items draw the prompts and the augmentation of another epoch."""
         self._epoch[0] = epoch
@@ -141,8 +151,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for {self!r}.")
         samples = self.describe(np.array([index % length]), self.epoch)
-        slices = self._reader.fetch(samples.keys, self.img_size)
-        rendered = render_on_host(samples.params, samples.labels, slices, self.img_size, OutputTypes())
+        packed = pack(self._reader, samples.keys, samples.params, samples.labels, self.img_size, OutputTypes())
+        rendered = render_on_host(packed, self.img_size, OutputTypes())
         return {
             "image": torch.from_numpy(rendered.image[0]),
             "labels": torch.from_numpy(rendered.labels[0]),
@@ -166,6 +176,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
             np.uint64
         )
         streams = sample_streams(self.seed, epoch, sample_ids)
+        streams.prepare(words_for_training(self.num_prompts))
         rows = self._rows[indices]
         if not self.fixed:
             rows = redraw_foreground(streams, rows, self._foreground, self.foreground_fraction)
@@ -194,10 +205,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
                 prompts, streams, self.num_prompts, present=present, present_fraction=self.present_fraction
             )
             label_ids, mode = class_ids, 1 if prompts.instance_label else 0
-        keys = tuple(
-            SliceKey(self.store, int(table.case[r]), int(table.axis[r]), int(table.position[r]), self.recipe)
-            for r in rows
-        )
+        places = (table.case[rows].tolist(), table.axis[rows].tolist(), table.position[rows].tolist())
+        keys = tuple(SliceKey(self.store, *place, self.recipe) for place in zip(*places, strict=True))
         return Samples(
             keys=keys,
             params=params,
@@ -233,7 +242,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         """What the reference calls this slice's mask; no such file exists here."""
         view = f"_view{key.axis}" if key.axis else ""
         name = f"{key.store.cases[key.case].name}{view}_{key.position:03d}.png"
-        return os.path.join(self.root_dir, f"{self.split}_mask", name)
+        return f"{self._mask_dir}{name}"
 
     def _select(self, views: Literal["auto"] | Sequence[int]) -> npt.NDArray[np.int64]:
         axes = self.store.slices.axis

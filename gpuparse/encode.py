@@ -28,6 +28,8 @@ from gpuparse.views import (
 
 __all__ = ["EncodedSlices", "encode", "encode_masks", "encode_planes"]
 
+STRIP_ROWS = 16  # output rows that one GPU thread makes: kStripRows of kernels/encode.cu
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedSlices:
@@ -125,30 +127,34 @@ def _bytes_of(array: Any) -> Any:
 
 def encode_planes(
     arena: Any,
-    blocks: npt.NDArray[np.int64],
-    planes: npt.NDArray[Any],
+    blocks: Any,
+    planes: Any,
     tables: ResamplingTables,
     size: tuple[int, int],
     num_threads: int | None = None,
+    out: Any | None = None,
 ) -> Any:
     """Encodes image planes.
 
     Args:
         arena: (n,) uint8, decoded chunks; a numpy array, or a CuPy array to run on its GPU.
         blocks: (num_blocks,) int64 byte offsets in the arena, -1 for missing chunks.
-        planes: (num_planes,) PLANE_DTYPE.
+        planes: (num_planes,) PLANE_DTYPE; on a GPU also (num_planes, 80) uint8 that lies there already.
         tables: The resampling tables that the planes refer to.
         size: Rows and columns.
         num_threads: CPU threads, None for all cores.
+        out: Where to; None allocates.
 
     Returns:
         (num_planes, rows, columns) uint8 on the arena's device.
     """
-    shape = (len(planes), *size)
     if kernels.is_device_array(arena):
-        return _on_device(arena, "encode", blocks, planes, (tables.cubic_index, tables.cubic_weights), tables, shape,
-                          np.uint8)  # fmt: skip
-    out = np.empty(shape, np.uint8)
+        num_elements = len(planes) * -(-size[0] // STRIP_ROWS) * size[1]
+        table_arrays = (tables.cubic_index, tables.cubic_weights)
+        return _on_device(
+            "encode", arena, blocks, planes, table_arrays, tables.length, size, num_elements, np.uint8, out
+        )
+    out = np.empty((len(planes), *size), np.uint8) if out is None else out
     kernels.host_library().gpuparse_encode(
         *_host_head(arena, blocks, planes, num_threads),
         kernels.pointer(tables.cubic_index),
@@ -161,8 +167,8 @@ def encode_planes(
 
 def encode_masks(
     arena: Any,
-    blocks: npt.NDArray[np.int64],
-    planes: npt.NDArray[Any],
+    blocks: Any,
+    planes: Any,
     tables: ResamplingTables,
     size: tuple[int, int],
     num_threads: int | None = None,
@@ -172,10 +178,12 @@ def encode_masks(
     Returns:
         (num_planes, rows, columns) uint32 ids on the arena's device.
     """
-    shape = (len(planes), *size)
     if kernels.is_device_array(arena):
-        return _on_device(arena, "encode_mask", blocks, planes, (tables.nearest,), tables, shape, np.uint32)
-    out = np.empty(shape, np.uint32)
+        num_elements = len(planes) * size[0] * size[1]
+        return _on_device(
+            "encode_mask", arena, blocks, planes, (tables.nearest,), tables.length, size, num_elements, np.uint32, None
+        )
+    out = np.empty((len(planes), *size), np.uint32)
     kernels.host_library().gpuparse_encode_mask(
         *_host_head(arena, blocks, planes, num_threads),
         kernels.pointer(tables.nearest),
@@ -185,9 +193,7 @@ def encode_masks(
     return out
 
 
-def _host_head(
-    arena: npt.NDArray[np.uint8], blocks: npt.NDArray[np.int64], planes: npt.NDArray[Any], num_threads: int | None
-) -> tuple[Any, ...]:
+def _host_head(arena: Any, blocks: Any, planes: Any, num_threads: int | None) -> tuple[Any, ...]:
     return (
         ctypes.c_int64(len(planes)),
         ctypes.c_int32(num_threads or kernels.default_num_threads()),
@@ -198,26 +204,22 @@ def _host_head(
 
 
 def _on_device(
-    arena: Any,
     kernel: str,
-    blocks: npt.NDArray[np.int64],
-    planes: npt.NDArray[Any],
-    table_arrays: tuple[npt.NDArray[Any], ...],
-    tables: ResamplingTables,
-    shape: tuple[int, ...],
+    arena: Any,
+    blocks: Any,
+    planes: Any,
+    table_arrays: tuple[Any, ...],
+    table_length: int,
+    size: tuple[int, int],
+    num_elements: int,
     dtype: Any,
+    out: Any | None,
 ) -> Any:
     import cupy
 
     with arena.device:
-        out = cupy.empty(shape, dtype)
-        arguments = (
-            arena,
-            cupy.asarray(blocks),
-            cupy.asarray(planes.view(np.uint8)),
-            *(cupy.asarray(a) for a in table_arrays),
-            *(np.int32(n) for n in (tables.length, *shape[1:])),
-            out,
-        )
-        kernels.launch_on_device("encode.cu", kernel, out.size, arguments)
+        out = cupy.empty((len(planes), *size), dtype) if out is None else out
+        on_device = [kernels.on_device(array) for array in (blocks, planes, *table_arrays)]
+        arguments = (arena, *on_device, *(np.int32(n) for n in (table_length, *size)), out)
+        kernels.launch_on_device("encode.cu", kernel, num_elements, arguments)
     return out

@@ -6,13 +6,18 @@ Each message names the object, the value it got, the value it expected, and the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "ChunkCorruptError",
+    "DeviceError",
     "GpuparseError",
     "InputError",
     "KernelError",
     "MissingDependencyError",
+    "PipelineError",
     "StoreFormatError",
+    "StoreWriteError",
     "VolumeFormatError",
 ]
 
@@ -33,12 +38,32 @@ class StoreFormatError(InputError):
     """A store is missing, unfinished, of another format version, or not laid out as the format says."""
 
 
+class StoreWriteError(GpuparseError, OSError):
+    """A store cannot be written: its disk is full, read-only or gone, or another run holds it."""
+
+
 class ChunkCorruptError(GpuparseError, OSError):
-    """Bytes of a chunk or of a shard index do not match their checksum or their declared sizes."""
+    """Bytes of a chunk or of a shard index do not match their checksum or their declared sizes.
+
+    Attributes:
+        failed: Index in the batch -> message, for each slice that cannot be read; empty where that is not known.
+    """
+
+    def __init__(self, message: str, *, failed: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.failed: dict[int, str] = dict(failed or {})
 
 
 class KernelError(GpuparseError, RuntimeError):
     """The compiled kernels are missing, stale, or reported a failure."""
+
+
+class DeviceError(GpuparseError, RuntimeError):
+    """A device cannot be used, or ran out of memory."""
+
+
+class PipelineError(GpuparseError, RuntimeError):
+    """DALI failed where gpuparse cannot say more."""
 
 
 class MissingDependencyError(GpuparseError, ImportError):

@@ -25,6 +25,7 @@ __all__ = [
     "kernel_sources",
     "launch_on_device",
     "nvrtc_options",
+    "on_device",
     "pointer",
     "source_digest",
 ]
@@ -119,6 +120,16 @@ def pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
 def is_device_array(array: Any) -> bool:
     """Whether `array` is a CuPy array, decided without importing CuPy."""
     return type(array).__module__.split(".")[0] == "cupy"
+
+
+def on_device(array: Any) -> Any:
+    """`array` on the current GPU: a CuPy array stays where it is; structured ones become rows of bytes."""
+    if is_device_array(array):
+        return array
+    import cupy
+
+    plain = array.view(np.uint8).reshape(len(array), -1) if array.dtype.names else array
+    return cupy.asarray(plain)
 
 
 @functools.cache

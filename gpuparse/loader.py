@@ -5,39 +5,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
-import time
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from gpuparse import kernels
-from gpuparse.augment import AugmentedBatch, OutputTypes
-from gpuparse.batch import BatchSpec, BufferPool, allocate, collate
+from gpuparse.augment import OutputTypes
+from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
-from gpuparse.pipeline import BatchInput, HostPipeline, PipelineOptions
 from gpuparse.plan import EpochPlan, check_epoch, check_seed
+from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply, produce
 from gpuparse.ranks import detect_ranks
 from gpuparse.read import ChunkReader
-from gpuparse.render import Samples, StageTimes, render_on_host
+from gpuparse.report import FailureLog, FailurePolicy, LoaderReport, Probes
+from gpuparse.residency import CacheOptions, Caches
 from gpuparse.torch_options import check_torch_options
 
 __all__ = ["DataLoader"]
 
 STATE_VERSION = 1
+_LOG = logging.getLogger("gpuparse")
 _MAX_READ_THREADS = 8
-
-
-@dataclass(eq=False)
-class _Work:
-    """One batch between its stages."""
-
-    samples: Samples
-    rendered: AugmentedBatch | None = None
 
 
 class DataLoader:
@@ -57,8 +54,8 @@ class DataLoader:
         dataset: A `SliceDataset`, a `torch.utils.data.ConcatDataset` of them, or a `Subset` of either.
         batch_size: Samples per batch on this rank.
         shuffle: Whether the order is permuted, anew in each epoch.
-        device: Where batches are made: None takes the best there is, "cpu" the CPU. CUDA devices are not supported by
-            this version.
+        device: Where batches are made and left: "cpu", "cuda", "cuda:<n>"; None takes the current CUDA device if there
+            is one and all it needs is installed, else the CPU, and says why in the log, once.
         drop_last: Leaves out a last global batch that is short. Without it, that batch is shared out evenly; where it
             does not divide by the world size, fewer than `world_size` samples from the epoch's start come twice.
         seed: Key of the order.
@@ -72,13 +69,22 @@ class DataLoader:
         prefetch_depth: Batches made ahead.
         image_dtype: "float32", "float16" or "bfloat16".
         labels_dtype: "int64" or "uint8".
+        cache: What stays in memory from one epoch to the next: "device", decoded chunks in the memory of `device`;
+            "host", compressed chunks in the operating system's page cache, one copy for all ranks of a machine; None,
+            what the system does by itself.
+        cache_gib: Its size: "device" per rank, "host" per machine. Needed with `cache`.
+        on_error: What happens when a slice cannot be read: "raise", or "skip", which puts another in its place, the
+            same one whatever the number of ranks. `report()` lists them.
+        max_failures: Different slices that may be skipped on a rank.
+        log_every: Batches between two reports in the log (logger `gpuparse`, level INFO); 0 for none.
         torch_options: Arguments of torch's DataLoader that are left in a configuration: those about worker processes
             and pinned memory (`num_workers`, `pin_memory`, ...) have no effect, and a warning says so; those that
             would choose other samples or make other batches (`sampler`, `collate_fn`, ...) are refused.
 
     Raises:
         InputError: An argument or a dataset is not usable.
-        MissingDependencyError: DALI is not installed.
+        DeviceError: There is no such device.
+        MissingDependencyError: DALI, or on a GPU CuPy, is not installed or does not fit torch.
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class DataLoader:
         batch_size: int = 1,
         shuffle: bool = False,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         drop_last: bool = False,
         seed: int = 0,
         weights: Sequence[float] | None = None,
@@ -98,6 +104,11 @@ class DataLoader:
         prefetch_depth: int = 2,
         image_dtype: str = "float32",
         labels_dtype: str = "int64",
+        cache: str | None = None,
+        cache_gib: float | None = None,
+        on_error: str = "raise",
+        max_failures: int = 100,
+        log_every: int = 0,
         **torch_options: Any,
     ) -> None:
         check_torch_options(torch_options, _ARGUMENTS)
@@ -112,10 +123,12 @@ class DataLoader:
         self.shuffle = bool(shuffle)
         self.drop_last = bool(drop_last)
         self.seed = check_seed(seed)
-        self.device = _choose_device(device)
+        if not isinstance(log_every, int) or log_every < 0:
+            raise InputError(f"log_every is {log_every!r}; expected a number of batches, or 0.")
+        self.device = choose_device(device)
         self.num_threads = num_threads or kernels.default_num_threads()
         self.prefetch_depth = prefetch_depth
-        self.times = StageTimes()
+        self.log_every = log_every
         self._flat = FlatDataset(dataset)
         self._types = OutputTypes(image_dtype, labels_dtype)
         self._order = self._make_order(weights, shuffle_block)
@@ -126,16 +139,14 @@ class DataLoader:
         self._epoch, self._position, self._begun = 0, 0, False
         self._owner: object = None
         self._reader = ChunkReader(min(self.num_threads, _MAX_READ_THREADS))
-        # One buffer in the user's hands, the next ones being made, one to spare.
-        self._pool = BufferPool(max_free=prefetch_depth + 2)
+        self._cache_options = CacheOptions(cache, cache_gib)
+        self._failures = FailureLog(FailurePolicy(on_error, max_failures))
+        self._probes = Probes()
+        self._equipment: tuple[Maker, Caches] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # For processes started with 'spawn': locks and buffers stay behind.
-        return {**vars(self), "_pool": None, "_owner": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._pool = BufferPool(max_free=self.prefetch_depth + 2)
+        # For processes started with 'spawn': locks, buffers and what lies on a device stay behind.
+        return {**vars(self), "_equipment": None, "_owner": None}
 
     @property
     def _plan(self) -> EpochPlan:
@@ -150,13 +161,18 @@ class DataLoader:
         ranks = self._plan.ranks
         return (
             f"DataLoader({len(self._flat)} samples, {len(self)} batches of {self.batch_size}, shuffle={self.shuffle}, "
-            f"device={self.device!r}, rank {ranks.rank} of {ranks.world_size})"
+            f"device='{self.device}', rank {ranks.rank} of {ranks.world_size})"
         )
 
     @property
     def epoch(self) -> int:
         """The epoch that the next iteration runs, or the one under way."""
         return self._epoch
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Where Lightning's loops look for `sampler.set_epoch`: the epoch that they count becomes this loader's."""
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration run epoch `epoch`: from its start, or from where a loaded state stands in it."""
@@ -209,7 +225,7 @@ class DataLoader:
             self._epoch, self._position = self._epoch + 1, 0
         epoch, plan = self._epoch, replace(self._plan, start=self._position)
         self._begun, self._owner = True, (owner := object())
-        with contextlib.closing(self._batches(epoch, plan)) as batches:
+        with contextlib.closing(self._batches(epoch, plan, self._probes)) as batches:
             for step, batch in enumerate(batches, start=1):
                 if self._owner is owner:
                     self._position = plan.consumed(step)
@@ -239,50 +255,62 @@ class DataLoader:
         described = json.dumps([self._flat.fingerprint(), self._order.describe()])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
-    def _batches(self, epoch: int, plan: EpochPlan) -> Generator[dict[str, Any], None, None]:
-        if plan.num_batches == 0:
-            return
-        work: dict[int, _Work] = {}
+    def report(self) -> LoaderReport:
+        """What this loader has done since it was made, on this rank."""
+        maker, caches = self._equipment or (None, None)
+        return self._probes.report(
+            self._failures.failures,
+            None if caches is None else caches.status(),
+            0 if maker is None else maker.num_bytes,
+        )
 
-        def fetch(step: int) -> BatchInput:
-            start = time.perf_counter()
-            samples = self._flat.describe(self._order.draw(plan.positions(step), epoch))
-            start = self.times.add("plan", start)
-            slices = self._reader.fetch(samples.keys, self._flat.size)
-            self.times.add("read", start)
-            work[step] = _Work(samples)
-            return BatchInput(slices, samples.params, samples.labels)
+    def headspace(self, num_batches: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields one batch again and again: what training would get from a loader that takes no time.
 
-        def render(step: int, batch: BatchInput) -> None:
-            labels = batch.labels
-            num_prompts = labels.class_ids.shape[1] if labels.stacked else None
-            out = allocate(self._pool, BatchSpec(self._flat.size, num_prompts, self._types), len(batch.params))
-            work[step].rendered = render_on_host(
-                batch.params,
-                labels,
-                batch.slices,
-                self._flat.size,
-                self._types,
-                out=out,
-                num_threads=self.num_threads,
-                times=self.times,
+        The loader's place in the epoch and its report stay as they are.
+
+        Args:
+            num_batches: How often; None takes the length of an epoch.
+        """
+        with contextlib.closing(self._batches(self._epoch, self._plan, Probes())) as batches:
+            batch = next(batches, None)
+        if batch is not None:
+            yield from itertools.repeat(batch, len(self) if num_batches is None else num_batches)
+
+    def _equip(self) -> tuple[Maker, Caches]:
+        """What outlives an iteration: made when the first one begins, in the process that iterates."""
+        if self._equipment is None:
+            device = with_index(self.device)
+            caches = Caches(self._cache_options, self._flat, device)
+            size, types = self._flat.size, self._types
+            maker: Maker
+            if device.type == "cuda":
+                maker = DeviceMaker(DeviceRenderer(device, size, types, caches.slab_bytes), device)
+            else:
+                # One buffer in the user's hands, the next ones being made, one to spare.
+                maker = HostMaker(size, types, self.num_threads, self.prefetch_depth + 2, caches.slab_bytes)
+            self._equipment = maker, caches
+        return self._equipment
+
+    def _batches(self, epoch: int, plan: EpochPlan, probes: Probes) -> Generator[dict[str, Any], None, None]:
+        maker, caches = self._equip()
+        with caches.lend() as (chunk_cache, budget):
+            supply = Supply(
+                flat=self._flat,
+                order=self._order,
+                types=self._types,
+                seed=self.seed,
+                reader=self._reader,
+                failures=self._failures,
+                cache=chunk_cache,
+                budget=budget,
             )
-
-        pipeline = HostPipeline(fetch, render, PipelineOptions(plan.num_batches, self.prefetch_depth))
-        try:
-            for _ in range(plan.num_batches):
-                start = time.perf_counter()
-                done = work.pop(pipeline.run())
-                self.times.add("wait", start)
-                self.times.num_batches += 1
-                if done.rendered is None:
-                    raise RuntimeError("the pipeline returned a batch that was not rendered")
-                batch = collate(done.samples, done.rendered, self._types)
-                del done
-                yield batch
-                del batch
-        finally:
-            pipeline.close()
+            with contextlib.closing(produce(supply, maker, plan, epoch, self.prefetch_depth, probes)) as batches:
+                for step, batch in enumerate(batches, start=1):
+                    if self.log_every and step % self.log_every == 0:
+                        _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())
+                    yield batch
+                    del batch
 
 
 _ARGUMENTS = tuple(
@@ -292,13 +320,3 @@ _ARGUMENTS = tuple(
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _choose_device(device: str | None) -> str:
-    if device in (None, "cpu"):
-        return "cpu"
-    if str(device).split(":")[0] == "cuda":
-        raise InputError(
-            f"device is {device!r}; this version of gpuparse makes batches on the CPU only. Use device='cpu'."
-        )
-    raise InputError(f"device is {device!r}; expected None or 'cpu'.")

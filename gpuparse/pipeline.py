@@ -1,14 +1,17 @@
-"""The DALI graph: compressed chunks go in, rendered batches come out. The only module that imports DALI.
+"""The DALI graph: packed batches go in, rendered batches come out. The only module that imports DALI.
 
-On the CPU the graph is `external_source(step)` -> one Python operator that decodes, encodes and augments. That operator
-writes straight into the torch tensors of its batch and hands on only the batch's number: DALI would copy what an
-operator returns, 11 MB per sample (ARCHITECTURE.md has the figures).
+On a GPU: `external_source` (a batch in one pinned buffer) -> one copy -> `decoders.inflate` (all blocks of the batch in
+one call) -> one Python operator that launches the kernels on DALI's stream. On the CPU the same, with one Python
+operator that decodes and runs the kernels' CPU build. In both the operator writes straight into the torch tensors of
+its batch and hands on a token: DALI would copy what an operator returns (ARCHITECTURE.md has the figures).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,95 +19,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.augment import LabelSpec
-from gpuparse.errors import InputError, MissingDependencyError
-from gpuparse.read import CompressedSlices
-from gpuparse.sampling import PARAMS_DTYPE
-from gpuparse.views import PLANE_DTYPE
+from gpuparse.errors import GpuparseError, InputError, MissingDependencyError, PipelineError
+from gpuparse.pack import SPARE_BLOCK, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES, PackedBatch
 
-__all__ = ["BatchInput", "HostPipeline", "PipelineOptions"]
-
-
-@dataclass(frozen=True, eq=False)
-class BatchInput:
-    """What the graph needs of one batch: its chunks, its parameters, its labels."""
-
-    slices: CompressedSlices
-    params: npt.NDArray[Any]
-    labels: LabelSpec
-
-    def to_arrays(self, step: int) -> list[npt.NDArray[Any]]:
-        """Plain arrays for DALI, the step last."""
-        slices = self.slices
-        chunks = np.stack([slices.offsets, slices.sizes, slices.decoded_offsets, slices.decoded_sizes])
-        return [
-            slices.data if slices.data.size else np.zeros(1, np.uint8),
-            np.concatenate([chunks.reshape(-1), [slices.arena_bytes]]),
-            slices.blocks,
-            slices.image_planes.view(np.uint8),
-            slices.label_planes.view(np.uint8),
-            np.array(slices.lengths, np.int32),
-            self.params.view(np.uint8),
-            self.labels.class_ids,
-            np.append(self.labels.modes, np.int32(self.labels.stacked)),
-            np.array([step], np.int64),
-        ]
-
-    @staticmethod
-    def from_arrays(arrays: tuple[npt.NDArray[Any], ...]) -> BatchInput:
-        """The inverse of `to_arrays`, without copies."""
-        data, chunks, blocks, image_planes, label_planes, lengths, params, class_ids, modes, _ = arrays
-        offsets, sizes, decoded_offsets, decoded_sizes = chunks[:-1].reshape(4, -1)
-        slices = CompressedSlices(
-            data=data,
-            offsets=offsets,
-            sizes=sizes,
-            decoded_offsets=decoded_offsets,
-            decoded_sizes=decoded_sizes,
-            arena_bytes=int(chunks[-1]),
-            blocks=blocks,
-            image_planes=image_planes.view(PLANE_DTYPE),
-            label_planes=label_planes.view(PLANE_DTYPE),
-            lengths=tuple((int(a), int(b)) for a, b in lengths),
-        )
-        spec = LabelSpec(class_ids, np.ascontiguousarray(modes[:-1]), stacked=bool(modes[-1]))
-        return BatchInput(slices, params.view(PARAMS_DTYPE), spec)
-
-
-# DALI wants the same types and ranks from every step; these stand in where a step has no input.
-_STAND_INS = tuple(
-    np.zeros(shape, dtype)
-    for shape, dtype in (
-        (1, np.uint8), (1, np.int64), (1, np.int64), (1, np.uint8), (1, np.uint8),
-        ((1, 2), np.int32), (1, np.uint8), ((1, 1), np.int32), (1, np.int32),
-    )
-)  # fmt: skip
-NUM_ARRAYS = len(_STAND_INS) + 1
+__all__ = ["BatchPipeline", "PipelineOptions"]
 
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How far the pipeline runs ahead.
+    """How long the pipeline is and how far it runs ahead.
 
     Attributes:
         num_steps: Batches in all.
         prefetch_depth: Batches made ahead of the one that the user holds.
+        device_index: The CUDA device, None for the CPU.
     """
 
     num_steps: int
     prefetch_depth: int
+    device_index: int | None = None
 
 
-class HostPipeline:
-    """One pass over an epoch's batches on the CPU.
+class BatchPipeline:
+    """One pass over an epoch's batches.
 
     Reading runs in a thread of its own, `prefetch_depth` batches ahead of DALI; rendering runs in DALI's thread. An
     exception in either is kept and raised by `run` in place of its batch.
 
     Args:
-        fetch: Step -> the batch's input. Called in the reading thread.
-        render: (step, input): makes the batch. Called in DALI's thread.
-        options: Length and depth.
+        fetch: Step -> the packed batch. Called in the reading thread.
+        render: (step, batch, buffer, arena): makes the batch. Called in DALI's thread, in the order of the steps. On a
+            GPU the buffer and the inflated blocks are CuPy arrays, valid until it returns, and CuPy's current stream is
+            DALI's; on the CPU the buffer is the batch's own and the arena None.
+        options: Length, depth, device.
 
     Raises:
         MissingDependencyError: DALI is not installed.
@@ -113,40 +60,63 @@ class HostPipeline:
 
     def __init__(
         self,
-        fetch: Callable[[int], BatchInput],
-        render: Callable[[int, BatchInput], None],
+        fetch: Callable[[int], PackedBatch],
+        render: Callable[[int, PackedBatch, Any, Any], None],
         options: PipelineOptions,
     ) -> None:
         _refuse_after_fork()
-        fn, pipeline_class = _import_dali()
+        fn, types, pipeline_class = _import_dali()
         self._fetch = fetch
         self._render = render
         self._options = options
         self._failures: dict[int, BaseException] = {}
-        self._ahead: dict[int, concurrent.futures.Future[BatchInput]] = {}
+        self._ahead: dict[int, concurrent.futures.Future[PackedBatch]] = {}
+        # What DALI has been given and not yet rendered, in order; it works off its input in that order.
+        self._given: deque[tuple[int, PackedBatch | None]] = deque()
+        self._kept_inputs: deque[tuple[npt.NDArray[Any], ...]] = deque()
+        self._num_rendered = 0
+        self._num_taken = 0
+        self._lock = threading.Lock()
         self._reading = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="gpuparse-fetch")
         self._closed = False
-        pipeline = pipeline_class(
+        self._pipeline: Any = pipeline_class(
             batch_size=1,
             num_threads=1,
-            device_id=None,
+            device_id=options.device_index,
             prefetch_queue_depth=options.prefetch_depth,
             exec_dynamic=True,
         )
-        with pipeline:
-            arrays = fn.external_source(source=self._source, num_outputs=NUM_ARRAYS, batch=True)
-            pipeline.set_outputs(fn.python_function(*arrays, function=self._operator, num_outputs=1))
-        pipeline.build()
-        self._pipeline: Any = pipeline
+        with self._pipeline:
+            self._pipeline.set_outputs(self._graph(fn, types))
+        self._pipeline.build()
 
-    def run(self) -> int:
+    @property
+    def num_ready(self) -> int:
+        """Batches that are rendered and not yet taken."""
+        return max(0, self._num_rendered - self._num_taken)
+
+    def run(self, stream: int | None = None) -> int:
         """Waits for the next batch to be rendered and returns its step.
+
+        Args:
+            stream: A CUDA stream's handle that is to wait for DALI's work in the host's place.
 
         Raises:
             BaseException: Whatever `fetch` or `render` raised for this batch.
+            PipelineError: DALI itself failed.
         """
-        (tickets,) = self._pipeline.run()
-        step = int(tickets.at(0)[0])
+        step = self._num_taken
+        try:
+            self._pipeline.run(stream) if stream is not None else self._pipeline.run()
+        except GpuparseError:
+            raise
+        except Exception as error:
+            failure = self._failures.pop(step, None)
+            raise failure or PipelineError(
+                f"DALI failed at batch {step} of this iteration: {error} If the device is out of memory, lower "
+                "batch_size, prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same batches."
+            ) from error
+        self._num_taken += 1
         failure = self._failures.pop(step, None)
         if failure is not None:
             raise failure
@@ -161,32 +131,90 @@ class HostPipeline:
             future.cancel()
         self._pipeline = None  # waits for what DALI has begun
         self._reading.shutdown(wait=True)
+        self._given.clear()
 
-    def _source(self, step: int) -> list[list[npt.NDArray[Any]]]:
-        """DALI's input for one step. Runs in the thread that calls `run`, so it only waits for what is read ahead."""
+    def _graph(self, fn: Any, types: Any) -> Any:
+        # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own.
+        if self._options.device_index is None:
+            buffer = fn.external_source(source=self._host_source, batch=True, no_copy=True)
+            return fn.python_function(buffer, function=self._render_on_host, num_outputs=1)
+        buffer, offsets, sizes, shape = fn.external_source(
+            source=self._device_source, num_outputs=4, batch=True, no_copy=True
+        )
+        on_device = buffer.gpu()
+        inflated = fn.decoders.inflate(
+            on_device,
+            chunk_offsets=offsets,
+            chunk_sizes=sizes,
+            shape=shape,
+            dtype=types.UINT8,
+            algorithm="LZ4",
+            device="gpu",
+        )
+        return fn.python_function(
+            on_device, inflated, function=self._render_on_device, num_outputs=1, device="gpu", batch_processing=True
+        )
+
+    def _host_source(self, step: int) -> list[npt.NDArray[np.uint8]]:
+        packed = self._next(step)
+        return [SPARE_BLOCK if packed is None else packed.buffer]
+
+    def _device_source(self, step: int) -> list[list[npt.NDArray[Any]]]:
+        arrays = inflate_inputs(self._next(step))
+        with self._lock:  # DALI reads them where they are, until the batch is rendered
+            self._kept_inputs.append(arrays)
+        return [[array] for array in arrays]
+
+    def _next(self, step: int) -> PackedBatch | None:
+        """The batch of one step, None where there is none. Runs in the thread that calls `run`, so it only waits."""
         for ahead in range(step, min(step + self._options.prefetch_depth + 1, self._options.num_steps)):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
-        arrays = None
+        packed = None
         if step < self._options.num_steps:
             try:
-                arrays = self._ahead.pop(step).result().to_arrays(step)
+                packed = self._ahead.pop(step).result()
             except BaseException as error:  # DALI would repeat an exception for ever
                 self._failures[step] = error
-        if arrays is None:  # a step that failed, or one past the end that DALI asks for in advance
-            arrays = [*_STAND_INS, np.array([-1 - step], np.int64)]
-        return [[array] for array in arrays]
+        self._given.append((step, packed))
+        return packed
 
-    def _operator(self, *arrays: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        step = int(arrays[-1][0])
-        if step < 0:
-            return np.array([-1 - step], np.int64)
-        if not self._closed:
+    def _render_on_host(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        self._render_next(buffer, None)
+        return np.zeros(1, np.uint8)
+
+    def _render_on_device(self, buffers: list[Any], arenas: list[Any]) -> list[Any]:
+        self._render_next(buffers[0], arenas[0].reshape(-1))
+        with self._lock:
+            self._kept_inputs.popleft()
+        # Anything on the device will do; four bytes of what is there already.
+        return [buffers[0][:4]]
+
+    def _render_next(self, buffer: Any, arena: Any) -> None:
+        step, packed = self._given.popleft()
+        if packed is not None and not self._closed:
             try:
-                self._render(step, BatchInput.from_arrays(arrays))
+                if buffer.nbytes != packed.buffer.nbytes:
+                    raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {packed.buffer.nbytes}")
+                self._render(step, packed, buffer, arena)
             except BaseException as error:
                 self._failures[step] = error
-        return np.array([step], np.int64)
+        self._num_rendered += 1
+
+
+def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:
+    """What DALI's inflate is told of a batch: its buffer; offsets, sizes and the decoded length of its blocks.
+
+    Inflate wants at least one block: where a batch brings none, and where there is no batch, it gets a spare one.
+    """
+    if packed is not None and len(packed.compressed):
+        offsets, sizes = packed.compressed["data_offset"], packed.compressed["num_bytes"]
+        slot_bytes = packed.slot_bytes
+    else:
+        offsets = np.array([packed.sections["spare"].offset if packed is not None else 0])
+        sizes, slot_bytes = np.array([SPARE_BLOCK_BYTES]), SPARE_DECODED_BYTES
+    buffer = SPARE_BLOCK if packed is None else packed.buffer
+    return buffer, offsets.astype(np.int32), sizes.astype(np.int32), np.array([slot_bytes], np.int32)
 
 
 _dali_process: int | None = None
@@ -203,13 +231,25 @@ def _refuse_after_fork() -> None:
     _dali_process = os.getpid()
 
 
-def _import_dali() -> tuple[Any, Any]:
+def dali_cuda_major() -> int:
+    """The CUDA major version that the installed DALI was built for.
+
+    Raises:
+        MissingDependencyError: DALI is not installed.
+    """
+    _import_dali()
+    import nvidia.dali
+
+    return int(nvidia.dali.__cuda_version__) // 1000
+
+
+def _import_dali() -> tuple[Any, Any, Any]:
     try:
-        from nvidia.dali import fn
+        from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
     except ImportError as error:
         raise MissingDependencyError(
             f"gpuparse.DataLoader needs NVIDIA DALI, which cannot be imported ({error}). Install it with "
             "`pip install gpuparse[cuda12]` (or [cuda13]); it also runs without a GPU."
         ) from error
-    return fn, Pipeline
+    return fn, types, Pipeline

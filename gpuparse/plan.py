@@ -6,7 +6,8 @@ as easy as 1, 2, 3", SC 2011), keyed by sample, so that no value depends on batc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,32 @@ class Streams:
 
     key: npt.NDArray[np.uint32]
     salt: npt.NDArray[np.uint32]
+    _ready: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
 
     def words(self, operation: int, num_words: int) -> npt.NDArray[np.uint32]:
         """(num_samples, num_words) uint32 random words for one purpose."""
-        num_blocks = -(-num_words // 4)
-        counter = np.zeros((len(self.salt), num_blocks, 4), np.uint32)
-        counter[..., 0] = np.arange(num_blocks, dtype=np.uint32)
-        counter[..., 1] = operation
+        ready = self._ready.get(operation)
+        if ready is None or ready.shape[1] < num_words:
+            self.prepare({operation: num_words})
+            ready = self._ready[operation]
+        return ready[:, :num_words]
+
+    def prepare(self, num_words: Mapping[int, int]) -> None:
+        """Makes the words of several purposes at once, which costs little more than those of one.
+
+        Args:
+            num_words: Purpose -> how many words `words` will be asked for.
+        """
+        counts = {operation: -(-count // 4) for operation, count in num_words.items()}
+        counter = np.zeros((len(self.salt), sum(counts.values()), 4), np.uint32)
+        counter[..., 0] = np.concatenate([np.arange(count, dtype=np.uint32) for count in counts.values()])
+        counter[..., 1] = np.repeat(np.array(list(counts), np.uint32), list(counts.values()))
         counter[..., 3] = self.salt[:, None]
-        return philox4x32(counter, self.key[:, None]).reshape(len(self.salt), 4 * num_blocks)[:, :num_words]
+        words = philox4x32(counter, self.key[:, None]).reshape(len(self.salt), 4 * counter.shape[1])
+        start = 0
+        for operation, count in counts.items():
+            self._ready[operation] = words[:, start : start + 4 * count]
+            start += 4 * count
 
 
 def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Streams:

@@ -2,6 +2,7 @@
 
 The slice index names the folder of every case. A case that replaces an earlier version gets a folder of its own, so
 that whoever reads by the old index still finds the old voxels; they go when the next index but one is published.
+Indexes stay as long as all that they name is there, the newest eight.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,16 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from gpuparse.case import case_settings, replace_folder
-from gpuparse.errors import InputError
-from gpuparse.prompts import ClassPrompts
+from gpuparse.arrays import write_column, write_group
+from gpuparse.case import CaseSettings
+from gpuparse.folders import discard_folder, replace_folder, replace_text
 from gpuparse.splits import ValSplit, assign_splits, follow_groups
-from gpuparse.store import FORMAT_VERSION, SliceTable, compressors, open_store, split_code
+from gpuparse.store import FORMAT_VERSION, SliceTable, Store, split_code
 
 __all__ = ["PublishTarget", "ValCases", "choose_val_cases", "publish"]
+
+_MAX_INDEXES = 8  # the one in force and those before it, for readers that have the store open
 
 
 @dataclass(frozen=True)
@@ -36,68 +37,92 @@ class PublishTarget:
 
     Attributes:
         name: The dataset.
-        prompts: Its classes.
         store_path: The store.
         split: The folder that the cases come from.
+        settings: Its classes, and how its cases are written.
         val_split: How cases are set apart for validation; None keeps what the store has.
     """
 
     name: str
-    prompts: ClassPrompts
     store_path: Path
     split: str
+    settings: CaseSettings
     val_split: ValSplit | None = None
 
+    @property
+    def work_path(self) -> Path:
+        """Where cases grow until they are published; what a run that ended early leaves there, the next one uses."""
+        return self.store_path.with_name(f".{self.store_path.name}.partial")
 
-def publish(
-    target: PublishTarget, work_path: Path, cases: list[dict[str, Any]], val_cases: ValCases, *, overwrite: bool
-) -> None:
+
+def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, Any]], val_cases: ValCases) -> None:
     """Makes `cases` the content of the store, whole: until the last rename, readers see the store as it was.
+
+    Where that is what the store holds already, nothing is written, so that readers keep what they have open.
 
     Args:
         target: The store.
-        work_path: Where cases that are not in the store yet lie, in `cases/<name>`; gone afterwards.
-        cases: The summaries that `convert_case` returned, in the order of the index.
+        store: The store as it is, to be extended; None makes a new one, in place of any that is there.
+        cases: The summaries that `convert_case` returned, in the order of the index. Those not in the store yet lie in
+            the target's `work_path`, which is gone afterwards.
         val_cases: Which of them are for validation.
-        overwrite: Whether to replace the store, rather than to extend it.
+
+    Raises:
+        OSError: Something cannot be written; the store is as it was.
     """
-    fresh = overwrite or not target.store_path.exists()
-    root_path = work_path if fresh else target.store_path
-    old_index, old_folders = (None, set()) if fresh else _in_force(root_path)
-    (root_path / "cases").mkdir(parents=True, exist_ok=True)
-    folders = [_settle(case, work_path, root_path, old_folders) for case in cases]
-    columns = _slice_columns(cases, target.split, val_cases.chosen)
-    index = f"index/{uuid.uuid4().hex[:12]}"
-    _write_index(work_path / "incoming" / index, columns, [case["name"] for case in cases], folders)
-    (root_path / "index").mkdir(exist_ok=True)
-    os.replace(work_path / "incoming" / index, root_path / index)
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    for folder in ("cases", "index"):
-        _write_json(root_path / folder / "zarr.json", group)
+    work_path = target.work_path
+    root_path = work_path if store is None else target.store_path
     attributes = {
         "format_version": FORMAT_VERSION,
         "name": target.name,
         "split": target.split,
-        "class_prompts": target.prompts.to_json(),
-        "instance_label": target.prompts.instance_label,
-        "index": index,
-        "settings": case_settings(target.prompts),
+        "class_prompts": target.settings.prompts.to_json(),
+        "instance_label": target.settings.prompts.instance_label,
+        "settings": target.settings.to_json(),
         "val_split": val_cases.settings,
         "num_cases": len(cases),
-        "num_slices": len(columns["case"]),
     }
-    _write_json(root_path / "zarr.json", {**group, "attributes": {"gpuparse": attributes}})
-    # What was in force until now stays: a training run may be reading it.
-    _keep_only(root_path / "index", {Path(name).name for name in (index, old_index) if name is not None})
-    _keep_only(root_path / "cases", old_folders.union(folders))
-    shutil.rmtree(work_path / "incoming", ignore_errors=True)
-    if fresh:
+    if store is None or not _is_published(store, attributes, cases, val_cases):
+        old_folders = set() if store is None else {case.folder for case in store.cases}
+        (root_path / "cases").mkdir(parents=True, exist_ok=True)
+        folders = [_settle(case, root_path, old_folders) for case in cases]
+        columns = _slice_columns(cases, target.split, val_cases.chosen)
+        index = f"index/{uuid.uuid4().hex[:12]}"
+        _write_index(work_path / "incoming" / index, columns, [case["name"] for case in cases], folders)
+        (root_path / "index").mkdir(exist_ok=True)
+        os.replace(work_path / "incoming" / index, root_path / index)
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        for folder in ("cases", "index"):
+            replace_text(root_path / folder / "zarr.json", json.dumps(group))
+        attributes.update(index=index, num_slices=len(columns["case"]))
+        replace_text(root_path / "zarr.json", json.dumps({**group, "attributes": {"gpuparse": attributes}}))
+        # What was in force until now stays: a training run may be reading it.
+        _keep_only(root_path / "cases", old_folders.union(folders))
+        _keep_only(root_path / "index", _usable_indexes(root_path / "index", old_folders.union(folders)))
+    if store is None:
+        discard_folder(work_path / "incoming")
         replace_folder(work_path, target.store_path)
     else:
-        shutil.rmtree(work_path, ignore_errors=True)
+        discard_folder(work_path)
 
 
-def _settle(case: dict[str, Any], work_path: Path, root_path: Path, old_folders: set[str]) -> str:
+def _is_published(
+    store: Store, attributes: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], val_cases: ValCases
+) -> bool:
+    """Whether the store holds these very cases under these attributes."""
+    return (
+        all(store.attributes.get(key) == value for key, value in attributes.items())
+        and [store.path / "cases" / case.folder for case in store.cases] == [Path(case["place"]) for case in cases]
+        and all(val_cases.chosen[name] == value for name, value in _val_cases_of(store).items())
+    )
+
+
+def _val_cases_of(store: Store) -> dict[str, bool]:
+    chosen = set(store.slices.case[store.slices.split == split_code("val")].tolist())
+    return {case.name: number in chosen for number, case in enumerate(store.cases)}
+
+
+def _settle(case: dict[str, Any], root_path: Path, old_folders: set[str]) -> str:
     """Moves a case into the store if it is not there yet; returns its folder's name."""
     place, name = Path(case["place"]), str(case["name"])
     if place.parent == root_path / "cases":
@@ -108,28 +133,27 @@ def _settle(case: dict[str, Any], work_path: Path, root_path: Path, old_folders:
 
 
 def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: list[str], folders: list[str]) -> None:
-    root = zarr.open_group(path, mode="w-", zarr_format=3)
+    checksums = {name: google_crc32c.value(values.tobytes()) for name, values in columns.items()}
+    write_group(path, {"case_names": names, "case_folders": folders, "crc32c": checksums})
     for name, values in columns.items():
-        array = root.create_array(
-            name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(1, n) for n in values.shape),
-            compressors=compressors(), fill_value=0,
-        )  # fmt: skip
-        array[...] = values
-    checksums: dict[str, Any] = {name: google_crc32c.value(values.tobytes()) for name, values in columns.items()}
-    attributes: dict[str, Any] = {"case_names": names, "case_folders": folders, "crc32c": checksums}
-    root.attrs.update(attributes)
+        write_column(path / name, values)
 
 
-def _in_force(root_path: Path) -> tuple[str, set[str]]:
-    """The index that readers of a store use now, and the folders it names."""
-    store = open_store(root_path)
-    return str(store.attributes["index"]), {case.folder for case in store.cases}
+def _usable_indexes(parent: Path, folders: set[str]) -> set[str]:
+    """The newest indexes that name none but `folders`: whoever has opened the store by one of them can go on."""
+    newest = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    usable = []
+    for path in newest:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+            usable += [path.name] if folders.issuperset(attributes["case_folders"]) else []
+    return set(usable[:_MAX_INDEXES])
 
 
 def _keep_only(parent: Path, names: set[str]) -> None:
     for folder in parent.iterdir():
         if folder.is_dir() and folder.name not in names:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard_folder(folder)
 
 
 @dataclass(frozen=True)
@@ -145,23 +169,20 @@ class ValCases:
     settings: dict[str, Any] | None
 
 
-def choose_val_cases(target: PublishTarget, names: Sequence[str]) -> ValCases:
+def choose_val_cases(target: PublishTarget, names: Sequence[str], store: Store | None) -> ValCases:
     """Decides before anything is converted which cases will be for validation.
 
     Args:
-        target: The store; what it has decided already is kept where the settings are the same or none are given.
+        target: The store to be.
         names: Every case that may end up in it, also those that prove to be bad.
+        store: The store as it is, also where it is to be replaced: what it has decided is kept where the settings are
+            the same or none are given.
 
     Raises:
         InputError: The split's file or expression does not fit the names.
     """
-    earlier: dict[str, bool] = {}
-    recorded: dict[str, Any] | None = None
-    with contextlib.suppress(InputError):  # no store yet, or one that an overwriting run is to replace
-        store = open_store(target.store_path)
-        recorded = store.attributes.get("val_split")
-        val_cases = set(store.slices.case[store.slices.split == split_code("val")].tolist())
-        earlier = {case.name: number in val_cases for number, case in enumerate(store.cases)}
+    earlier = {} if store is None else _val_cases_of(store)
+    recorded: dict[str, Any] | None = None if store is None else store.attributes.get("val_split")
     split = target.val_split
     if split is None:
         if recorded is None:
@@ -215,9 +236,3 @@ def _slice_columns(
         "case_spacing_mm": np.array([case["spacing_mm"] for case in cases], np.float64),
         "case_axes": np.array([sum(1 << axis for axis in case["axes"]) for case in cases], np.uint8),
     }
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(data, indent=2), encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,59 +1,110 @@
-"""Reading: slices wanted -> compressed chunks, their places, and the planes that the kernels gather from them.
+"""Reading: slices wanted -> compressed blocks in one buffer, and how to gather the slices once these are decoded.
 
-No zarr-python here: a chunk is found through its shard's index and read by one pread, and its crc32c is checked
-before anything is decoded. `ChunkReader.fetch` stops at compressed bytes, which is what a GPU is sent;
-`decode_on_host` is the CPU's decoder.
+No zarr-python here: a chunk is found through its shard's index and read by one pread, its crc32c is checked, and its
+blosc frame is taken apart into raw LZ4 blocks (kernels/host_read.cpp). `ChunkReader.fetch` stops at compressed blocks,
+which is what a GPU is sent; `decode_on_host` is the CPU's decoder.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import ctypes
 import itertools
 import os
+import resource
 import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from numcodecs import blosc
 
+from gpuparse import kernels
+from gpuparse.arrays import BLOSC_BLOCK_BYTES
 from gpuparse.errors import ChunkCorruptError
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
-from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
+from gpuparse.gather import Gathering, SliceKey, gather
+from gpuparse.store import ArrayLayout
 
-__all__ = ["ChunkReader", "CompressedSlices", "SliceKey", "decode_on_host"]
+__all__ = [
+    "COMPRESSED_BLOCK_DTYPE",
+    "Arena",
+    "ChunkExtent",
+    "ChunkReader",
+    "CompressedSlices",
+    "ReadCounts",
+    "SliceKey",
+    "decode_on_host",
+]
 
 MISSING = 2**64 - 1  # both fields of a shard index entry whose chunk was not written
 ALIGNMENT_BYTES = 16
-_MAX_OPEN_SHARDS = 256
+_READ_FAILED = 1  # the statuses of kernels/host_read.cpp, see _explain
+_MIN_FRAME_BYTES = 20  # blosc's header and the checksum
 _DAMAGED = "The file was changed or damaged after conversion: convert this case again."
 
+COMPRESSED_BLOCK_DTYPE = np.dtype(
+    [("data_offset", "<i8"), ("target", "<i8"), ("num_bytes", "<i4"), ("decoded_bytes", "<i4")]
+)
+"""One raw LZ4 block: `num_bytes` at `data_offset` of the buffer, which become `decoded_bytes` at `target` of the arena.
+The struct `CompressedBlock` of kernels/compressed.h."""
 
-class SliceKey(NamedTuple):
-    """One slice of one case: where in which store, and by which recipe it is padded."""
+CHUNK_DTYPE = np.dtype(
+    [
+        ("file_offset", "<i8"),
+        ("num_bytes", "<i8"),
+        ("decoded_bytes", "<i8"),
+        ("target", "<i8"),
+        ("data_offset", "<i8"),
+        ("capacity", "<i8"),
+        ("first_block", "<i8"),
+        ("file", "<i4"),
+        ("reserved", "<i4"),
+    ]
+)
+RESULT_DTYPE = np.dtype([("status", "<i4"), ("from_storage", "<i4"), ("detail", "<i8")])
 
-    store: Store
-    case: int
-    axis: int
-    position: int
-    recipe: Recipe = "corrected"
 
-    def describe(self) -> str:
-        """The slice in words, for messages."""
-        name = self.store.cases[self.case].name
-        return f"dataset {self.store.name!r}, case {name!r}, axis {self.axis}, slice {self.position}"
+class ChunkExtent(NamedTuple):
+    """Where a chunk was read from."""
+
+    path: str
+    offset: int
+    num_bytes: int
 
 
-class _Chunk(NamedTuple):
-    layout: ArrayLayout
-    shard_key: str
-    number: int  # position in the shard's index
-    decoded_bytes: int
+@dataclass(frozen=True)
+class ReadCounts:
+    """What a batch cost.
+
+    Attributes:
+        num_chunks: Chunks that its slices lie in.
+        num_resident: Of these, how many were still decoded from before.
+        num_from_storage: Of the others, how many were not in the operating system's page cache as a whole.
+        read_bytes: Bytes read, from wherever.
+        extents: Where they were read from.
+    """
+
+    num_chunks: int
+    num_resident: int
+    num_from_storage: int
+    read_bytes: int
+    extents: tuple[ChunkExtent, ...] = ()
+
+
+class Arena(Protocol):
+    """Who says where decoded chunks go; without one, each batch has an arena of its own."""
+
+    def reserve(
+        self, arrays: Sequence[ArrayLayout], chunk_array: npt.NDArray[np.int64], chunk_number: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Where each chunk goes, and whether it is there already."""
+
+    def cancel(self) -> None:
+        """What was reserved last will not come."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,32 +112,30 @@ class CompressedSlices:
     """The chunks that a batch of slices needs, compressed, and how to gather the slices once they are decoded.
 
     Attributes:
-        data: (n,) uint8, the chunks' blosc frames one after another, each at a multiple of 16 bytes.
-        offsets: (num_chunks,) int64, start of each frame in `data`.
-        sizes: (num_chunks,) int64, bytes of each frame, checksum not included.
-        decoded_offsets: (num_chunks,) int64, where each chunk goes in the decoded arena.
-        decoded_sizes: (num_chunks,) int64, bytes of each decoded chunk.
-        arena_bytes: Size of the decoded arena.
-        blocks: (num_blocks,) int64, the kernels' block table: byte offsets in the arena, -1 for missing chunks.
+        data: (n,) uint8, raw LZ4 blocks one after another, each at a multiple of 16 bytes.
+        compressed: (num_blocks,) COMPRESSED_BLOCK_DTYPE, in the order of the chunks.
+        slot_bytes: Distance between the places of consecutive blocks, where each batch has an arena of its own.
+        arena_bytes: Size of such an arena.
+        blocks: (num_tiles,) int64, the kernels' block table: byte offsets in the arena, -1 for missing chunks.
         image_planes: (num_slices * 3,) PLANE_DTYPE: the slice, the one before, the one after.
         label_planes: (num_slices,) PLANE_DTYPE.
         lengths: (source, target) lengths of the resampling tables that the planes refer to.
+        counts: What it cost.
     """
 
     data: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    decoded_offsets: npt.NDArray[np.int64]
-    decoded_sizes: npt.NDArray[np.int64]
+    compressed: npt.NDArray[Any]
+    slot_bytes: int
     arena_bytes: int
     blocks: npt.NDArray[np.int64]
     image_planes: npt.NDArray[Any]
     label_planes: npt.NDArray[Any]
     lengths: tuple[tuple[int, int], ...]
+    counts: ReadCounts
 
     def __repr__(self) -> str:
         return (
-            f"CompressedSlices({len(self.label_planes)} slices, {len(self.sizes)} chunks, "
+            f"CompressedSlices({len(self.label_planes)} slices, {self.counts.num_chunks} chunks, "
             f"{self.data.nbytes} -> {self.arena_bytes} bytes)"
         )
 
@@ -123,11 +172,21 @@ class _Shard:
             os.close(self.file)
 
 
+@dataclass(eq=False)
+class _Located:
+    """The chunks of a batch on their way: where each is stored, or why it cannot be read."""
+
+    chunks: npt.NDArray[Any]  # CHUNK_DTYPE, one for each chunk of the gathering
+    present: npt.NDArray[np.bool_]
+    shards: list[_Shard | None]  # holds the files open
+    errors: dict[int, str]
+
+
 class ChunkReader:
     """Reads compressed chunks from local stores.
 
-    Shards stay open with their index in memory, at most 256 of them. Safe to use from several threads; a copy in
-    another process opens its own files.
+    Shards stay open with their index in memory, as many as a quarter of the files that the process may open. Safe to
+    use from several threads; a copy in another process opens its own files.
 
     Args:
         num_threads: Chunks read side by side.
@@ -135,6 +194,7 @@ class ChunkReader:
 
     def __init__(self, num_threads: int = 1) -> None:
         self.num_threads = num_threads
+        self._max_open = min(8192, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -145,59 +205,133 @@ class ChunkReader:
         self.__init__(**state)  # type: ignore[misc]
 
     def fetch(self, keys: Sequence[SliceKey], size: tuple[int, int]) -> CompressedSlices:
-        """Reads what a batch of slices needs.
+        """Reads what a batch of slices needs; the same as `read` for what `gather` finds.
 
         Args:
             keys: The slices.
             size: Rows and columns that the slices will be encoded to.
+        """
+        return self.read(keys, gather(keys, size))
+
+    def read(
+        self,
+        keys: Sequence[SliceKey],
+        gathering: Gathering,
+        *,
+        arena: Arena | None = None,
+        allocate: Callable[[int, int, np.dtype[Any]], npt.NDArray[np.uint8]] | None = None,
+    ) -> CompressedSlices:
+        """Reads the chunks of a gathering.
+
+        Args:
+            keys: The slices that it was made from.
+            gathering: Their chunks.
+            arena: Where decoded chunks go; None gives the batch an arena of its own.
+            allocate: (num_bytes, num_blocks, COMPRESSED_BLOCK_DTYPE): makes the buffer for the blocks; None takes
+                ordinary memory.
 
         Returns:
             The compressed chunks, each once, with the planes that describe all slices.
 
         Raises:
-            ChunkCorruptError: A file is gone, cut short, or a checksum does not hold; the message names the slice.
+            ChunkCorruptError: A file is gone, cut short, or a checksum does not hold; the message names the slice, and
+                `failed` lists all slices of the batch that cannot be read.
         """
-        builder = _PlaneBuilder(size)
-        for key in keys:
-            builder.add(key)
-        blobs = parallel_map(lambda item: self._read_chunk(*item), list(builder.chunks.items()), self.num_threads)
-        return builder.finish(blobs)
+        located = self._locate(gathering)
+        slot_bytes = _slot_bytes(gathering)
+        targets, wanted = _place(gathering, located, slot_bytes, arena)
+        located.chunks["target"] = targets
+        chosen = np.flatnonzero(wanted)
+        requests, num_blocks, data_bytes = _lay_out(located.chunks[chosen])
+        if allocate is not None:
+            data = allocate(data_bytes, num_blocks, COMPRESSED_BLOCK_DTYPE)
+        else:
+            data = np.empty(data_bytes, np.uint8)
+        compressed = np.zeros(num_blocks, COMPRESSED_BLOCK_DTYPE)
+        results = np.zeros(len(requests), RESULT_DTYPE)
+        kernels.host_library().gpuparse_read_chunks(
+            ctypes.c_int64(len(requests)),
+            ctypes.c_int32(self.num_threads),
+            *map(kernels.pointer, (requests, data, compressed, results)),
+        )
+        for i in np.flatnonzero(results["status"]).tolist():
+            located.errors[int(chosen[i])] = _explain(gathering, located, int(chosen[i]), results[i])
+        if located.errors:
+            if arena is not None:
+                arena.cancel()
+            _fail(keys, gathering, located.errors)
+        return CompressedSlices(
+            data=data,
+            compressed=compressed,
+            slot_bytes=slot_bytes,
+            arena_bytes=num_blocks * slot_bytes if arena is None else 0,
+            blocks=gathering.block_table(targets),
+            image_planes=gathering.image_planes,
+            label_planes=gathering.label_planes,
+            lengths=gathering.lengths,
+            counts=ReadCounts(
+                num_chunks=int(located.present.sum()),
+                num_resident=int(located.present.sum()) - len(requests),
+                num_from_storage=int(results["from_storage"].sum()),
+                read_bytes=int(requests["num_bytes"].sum()),
+                extents=tuple(
+                    ChunkExtent(shard.path, offset, num_bytes)
+                    for shard, offset, num_bytes in zip(
+                        (located.shards[i] for i in chosen.tolist()),
+                        requests["file_offset"].tolist(),
+                        requests["num_bytes"].tolist(),
+                        strict=True,
+                    )
+                    if shard is not None
+                ),
+            ),
+        )
 
-    def _read_chunk(self, chunk: _Chunk, key: SliceKey) -> bytes | None:
+    def _locate(self, gathering: Gathering) -> _Located:
+        """Looks all chunks up in their shards' indexes."""
+        num_chunks = len(gathering.chunk_array)
+        located = _Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(num_chunks, bool), [None] * num_chunks, {})
+        located.chunks["decoded_bytes"] = gathering.chunk_bytes
+        bounds = np.searchsorted(gathering.chunk_array, np.arange(len(gathering.arrays) + 1))
+        for layout, start, stop in zip(gathering.arrays, bounds[:-1], bounds[1:], strict=True):
+            places, entries = layout.locate(gathering.chunk_number[start:stop])
+            edges = np.flatnonzero(np.append(True, (np.diff(places, axis=0) != 0).any(axis=1)))
+            for first, last in itertools.pairwise([*edges.tolist(), len(places)]):
+                # Chunks come in C order: those of one shard may come in several runs, each looked up by itself.
+                shard_key = "c/" + "/".join(map(str, places[first].tolist()))
+                self._look_up(located, layout, shard_key, range(start + first, start + last), entries[first:last])
+        return located
+
+    def _look_up(
+        self, located: _Located, layout: ArrayLayout, shard_key: str, chunks: range, entries: npt.NDArray[np.int64]
+    ) -> None:
+        part = slice(chunks.start, chunks.stop)
         try:
-            return self._read_frame(chunk)
+            shard = self._shard(layout, shard_key)
         except OSError as error:
-            path = chunk.layout.path / chunk.shard_key
-            message = str(error) if isinstance(error, ChunkCorruptError) else f"'{path}' cannot be read: {error}."
-            raise ChunkCorruptError(f"{key.describe()}: {message}") from error
-
-    def _read_frame(self, chunk: _Chunk) -> bytes | None:
-        """The blosc frame of a chunk, its checksum checked and taken off; None where the chunk was not written."""
-        shard = self._shard(chunk)
+            known = isinstance(error, ChunkCorruptError)
+            message = str(error) if known else f"'{layout.path / shard_key}' cannot be read: {error}."
+            located.errors.update(dict.fromkeys(chunks, message))
+            return
         if shard is None:
-            return None
-        offset, num_bytes = (int(n) for n in shard.index[chunk.number])
-        if offset == MISSING and num_bytes == MISSING:
-            return None
-        if offset + num_bytes > shard.num_bytes or num_bytes < 20:
-            raise ChunkCorruptError(
-                f"'{shard.path}': the index places chunk {chunk.number} at {offset} with {num_bytes} bytes, "
+            return
+        rows = shard.index[entries]
+        missing = (rows == MISSING).all(axis=1)
+        inside = (rows[:, 0] <= shard.num_bytes) & (rows[:, 1] <= shard.num_bytes)
+        inside &= (rows[:, 0] + rows[:, 1] <= shard.num_bytes) & (rows[:, 1] >= _MIN_FRAME_BYTES)
+        for i in np.flatnonzero(~missing & ~inside).tolist():
+            located.errors[chunks[i]] = (
+                f"'{shard.path}': the index places chunk {entries[i]} at {rows[i, 0]} with {rows[i, 1]} bytes, "
                 f"the file has {shard.num_bytes}. {_DAMAGED}"
             )
-        raw = os.pread(shard.file, num_bytes, offset)
-        frame = raw[:-4]
-        if len(raw) != num_bytes or google_crc32c.value(frame) != struct.unpack("<I", raw[-4:])[0]:
-            raise ChunkCorruptError(f"'{shard.path}': chunk {chunk.number} does not match its crc32c. {_DAMAGED}")
-        declared, _, compressed = struct.unpack_from("<III", frame, 4)
-        if declared != chunk.decoded_bytes or compressed != len(frame):
-            raise ChunkCorruptError(
-                f"'{shard.path}': chunk {chunk.number} declares {declared} bytes from {compressed}; "
-                f"expected {chunk.decoded_bytes} from {len(frame)}. {_DAMAGED}"
-            )
-        return frame
+        fine = ~missing & inside
+        located.present[part] = fine
+        located.chunks["file_offset"][part] = np.where(fine, rows[:, 0], 0)
+        located.chunks["num_bytes"][part] = np.where(fine, rows[:, 1], 0)
+        located.chunks["file"][part] = shard.file
+        located.shards[part] = [shard] * len(chunks)
 
-    def _shard(self, chunk: _Chunk) -> _Shard | None:
-        layout, shard_key = chunk.layout, chunk.shard_key
+    def _shard(self, layout: ArrayLayout, shard_key: str) -> _Shard | None:
         path = f"{layout.path}/{shard_key}"
         with self._lock:
             shard = self._shards.get(path)
@@ -207,146 +341,133 @@ class ChunkReader:
         recorded = layout.shard_bytes.get(shard_key) if layout.shard_bytes is not None else None
         if recorded is None and not os.path.exists(path):
             return None  # nothing but the fill value was ever in it
-        num_chunks = int(np.prod([s // c for s, c in zip(layout.shards, layout.chunks, strict=True)]))
-        shard = _Shard(path, num_chunks, recorded)
+        shard = _Shard(path, layout.chunks_per_shard, recorded)
         with self._lock:
             self._shards[path] = shard
-            while len(self._shards) > _MAX_OPEN_SHARDS:
+            while len(self._shards) > self._max_open:
                 self._shards.popitem(last=False)
         return shard
 
 
-class _PlaneBuilder:
-    """Collects the chunks and the planes of a batch; each chunk is taken once."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-        self.chunks: dict[_Chunk, SliceKey] = {}  # with the first slice that wanted it
-        self._numbers: dict[_Chunk, int] = {}
-        self._blocks: list[tuple[npt.NDArray[np.int64], int]] = []  # chunk numbers of a plane, offset inside a chunk
-        self._num_blocks = 0
-        self._tables: dict[tuple[int, int], int] = {}
-        self._image_rows: list[tuple[Any, ...]] = []
-        self._label_rows: list[tuple[Any, ...]] = []
-
-    def add(self, key: SliceKey) -> None:
-        shape = key.store.cases[key.case].shape
-        image = key.store.layout(key.case, IMAGE_PATH)
-        for position in channel_positions(key.position, shape[key.axis]):
-            self._image_rows.append(self._plane(key, image, position))
-        self._label_rows.append(self._plane(key, key.store.layout(key.case, LABELS_PATH), key.position))
-
-    def _plane(self, key: SliceKey, layout: ArrayLayout, position: int) -> tuple[Any, ...]:
-        view = view_geometry(layout.shape, key.axis, key.recipe)
-        rows, columns = (axis for axis in range(3) if axis != key.axis)
-        itemsize = layout.dtype.itemsize
-        strides = (layout.chunks[1] * layout.chunks[2] * itemsize, layout.chunks[2] * itemsize, itemsize)
-        grid_rows = -(-layout.shape[rows] // layout.chunks[rows])
-        grid_columns = -(-layout.shape[columns] // layout.chunks[columns])
-        place = [0, 0, 0]
-        place[key.axis] = position // layout.chunks[key.axis]
-        numbers = np.empty((grid_rows, grid_columns), np.int64)
-        for place[rows], place[columns] in itertools.product(range(grid_rows), range(grid_columns)):
-            numbers[place[rows], place[columns]] = self._chunk(layout, place, key)
-        first_block = self._num_blocks
-        self._blocks.append((numbers.reshape(-1), (position % layout.chunks[key.axis]) * strides[key.axis]))
-        self._num_blocks += numbers.size
-        return (
-            first_block, strides[rows], strides[columns], view.height, view.width,
-            layout.chunks[rows], layout.chunks[columns], grid_columns, itemsize,
-            view.pad_top, view.pad_left, view.padded_height, view.padded_width,
-            self._table(view.padded_height, self.size[0]), self._table(view.padded_width, self.size[1]), (0, 0),
-        )  # fmt: skip
-
-    def _chunk(self, layout: ArrayLayout, place: Sequence[int], key: SliceKey) -> int:
-        per_shard = [s // c for s, c in zip(layout.shards, layout.chunks, strict=True)]
-        shard = [p // n for p, n in zip(place, per_shard, strict=True)]
-        z, y, x = (p % n for p, n in zip(place, per_shard, strict=True))
-        chunk = _Chunk(
-            layout=layout,
-            shard_key="c/" + "/".join(map(str, shard)),
-            number=(z * per_shard[1] + y) * per_shard[2] + x,
-            decoded_bytes=layout.chunks[0] * layout.chunks[1] * layout.chunks[2] * layout.dtype.itemsize,
-        )
-        number = self._numbers.get(chunk)
-        if number is None:
-            number = self._numbers[chunk] = len(self._numbers)
-            self.chunks[chunk] = key
-        return number
-
-    def _table(self, source: int, target: int) -> int:
-        return self._tables.setdefault((source, target), len(self._tables))
-
-    def finish(self, frames: Sequence[bytes | None]) -> CompressedSlices:
-        present = np.array([frame is not None for frame in frames], bool)
-        decoded_sizes = np.array([chunk.decoded_bytes for chunk in self.chunks], np.int64)
-        sizes = np.array([0 if frame is None else len(frame) for frame in frames], np.int64)
-        data_offsets, data_bytes = _aligned_offsets(sizes)
-        arena_offsets, arena_bytes = _aligned_offsets(np.where(present, decoded_sizes, 0))
-        data = np.zeros(data_bytes, np.uint8)
-        for frame, offset in zip(frames, data_offsets, strict=True):
-            if frame is not None:
-                data[offset : offset + len(frame)] = np.frombuffer(frame, np.uint8)
-        starts = np.where(present, arena_offsets, -1)
-        blocks = [np.where(starts[numbers] < 0, -1, starts[numbers] + inside) for numbers, inside in self._blocks]
-        return CompressedSlices(
-            data=data,
-            offsets=data_offsets[present],
-            sizes=sizes[present],
-            decoded_offsets=arena_offsets[present],
-            decoded_sizes=decoded_sizes[present],
-            arena_bytes=arena_bytes,
-            blocks=np.concatenate(blocks),
-            image_planes=np.array(self._image_rows, PLANE_DTYPE),
-            label_planes=np.array(self._label_rows, PLANE_DTYPE),
-            lengths=tuple(self._tables),
-        )
+def _fail(keys: Sequence[SliceKey], gathering: Gathering, errors: dict[int, str]) -> None:
+    failed: dict[int, str] = {}
+    for chunk in sorted(errors):
+        for i in gathering.slices_of(chunk):
+            failed.setdefault(i, f"{keys[i].describe()}: {errors[chunk]}")
+    raise ChunkCorruptError(failed[min(failed)], failed=dict(sorted(failed.items())))
 
 
-def _aligned_offsets(sizes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
-    """Start of each piece when all stand behind one another at aligned offsets, and the length of the whole."""
-    rounded = -(-sizes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    ends = np.cumsum(rounded)
-    return ends - rounded, int(ends[-1]) if len(ends) else 0
+def _slot_bytes(gathering: Gathering) -> int:
+    """The places of blocks in an arena: a blosc block each, or less where all chunks are shorter than that."""
+    longest = int(gathering.chunk_bytes.max())
+    return min(BLOSC_BLOCK_BYTES, int(_aligned(longest)))
 
 
-def decode_on_host(slices: CompressedSlices, num_threads: int = 1) -> npt.NDArray[np.uint8]:
+def _aligned(num_bytes: Any) -> Any:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _num_blocks(decoded_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return -(-decoded_bytes // BLOSC_BLOCK_BYTES)
+
+
+def _ends(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
+    """Where each run starts when all stand behind one another, and the length of the whole."""
+    ends = np.cumsum(counts)
+    return ends - counts, int(ends[-1]) if len(ends) else 0
+
+
+def _place(
+    gathering: Gathering, located: _Located, slot_bytes: int, arena: Arena | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Where each chunk goes in the arena (-1: it was never written), and whether it has to be read."""
+    targets = np.full(len(located.present), -1, np.int64)
+    present = np.flatnonzero(located.present)
+    if arena is None:
+        starts, _ = _ends(_num_blocks(gathering.chunk_bytes[present]))
+        targets[present] = starts * slot_bytes
+        return targets, located.present
+    wanted = np.zeros(len(located.present), bool)
+    places, resident = arena.reserve(gathering.arrays, gathering.chunk_array[present], gathering.chunk_number[present])
+    targets[present], wanted[present] = places, ~resident
+    return targets, wanted
+
+
+def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
+    """Gives each chunk its entries in the list of blocks and its room in the buffer."""
+    counts = _num_blocks(chunks["decoded_bytes"])
+    # A stored block grows by a byte in 255 and two; each starts at an aligned place.
+    chunks["capacity"] = _aligned(chunks["num_bytes"] + chunks["num_bytes"] // 255 + (2 + ALIGNMENT_BYTES) * counts)
+    chunks["first_block"], num_blocks = _ends(counts)
+    chunks["data_offset"], data_bytes = _ends(chunks["capacity"])
+    return chunks, num_blocks, data_bytes
+
+
+def _explain(gathering: Gathering, located: _Located, chunk: int, result: Any) -> str:
+    status, detail = int(result["status"]), int(result["detail"])
+    request, shard = located.chunks[chunk], located.shards[chunk]
+    layout = gathering.arrays[gathering.chunk_array[chunk]]
+    number = int(layout.locate(gathering.chunk_number[chunk : chunk + 1])[1][0])
+    path = shard.path if shard is not None else str(Path(layout.path))
+    if status == _READ_FAILED:
+        wrong = f"cannot be read: {os.strerror(detail)}"
+    else:
+        wrong = {
+            2: f"ends after {detail} of {request['num_bytes']} bytes",
+            3: "does not match its crc32c",
+            4: f"declares {detail} bytes; expected {request['decoded_bytes']}",
+            5: f"declares a frame of {detail} bytes; expected {request['num_bytes'] - 4}",
+            6: "is no blosc frame of raw LZ4 blocks of 64 KiB",
+        }[status]
+    return f"'{path}': chunk {number} {wrong}. {_DAMAGED}"
+
+
+def decode_on_host(
+    slices: CompressedSlices, num_threads: int = 1, arena: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
     """Decodes all chunks of a batch on the CPU.
 
     Args:
         slices: What `ChunkReader.fetch` returned.
-        num_threads: Chunks decoded side by side.
+        num_threads: Blocks decoded side by side.
+        arena: Where to; None allocates `arena_bytes`.
 
     Returns:
         (arena_bytes,) uint8, the arena that the planes' block table points into.
+
+    Raises:
+        ChunkCorruptError: A block is no LZ4 though its checksum holds: whoever wrote it made it so.
     """
-    arena = np.empty(max(slices.arena_bytes, ALIGNMENT_BYTES), np.uint8)
-
-    def decode(i: int) -> None:
-        start, stop = slices.offsets[i], slices.offsets[i] + slices.sizes[i]
-        target = slices.decoded_offsets[i]
-        try:
-            blosc.decompress(slices.data[start:stop], arena[target : target + slices.decoded_sizes[i]])
-        except (RuntimeError, ValueError) as error:
-            raise ChunkCorruptError(f"a chunk of {stop - start} bytes is no valid blosc frame: {error}.") from error
-
-    parallel_map(decode, range(len(slices.sizes)), num_threads)
+    if arena is None:
+        arena = np.empty(max(slices.arena_bytes, ALIGNMENT_BYTES), np.uint8)
+    inflate_on_host(slices.data, slices.compressed, arena, num_threads)
     return arena
 
 
-def parallel_map(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:
-    """`list(map(function, items))` on `num_threads` threads; the first exception is raised when all have ended.
+def inflate_on_host(
+    data: npt.NDArray[np.uint8], compressed: npt.NDArray[Any], arena: npt.NDArray[np.uint8], num_threads: int
+) -> None:
+    """Decodes a list of blocks.
 
-    The threads live as long as the call: about 50 microseconds each, and none is left behind or lost in a fork.
+    Args:
+        data: (n,) uint8, the blocks.
+        compressed: (num_blocks,) COMPRESSED_BLOCK_DTYPE, whose targets lie inside the arena.
+        arena: (m,) uint8, written.
+        num_threads: Blocks decoded side by side.
+
+    Raises:
+        ChunkCorruptError: A block is no LZ4.
     """
-    num_threads = min(num_threads, len(items))
-    if num_threads <= 1:
-        return [function(item) for item in items]
-    # One task per thread, each taking every n-th item: submitting a task costs as much as reading a small chunk.
-    strides = [items[k::num_threads] for k in range(num_threads)]
-    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="gpuparse-read") as pool:
-        parts = list(pool.map(lambda part: [function(item) for item in part], strides))
-    results: list[Any] = [None] * len(items)
-    for k, part in enumerate(parts):
-        results[k::num_threads] = part
-    return results
+    bad = kernels.host_library().gpuparse_inflate
+    bad.restype = ctypes.c_int64
+    first = bad(
+        ctypes.c_int64(len(compressed)),
+        ctypes.c_int32(num_threads),
+        *map(kernels.pointer, (data, compressed, arena)),
+    )
+    if first >= 0:
+        raise ChunkCorruptError(
+            f"block {first} of a batch ({compressed['num_bytes'][first]} bytes) is no LZ4 block of "
+            f"{compressed['decoded_bytes'][first]} bytes. Its checksum holds, so it was written like that: convert "
+            "these cases again."
+        )

@@ -1,25 +1,26 @@
-"""Rendering: the description of some samples and their decoded chunks -> the arrays of a batch, on the CPU.
+"""Rendering: a packed batch and its decoded chunks -> the arrays of a batch, on the CPU or on a GPU.
 
 `SliceDataset` renders one sample at a time, the pipeline a batch; both come through here and get the same bits.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.augment import AugmentedBatch, LabelSpec, OutputTypes, finish_batch
+from gpuparse.augment import AugmentedBatch, LabelSpec, OutputTypes, launch_finish
 from gpuparse.encode import encode_planes
 from gpuparse.errors import InputError
-from gpuparse.read import CompressedSlices, SliceKey, decode_on_host
-from gpuparse.views import resampling_tables
+from gpuparse.gather import SliceKey
+from gpuparse.pack import PackedBatch
+from gpuparse.read import inflate_on_host
+from gpuparse.report import Probes
 
-__all__ = ["Samples", "StageTimes", "render_on_host"]
+__all__ = ["Samples", "render", "render_on_host"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,70 +88,80 @@ class Samples:
         )
 
 
-@dataclass
-class StageTimes:
-    """Wall time spent in each stage, summed over batches.
+def render(
+    packed: PackedBatch,
+    buffer: Any,
+    arena: Any,
+    size: tuple[int, int],
+    types: OutputTypes,
+    out: AugmentedBatch,
+    *,
+    encoded: Any | None = None,
+    num_threads: int = 1,
+    probes: Probes | None = None,
+) -> None:
+    """Encodes and augments a batch whose chunks are decoded, in two launches, on the device that its arrays are on.
 
-    Attributes:
-        seconds: Stage -> seconds.
-        num_batches: Batches measured.
+    Args:
+        packed: The batch.
+        buffer: (n,) uint8, its buffer: the host's own, or a copy on a GPU.
+        arena: (m,) uint8 on the same device, decoded chunks.
+        size: Rows and columns.
+        types: Element types of the outputs.
+        out: Arrays to write into.
+        encoded: (batch * 3, rows, columns) uint8 to work in; None allocates.
+        num_threads: CPU threads.
+        probes: Where to book the stages' times; on a GPU they are those of launching.
     """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    num_batches: int = 0
-
-    def add(self, stage: str, start: float) -> float:
-        """Books the time since `start` (of `time.perf_counter`) on `stage` and returns the present."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - start
-        return now
-
-    def __repr__(self) -> str:
-        shares = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in self.seconds.items())
-        return f"StageTimes({self.num_batches} batches: {shares})"
+    probes = probes if probes is not None else Probes()
+    tables = packed.tables(buffer)
+    with probes.stage("encode"):
+        images = encode_planes(arena, tables.blocks, tables.image_planes, tables.resampling, size, num_threads, encoded)
+    with probes.stage("augment"):
+        launch_finish(
+            images.reshape(packed.num_samples, 3, *size),
+            arena,
+            tables.blocks,
+            tables.label_planes,
+            tables.resampling,
+            tables.finish,
+            types,
+            out,
+            num_threads,
+        )
 
 
 def render_on_host(
-    params: npt.NDArray[Any],
-    labels: LabelSpec,
-    slices: CompressedSlices,
+    packed: PackedBatch,
     size: tuple[int, int],
     types: OutputTypes,
     *,
     out: AugmentedBatch | None = None,
+    arena: npt.NDArray[np.uint8] | None = None,
     num_threads: int = 1,
-    times: StageTimes | None = None,
+    probes: Probes | None = None,
 ) -> AugmentedBatch:
     """Decodes, encodes and augments a batch on the CPU.
 
     Args:
-        params: (batch,) PARAMS_DTYPE.
-        labels: What labels to make.
-        slices: The batch's chunks, compressed.
+        packed: The batch.
         size: Rows and columns.
         types: Element types of the outputs.
         out: Arrays to write into; None allocates.
+        arena: Where its chunks go, if it was packed for an arena that outlives it.
         num_threads: CPU threads.
-        times: Where to book the stages' times.
+        probes: Where to book the stages' times.
+
+    Raises:
+        ChunkCorruptError: A block is no LZ4.
     """
-    times = times if times is not None else StageTimes()
-    start = time.perf_counter()
-    arena = decode_on_host(slices, num_threads)
-    start = times.add("decode", start)
-    tables = resampling_tables(slices.lengths)
-    planes = encode_planes(arena, slices.blocks, slices.image_planes, tables, size, num_threads)
-    start = times.add("encode", start)
-    batch = finish_batch(
-        planes.reshape(len(params), 3, *size),
-        arena,
-        slices.blocks,
-        slices.label_planes,
-        tables,
-        params,
-        labels,
-        types,
-        out=out,
-        num_threads=num_threads,
-    )
-    times.add("augment", start)
-    return batch
+    probes = probes if probes is not None else Probes()
+    arena = np.empty(max(packed.arena_bytes, 1), np.uint8) if arena is None else arena
+    with probes.stage("decode"):
+        inflate_on_host(packed.buffer, packed.compressed, arena, num_threads)
+    if out is None:
+        image_shape, labels_shape = packed.shapes(size)
+        image_type, label_type = types.arrays
+        out = AugmentedBatch(np.empty(image_shape, image_type), np.empty(labels_shape, label_type))
+    render(packed, packed.buffer, arena, size, types, out, num_threads=num_threads, probes=probes)
+    return out

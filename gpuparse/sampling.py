@@ -328,12 +328,21 @@ def _choose_present(
 def paraphrases(prompts: ClassPrompts, streams: Streams, class_ids: npt.NDArray[np.int64]) -> list[list[str]]:
     """One random paraphrase for each class id of each sample; `class_ids` is (num_samples, num_prompts)."""
     words = streams.words(OPERATION_PARAPHRASES, class_ids.shape[1])
-    counts = np.array([[len(prompts.classes[int(i)]) for i in row] for row in class_ids]).reshape(class_ids.shape)
-    picks = draw_below(words, counts)
+    rows = class_ids.tolist()
+    counts = np.array([[len(prompts.classes[i]) for i in row] for row in rows]).reshape(class_ids.shape)
+    picks = draw_below(words, counts).tolist()
     return [
-        [prompts.classes[int(i)][int(k)] for i, k in zip(row, pick, strict=True)]
-        for row, pick in zip(class_ids, picks, strict=True)
+        [prompts.classes[i][k] for i, k in zip(row, pick, strict=True)] for row, pick in zip(rows, picks, strict=True)
     ]
+
+
+def words_for_training(num_prompts: int) -> dict[int, int]:
+    """The random words that every training sample draws: purpose -> how many. For `Streams.prepare`."""
+    return {
+        OPERATION_CLASSES: num_prompts,
+        OPERATION_PARAPHRASES: num_prompts,
+        OPERATION_PARAMS: len(_WORDS),
+    }
 
 
 def redraw_foreground(

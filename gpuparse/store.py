@@ -18,9 +18,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
+from gpuparse.arrays import BLOSC_BLOCK_BYTES, read_column
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
 
@@ -31,7 +30,6 @@ __all__ = [
     "SliceTable",
     "Store",
     "chunk_shape",
-    "compressors",
     "open_store",
     "shard_shape",
 ]
@@ -39,7 +37,6 @@ __all__ = [
 FORMAT_VERSION = 1
 IMAGE_PATH = "0"
 LABELS_PATH = "labels/gts/0"
-BLOSC_BLOCK_BYTES = 65536
 CUBIC_CHUNK_SIDE = 40
 MAX_SHARD_BYTES = 1 << 30
 _SPLITS = ("train", "val")
@@ -68,12 +65,6 @@ def shard_shape(shape: Sequence[int], chunks: Sequence[int], itemsize: int) -> t
                                           if i != longest], dtype=np.int64)) * chunks[longest]  # fmt: skip
     counts[longest] = max(1, min(counts[longest], MAX_SHARD_BYTES // layer_bytes))
     return tuple(c * k for c, k in zip(chunks, counts, strict=True))  # type: ignore[return-value]
-
-
-def compressors() -> tuple[BloscCodec, Crc32cCodec]:
-    """The codecs of every voxel array: blosc frames of raw LZ4 blocks, which a GPU decodes as they are, and a CRC."""
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle", typesize=1, blocksize=BLOSC_BLOCK_BYTES)
-    return (blosc, Crc32cCodec())
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +141,36 @@ class ArrayLayout:
     shards: tuple[int, int, int]
     shard_bytes: Mapping[str, int] | None
 
+    @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk once decoded; those at the array's far sides are as long as all others."""
+        return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
+
+    @functools.cached_property
+    def _grids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Chunks along each axis: of the array, and of a shard."""
+        pairs = list(zip(self.shape, self.chunks, self.shards, strict=True))
+        return tuple(-(-n // c) for n, c, _ in pairs), tuple(s // c for _, c, s in pairs)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Entries of a shard's index."""
+        return int(np.prod(self._grids[1], dtype=np.int64))
+
+    def locate(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where chunks lie.
+
+        Args:
+            numbers: (n,) int64, chunks counted in C order over the array's grid.
+
+        Returns:
+            (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
+        """
+        grid, inner = self._grids
+        places = np.stack(np.unravel_index(numbers, grid), axis=1)
+        shards = places // inner
+        return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)
+
 
 class Store:
     """An opened store. Reads metadata only; voxels are read by `SliceDataset` and `DataLoader`.
@@ -181,16 +202,21 @@ class Store:
         return {**{key: self.__dict__[key] for key in kept}, "_layouts": {}}
 
     @functools.cached_property
-    def _index(self) -> zarr.Group:
+    def _index(self) -> dict[str, Any]:
+        """The attributes of the slice index."""
+        path = self.path / self.attributes["index"]
         try:
-            return zarr.open_group(self.path / self.attributes["index"], mode="r", zarr_format=3)
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise StoreFormatError(f"'{self.path}' has no readable slice index ({error}). {_REMEDY}") from error
+            attributes = _read_json(path / "zarr.json").get("attributes")
+        except StoreFormatError as error:
+            raise StoreFormatError(f"'{self.path}' has no readable slice index ({error}).") from error
+        if not isinstance(attributes, dict):
+            raise StoreFormatError(f"'{self.path}' has no readable slice index ({path} has no attributes). {_REMEDY}")
+        return attributes
 
     def _column(self, name: str) -> npt.NDArray[Any]:
+        checksums = self._index.get("crc32c", {})
         try:
-            values = np.ascontiguousarray(self._index[name][...])  # type: ignore[index]
-            checksums: Any = self._index.attrs["crc32c"]
+            values = read_column(self.path / self.attributes["index"] / name)
             # Zarr reads a file that is gone as zeros: only a checksum of the values tells.
             if checksums[name] != google_crc32c.value(values.tobytes()):
                 raise ValueError("its values do not match their crc32c")
@@ -211,8 +237,8 @@ class Store:
     @functools.cached_property
     def cases(self) -> tuple[CaseInfo, ...]:
         """All cases, in the order that the slice index counts them."""
-        names: Any = self._index.attrs.get("case_names")
-        folders: Any = self._index.attrs.get("case_folders")
+        names: Any = self._index.get("case_names")
+        folders: Any = self._index.get("case_folders")
         if names is None or folders is None:
             raise StoreFormatError(f"'{self.path}': the slice index names no cases. {_REMEDY}")
         shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
@@ -246,7 +272,11 @@ class Store:
             folder = self.case_path(case)
             files = _read_json(folder / "zarr.json").get("attributes", {}).get("gpuparse", {}).get("files")
             prefix = f"{array_path}/"
-            own = {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)} if files else None
+            own = (
+                {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)}
+                if files is not None
+                else None
+            )
             self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
         return self._layouts[key]
 
@@ -331,6 +361,8 @@ def _parse_layout(path: Path, shape: tuple[int, int, int], shard_bytes: Mapping[
         if blosc["cname"] not in ("lz4", "lz4hc"):
             expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
         expect("blosc shuffle", blosc["shuffle"], "noshuffle")
+        expect("blosc typesize", blosc["typesize"], 1)
+        expect("blosc blocksize", blosc["blocksize"], BLOSC_BLOCK_BYTES)
         expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
         chunks = tuple(int(n) for n in sharding["chunk_shape"])
         shards = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])

@@ -90,11 +90,28 @@ GP_FN uint16_t float_to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-GP_FN void store_image(void *GP_RESTRICT out, int64_t element, float value, int32_t image_type) {
-  if (image_type == kImageFloat32)
-    ((float *)out)[element] = value;
+GP_FN uint32_t image_bits16(float value, int32_t image_type) {
+  return image_type == kImageFloat16 ? float_to_half(value) : float_to_bfloat16(value);
+}
+
+// Writes `count` (1 to 4) pixels; `element` is a multiple of 4 where there are 4 and rows of 4 fill the image.
+GP_FN void store_image(void *GP_RESTRICT out, int64_t element, const float *values, int32_t count, bool wide,
+                       int32_t image_type) {
+  if (image_type == kImageFloat32) {
+    float *target = (float *)out + element;
+    if (wide)
+      gp_stream(target, Bytes16{{gp_float_bits(values[0]), gp_float_bits(values[1]), gp_float_bits(values[2]),
+                                 gp_float_bits(values[3])}});
+    else
+      GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = values[i];
+    return;
+  }
+  uint16_t *target = (uint16_t *)out + element;
+  if (wide)
+    gp_stream(target, Bytes8{{image_bits16(values[0], image_type) | image_bits16(values[1], image_type) << 16,
+                              image_bits16(values[2], image_type) | image_bits16(values[3], image_type) << 16}});
   else
-    ((uint16_t *)out)[element] = image_type == kImageFloat16 ? float_to_half(value) : float_to_bfloat16(value);
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = (uint16_t)image_bits16(values[i], image_type);
 }
 
 GP_FN int64_t label_value(uint32_t id, int32_t mode, int32_t prompt_id) {
@@ -103,38 +120,71 @@ GP_FN int64_t label_value(uint32_t id, int32_t mode, int32_t prompt_id) {
   return id;
 }
 
-GP_FN void store_label(void *GP_RESTRICT out, int64_t element, int64_t value, int32_t label_type) {
-  if (label_type == kLabelsInt64)
-    ((int64_t *)out)[element] = value;
+GP_FN void store_labels(void *GP_RESTRICT out, int64_t element, const int64_t *values, int32_t count, bool wide,
+                        int32_t label_type) {
+  if (label_type == kLabelsInt64) {
+    int64_t *target = (int64_t *)out + element;
+    if (wide)
+      GP_UNROLL for (int32_t i = 0; i < 4; i += 2)
+          gp_stream(target + i, Bytes16{{(uint32_t)values[i], (uint32_t)(values[i] >> 32), (uint32_t)values[i + 1],
+                                         (uint32_t)(values[i + 1] >> 32)}});
+    else
+      GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = values[i];
+    return;
+  }
+  uint8_t *target = (uint8_t *)out + element;
+  if (wide)
+    gp_stream(target, Bytes4{{(uint32_t)(uint8_t)values[0] | (uint32_t)(uint8_t)values[1] << 8 |
+                              (uint32_t)(uint8_t)values[2] << 16 | (uint32_t)(uint8_t)values[3] << 24}});
   else
-    ((uint8_t *)out)[element] = (uint8_t)value;
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) if (i < count) target[i] = (uint8_t)values[i];
 }
 
-// A pixel of one encoded channel after geometry, before intensity.
-GP_FN float geometric_pixel(const uint8_t *GP_RESTRICT channel, const AugmentParams &params, const int32_t *crop_table,
-                            const CropTables &tables, int32_t height, int32_t width, int32_t y, int32_t x) {
-  if (params.zero) return 0.0f;
+// Where a pixel of all channels comes from, after geometry: one pixel of the encoded slice, or the four around a point
+// of the region that is cropped. A negative index is outside, and 0.
+struct PixelSource {
+  int32_t index[4];
+  float row_weight, column_weight;
+};
+
+GP_FN PixelSource find_source(const AugmentParams &params, const int32_t *crop_table, const CropTables &tables,
+                              int32_t height, int32_t width, int32_t y, int32_t x) {
+  PixelSource source = {{-1, -1, -1, -1}, 0.0f, 0.0f};
+  if (params.zero) return source;
   if (!params.crop) {
-    const Position source = symmetry_source(params.rotate, params.flip, height, width, y, x);
-    return (float)channel[(int64_t)source.y * width + source.x];
+    const Position place = symmetry_source(params.rotate, params.flip, height, width, y, x);
+    source.index[0] = place.y * width + place.x;
+    return source;
   }
   const int64_t row_entry = (int64_t)crop_table[0] * tables.length + y;
   const int64_t column_entry = (int64_t)crop_table[1] * tables.length + x;
-  float rows[2];
-  for (int32_t j = 0; j < 2; ++j) {
-    const int32_t region_y = params.crop_top + gp_min(tables.linear_index[row_entry] + j, params.crop_height - 1);
-    float taps[2];
-    for (int32_t i = 0; i < 2; ++i) {
-      const int32_t region_x = params.crop_left + gp_min(tables.linear_index[column_entry] + i, params.crop_width - 1);
-      taps[i] = 0.0f;
-      if (region_y >= 0 && region_y < height && region_x >= 0 && region_x < width) {
-        const Position source = symmetry_source(params.rotate, params.flip, height, width, region_y, region_x);
-        taps[i] = (float)channel[(int64_t)source.y * width + source.x];
-      }
-    }
-    rows[j] = lerp(taps[0], taps[1], tables.linear_weight[column_entry]);
+  GP_UNROLL for (int32_t j = 0; j < 4; ++j) {
+    const int32_t down = j >> 1, right = j & 1;
+    const int32_t region_y = params.crop_top + gp_min(tables.linear_index[row_entry] + down, params.crop_height - 1);
+    const int32_t region_x = params.crop_left +
+                             gp_min(tables.linear_index[column_entry] + right, params.crop_width - 1);
+    if (region_y < 0 || region_y >= height || region_x < 0 || region_x >= width) continue;
+    const Position place = symmetry_source(params.rotate, params.flip, height, width, region_y, region_x);
+    source.index[j] = place.y * width + place.x;
   }
-  const float value = lerp(rows[0], rows[1], tables.linear_weight[row_entry]);
+  source.row_weight = tables.linear_weight[row_entry];
+  source.column_weight = tables.linear_weight[column_entry];
+  return source;
+}
+
+GP_FN float load_source(const uint8_t *GP_RESTRICT channel, int32_t index) {
+  return index < 0 ? 0.0f : (float)channel[index];
+}
+
+// A pixel of one encoded channel after geometry, before intensity.
+GP_FN float geometric_pixel(const uint8_t *GP_RESTRICT channel, const AugmentParams &params,
+                            const PixelSource &source) {
+  if (params.zero || !params.crop) return load_source(channel, source.index[0]);
+  const float top = lerp(load_source(channel, source.index[0]), load_source(channel, source.index[1]),
+                         source.column_weight);
+  const float bottom = lerp(load_source(channel, source.index[2]), load_source(channel, source.index[3]),
+                            source.column_weight);
+  const float value = lerp(top, bottom, source.row_weight);
   return params.crop_round ? gp_round_even(value) : value;
 }
 
@@ -167,13 +217,14 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
                            void *GP_RESTRICT out_image, void *GP_RESTRICT out_labels) {
   const int32_t num_pixels = height * width;
   const int32_t num_quads = (num_pixels + 3) / 4;
-  const int32_t quad = (int32_t)(element % num_quads);
-  const int64_t sample = element / num_quads;
+  const int64_t sample = gp_divide(element, num_quads);
+  const int32_t quad = (int32_t)(element - sample * num_quads);
   const AugmentParams params = all_params[sample];
   const int32_t *crop_table = crop_tables + 2 * sample;
   const CropTables tables = {linear_index, linear_weight, crop_nearest, crop_length};
   const int32_t first = quad * 4;
   const int32_t count = gp_min(4, num_pixels - first);
+  const bool wide = num_pixels % 4 == 0;  // every group is whole and lies at a multiple of its size
 
   uint32_t salt[4] = {0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu};
   if (params.salt_threshold) {
@@ -181,7 +232,21 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
                                          params.key1);
     salt[0] = words.w0, salt[1] = words.w1, salt[2] = words.w2, salt[3] = words.w3;
   }
-  for (int32_t channel = 0; channel < 3; ++channel) {
+  float values[3][4];
+  uint32_t ids[4];
+  const Plane plane = label_planes[sample];
+  int32_t y = first / width;
+  int32_t x = first - y * width;
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
+    const PixelSource source = find_source(params, crop_table, tables, height, width, y, x);
+    GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel)
+        values[channel][i] = geometric_pixel(images + (sample * 3 + channel) * num_pixels, params, source);
+    ids[i] = geometric_label(arena, blocks, plane, nearest, nearest_length, params, crop_table, tables, height, width,
+                             y, x);
+    if (i + 1 >= count) continue;  // behind the image's end: the last pixel again, not stored
+    if (++x == width) x = 0, ++y;
+  }
+  GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) {
     const int32_t target = params.swap && channel ? 3 - channel : channel;
     float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (params.noise_mode) {
@@ -191,24 +256,19 @@ GP_FN void augment_element(int64_t element, const uint8_t *GP_RESTRICT images, c
       const NormalPair b = gp_normal_pair(words.w2, words.w3);
       normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
     }
-    for (int32_t i = 0; i < count; ++i) {
-      const int32_t pixel = first + i;
-      float value = geometric_pixel(images + (sample * 3 + channel) * num_pixels, params, crop_table, tables, height,
-                                    width, pixel / width, pixel % width);
-      value = gp_add(value, params.shift);
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
+      float value = gp_add(values[channel][i], params.shift);
       if (params.noise_mode) value = add_noise(value, normals[i], params);
       if (params.salt_threshold) value = salt_or(value, salt[i], params.salt_threshold);
-      store_image(out_image, (sample * 3 + target) * num_pixels + pixel, value, image_type);
+      values[channel][i] = value;
     }
+    store_image(out_image, (sample * 3 + target) * num_pixels + first, values[channel], count, wide, image_type);
   }
-  const Plane plane = label_planes[sample];
-  for (int32_t i = 0; i < count; ++i) {
-    const int32_t pixel = first + i;
-    const uint32_t id = geometric_label(arena, blocks, plane, nearest, nearest_length, params, crop_table, tables,
-                                        height, width, pixel / width, pixel % width);
-    for (int32_t prompt = 0; prompt < num_prompts; ++prompt)
-      store_label(out_labels, (sample * num_prompts + prompt) * num_pixels + pixel,
-                  label_value(id, label_modes[sample], prompt_ids[sample * num_prompts + prompt]), label_type);
+  for (int32_t prompt = 0; prompt < num_prompts; ++prompt) {
+    int64_t labels[4];
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i)
+        labels[i] = label_value(ids[i], label_modes[sample], prompt_ids[sample * num_prompts + prompt]);
+    store_labels(out_labels, (sample * num_prompts + prompt) * num_pixels + first, labels, count, wide, label_type);
   }
 }
 

@@ -5,6 +5,10 @@
 
 #include "host_augment.cpp"
 #include "host_encode.cpp"
+#include "host_inflate.cpp"
+#include "host_prepare.cpp"
+#include "host_read.cpp"
+#include "place.cu"
 
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }
 

@@ -40,8 +40,8 @@ GP_FN uint32_t plane_value(const uint8_t *GP_RESTRICT arena, const int64_t *GP_R
   const int32_t y = padded_y - plane.pad_top;
   const int32_t x = padded_x - plane.pad_left;
   if (y < 0 || x < 0 || y >= plane.height || x >= plane.width) return 0;
-  const int32_t block_y = y / plane.block_height;
-  const int32_t block_x = x / plane.block_width;
+  const int32_t block_y = y < plane.block_height ? 0 : y / plane.block_height;
+  const int32_t block_x = x < plane.block_width ? 0 : x / plane.block_width;
   const int64_t offset = blocks[plane.first_block + (int64_t)block_y * plane.blocks_per_row + block_x];
   if (offset < 0) return 0;
   const int64_t inside_y = y - block_y * plane.block_height;

@@ -15,12 +15,14 @@ typedef int int32_t;
 typedef long long int64_t;
 #define GP_FN static __host__ __device__ __forceinline__
 #define GP_RESTRICT __restrict__
+#define GP_UNROLL _Pragma("unroll")  // arrays stay in registers only where their indices are known
 #else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #define GP_FN static inline __attribute__((always_inline))
 #define GP_RESTRICT __restrict__
+#define GP_UNROLL
 #endif
 
 #if defined(__CUDA_ARCH__)
@@ -52,6 +54,42 @@ GP_FN float gp_bits_float(uint32_t a) {
   return value;
 }
 #endif
+
+// What memory instructions of a GPU move at once; addresses are multiples of the sizes.
+#ifdef GPUPARSE_DEVICE
+#define GP_WIDE(bytes) alignas(bytes)
+#else
+#define GP_WIDE(bytes) __attribute__((may_alias, aligned(bytes)))
+#endif
+struct GP_WIDE(16) Bytes16 {
+  uint32_t words[4];
+};
+struct GP_WIDE(8) Bytes8 {
+  uint32_t words[2];
+};
+struct GP_WIDE(4) Bytes4 {
+  uint32_t words[1];
+};
+
+// Stores past the cache: what a batch's outputs are is not read again by the kernel that makes them.
+#if defined(__CUDA_ARCH__)
+GP_FN void gp_stream(void *address, Bytes16 value) {
+  __stcs((uint4 *)address, make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
+}
+GP_FN void gp_stream(void *address, Bytes8 value) {
+  __stcs((uint2 *)address, make_uint2(value.words[0], value.words[1]));
+}
+GP_FN void gp_stream(void *address, Bytes4 value) { __stcs((unsigned int *)address, value.words[0]); }
+#else
+GP_FN void gp_stream(void *address, Bytes16 value) { *(Bytes16 *)address = value; }
+GP_FN void gp_stream(void *address, Bytes8 value) { *(Bytes8 *)address = value; }
+GP_FN void gp_stream(void *address, Bytes4 value) { *(Bytes4 *)address = value; }
+#endif
+
+// Quotient of a non-negative number; a GPU divides 32 bits several times faster than 64.
+GP_FN int64_t gp_divide(int64_t value, int32_t divisor) {
+  return value <= 0x7fffffff ? (int64_t)((uint32_t)value / (uint32_t)divisor) : value / divisor;
+}
 
 GP_FN int32_t gp_min(int32_t a, int32_t b) { return a < b ? a : b; }
 GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }

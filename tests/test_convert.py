@@ -12,8 +12,8 @@ import zarr
 from ome_zarr_models.v05 import Image, ImageLabel
 
 import gpuparse
-from gpuparse.convert import find_datasets
-from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.collect import find_datasets
+from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
 from gpuparse.store import open_store, split_code
 from gpuparse.views import select_axes
 
@@ -194,11 +194,11 @@ def test_the_report_counts_what_was_done(write_case, data_dir):
     seen = []
     report = gpuparse.convert(data_dir, on_case=seen.append)
     (dataset,) = report.datasets
-    store_files = [p for p in dataset.store_path.rglob("*") if p.is_file()]
+    shards = dataset.store_path.glob("cases/*/**/c/0/0/0")
     assert (dataset.num_written, dataset.num_kept, dataset.num_cases, dataset.num_slices) == (3, 0, 3, 9)
     assert dataset.source_bytes == sum(p.stat().st_size for p in files)
     assert dataset.raw_bytes == 3 * 2 * 3 * 8 * 8
-    assert dataset.store_bytes == sum(p.stat().st_size for p in store_files)
+    assert dataset.store_bytes == sum(p.stat().st_size for p in shards) > 0
     assert [(s.dataset, s.path, s.source_bytes, s.state) for s in seen] == [
         ("DATA", p, p.stat().st_size, "written") for p in files
     ]
@@ -212,7 +212,11 @@ def test_stores_go_beside_the_source_or_below_out_dir(write_case, data_dir, tmp_
     assert gpuparse.convert(data_dir).datasets[0].store_path == data_dir / "DATA" / "train.zarr"
     out = tmp_path / "deep" / "out"
     assert gpuparse.convert(str(data_dir), out_dir=str(out)).datasets[0].store_path == out / "DATA" / "train.zarr"
-    assert sorted(p.name for p in out.rglob("*") if p.parent in (out, out / "DATA")) == ["DATA", "train.zarr"]
+    assert sorted(p.name for p in out.rglob("*") if p.parent in (out, out / "DATA")) == [
+        "DATA",
+        "report.json",
+        "train.zarr",
+    ]
 
 
 def test_datasets_are_converted_by_name_or_all_that_have_volumes(write_case, data_dir):
@@ -275,7 +279,7 @@ def test_a_data_folder_that_is_not_there_is_named(tmp_path):
 def test_an_output_that_cannot_be_written_is_named(write_case, data_dir, tmp_path):
     write_case(np.zeros((3, 8, 8), np.uint8))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(VolumeFormatError, match=r"case\.npz: its case could not be written into .*file/DATA"):
+    with pytest.raises(StoreWriteError, match=r"file/DATA/train\.zarr: cannot be written: .*Name a folder that can"):
         gpuparse.convert(data_dir, out_dir=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -283,10 +287,10 @@ def test_an_output_that_cannot_be_written_is_named(write_case, data_dir, tmp_pat
 def test_too_little_memory_is_reported_with_the_file(write_case, data_dir, monkeypatch):
     write_case(np.zeros((3, 8, 8), np.uint8))
 
-    def exhausted(path):
+    def exhausted(path, max_bytes):
         raise MemoryError
 
-    monkeypatch.setattr("gpuparse.case.read_volume", exhausted)
+    monkeypatch.setattr("gpuparse.source.read_volume", exhausted)
     with pytest.raises(VolumeFormatError, match=r"case\.npz: not enough memory to convert it\. Use fewer jobs"):
         gpuparse.convert(data_dir)
 

@@ -15,11 +15,14 @@ import pytest
 
 from gpuparse import kernels
 from gpuparse.errors import KernelError
+from gpuparse.read import COMPRESSED_BLOCK_DTYPE
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import PLANE_DTYPE
 
 SOURCES = sorted(p.name for p in kernels.kernel_sources().glob("*.cu"))
+MOVES_ONLY = {"place.cu"}
 ARITHMETIC = {"add", "sub", "mul", "div", "fma", "mad", "sqrt", "rcp"}
+WHOLE_NUMBERS = {"prepare.cu"}  # no float in them at all
 ALWAYS_APPROXIMATE = {"sin", "cos", "ex2", "lg2", "tanh", "rsqrt"}
 
 
@@ -102,7 +105,11 @@ def test_device_code_rounds_every_float_operation_to_nearest(source, fused):
     for name in kernel_names(source):
         assert f".visible .entry {name}(" in ptx
     assert imprecise_instructions(ptx) == []
-    assert re.search(r"\b(fma|add|mul)\.rn\.f32\b", ptx)  # the lint has seen arithmetic
+    if source in WHOLE_NUMBERS:
+        assert re.search(r"\bmad\.lo\.s32\b", ptx)
+        assert not re.search(r"\.f(16|32|64)\b", ptx)
+    elif source not in MOVES_ONLY:
+        assert re.search(r"\b(fma|add|mul)\.rn\.f32\b", ptx)  # the lint has seen arithmetic
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,12 @@ def test_the_lint_sees_flushes_and_predicates():
 
 
 @pytest.mark.parametrize(
-    ("source", "struct", "dtype"), [("planes.h", "Plane", PLANE_DTYPE), ("augment.cu", "AugmentParams", PARAMS_DTYPE)]
+    ("source", "struct", "dtype"),
+    [
+        ("planes.h", "Plane", PLANE_DTYPE),
+        ("augment.cu", "AugmentParams", PARAMS_DTYPE),
+        ("compressed.h", "CompressedBlock", COMPRESSED_BLOCK_DTYPE),
+    ],
 )
 def test_structs_lie_in_memory_as_their_numpy_mirrors(source, struct, dtype):
     text = re.sub(r"//[^\n]*", "", (kernels.kernel_sources() / source).read_text())

@@ -17,24 +17,40 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
-    ["volume", "prompts"],
+    ["npz", "arrays", "folders", "memory", "workers"],
+    ["volume", "prompts", "intensity", "lock", "conversion_report"],
+    ["source", "proposal"],
+    ["scan"],
+    ["nifti"],
+    ["dicom", "pairs"],
+    ["foreign"],
+    ["collect"],
     ["views"],
-    ["store"],
+    ["presence", "store"],
     ["case", "splits"],
     ["publish"],
+    ["run"],
     ["convert"],
     ["plan"],
     ["sampling", "order"],
-    ["read"],
+    ["check"],
+    ["gather"],
     ["kernels"],
+    ["read"],
+    ["cache", "staging"],
     ["encode"],
     ["augment"],
+    ["pack"],
+    ["report"],
     ["render"],
     ["dataset"],
     ["flat"],
+    ["residency"],
     ["pipeline"],
     ["batch"],
+    ["device"],
     ["ranks", "torch_options"],
+    ["production"],
     ["loader"],
     ["evaluation"],
     ["sample_data", "sheet"],
@@ -98,7 +114,8 @@ def test_importing_the_package_loads_no_heavy_library():
     # CuPy is not in the list: zarr imports it where it is installed.
     code = (
         "import sys, gpuparse, gpuparse.convert, gpuparse.read\n"
-        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra'}\n"
+        "heavy = {'torch', 'nvidia.dali', 'matplotlib', 'rich', 'typer', 'lightning', 'hydra', 'cc3d'}\n"
+        "heavy |= {'nibabel', 'pydicom', 'highdicom', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -107,8 +124,8 @@ def test_importing_the_package_loads_no_heavy_library():
 
 def test_a_function_and_the_module_of_its_name_do_not_hide_each_other():
     code = (
-        "import gpuparse.read, gpuparse.convert, gpuparse.encode, gpuparse\n"
-        "assert callable(gpuparse.convert) and callable(gpuparse.encode)\n"
+        "import gpuparse.read, gpuparse.check.run, gpuparse.convert, gpuparse.encode, gpuparse\n"
+        "assert callable(gpuparse.convert) and callable(gpuparse.encode) and callable(gpuparse.check)\n"
         "assert set(gpuparse.__all__) <= set(dir(gpuparse))\n"
         "try:\n"
         "    gpuparse.nonsense\n"

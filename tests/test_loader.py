@@ -167,7 +167,7 @@ def test_failure_while_rendering_reaches_the_loop(ct, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("made to fail")
 
-    monkeypatch.setattr("gpuparse.loader.render_on_host", fail)
+    monkeypatch.setattr("gpuparse.production.render_on_host", fail)
     with pytest.raises(RuntimeError, match="made to fail"):
         list(DataLoader(ct, batch_size=4))
     assert own_threads() == set()
@@ -177,9 +177,9 @@ def test_stage_times_and_repr(ct):
     loader = DataLoader(ct, batch_size=50)
     assert repr(loader) == "DataLoader(114 samples, 3 batches of 50, shuffle=False, device='cpu', rank 0 of 1)"
     list(loader)
-    assert loader.times.num_batches == 3
-    assert set(loader.times.seconds) == {"plan", "read", "decode", "encode", "augment", "wait"}
-    assert repr(loader.times).startswith("StageTimes(3 batches: ")
+    report = loader.report()
+    assert (report.num_batches, report.num_samples) == (3, 114)
+    assert set(report.seconds) == {"plan", "read", "decode", "encode", "augment", "wait", "step"}
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_stage_times_and_repr(ct):
         ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
         ({"prefetch_depth": 0}, "prefetch_depth is 0"),
         ({"num_threads": 0}, "num_threads is 0"),
-        ({"device": "cuda:0"}, "device is 'cuda:0'; this version of gpuparse makes batches on the CPU only"),
-        ({"device": "tpu"}, "device is 'tpu'; expected None or 'cpu'"),
+        ({"device": "xpu"}, "device is 'xpu'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
+        ({"device": "graphics"}, "device is 'graphics'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
         ({"image_dtype": "float64"}, "image_dtype is 'float64'; expected float32, float16, bfloat16"),
         ({"labels_dtype": "int32"}, "labels_dtype is 'int32'; expected int64, uint8"),
         ({"seed": 1.5}, "seed is 1.5"),

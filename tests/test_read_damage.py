@@ -92,7 +92,7 @@ def test_the_error_names_the_slice_that_wanted_the_chunk(store, shard, num_threa
     assert isinstance(error.value, OSError)
     assert isinstance(error.value, GpuparseError)
     fetched = reader.fetch([SliceKey(store, 0, 0, 0)], (64, 64))  # one bad chunk does not spoil the reader
-    assert len(fetched.sizes) == 2
+    assert fetched.counts.num_chunks == 2
 
 
 def test_a_shard_of_another_length_is_refused(store, shard):
@@ -158,17 +158,43 @@ def test_a_frame_that_declares_other_sizes_is_refused(store, shard, field, value
     struct.pack_into("<I", chunks, int(index[1, 0]) + field, value)
     reseal(chunks, index, 1)
     shard.write_bytes(join(chunks, index))
-    with pytest.raises(ChunkCorruptError, match=rf"chunk 1 declares \d+ bytes from \d+; expected 1200 from .*{REMEDY}"):
+    with pytest.raises(ChunkCorruptError, match=rf"chunk 1 declares (a frame of )?\d+ bytes; expected \d+\..*{REMEDY}"):
         fetch_all(store)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_frame_that_cannot_be_decoded_is_refused(store, shard, num_threads):
+def test_a_frame_whose_blocks_cannot_be_found_is_refused(store, shard):
     chunks, index = split(shard.read_bytes())
     start, size = (int(n) for n in index[1])
     chunks[start + 16 : start + size - 4] = b"\xff" * (size - 20)  # block starts and blocks
     reseal(chunks, index, 1)
     shard.write_bytes(join(chunks, index))
+    with pytest.raises(ChunkCorruptError, match=rf"chunk 1 is no blosc frame of raw LZ4 blocks of 64 KiB.*{REMEDY}"):
+        fetch_all(store)
+
+
+@pytest.mark.parametrize(
+    ("byte", "value"),
+    [(2, 0x31), (2, 0x01), (3, 2), (8, 255)],  # another compressor, shuffled, wider items, other blocks
+)
+def test_frames_of_other_kinds_are_refused(store, shard, byte, value):
+    chunks, index = split(shard.read_bytes())
+    chunks[int(index[1][0]) + byte] = value
+    reseal(chunks, index, 1)
+    shard.write_bytes(join(chunks, index))
+    with pytest.raises(ChunkCorruptError, match="chunk 1 is no blosc frame of raw LZ4 blocks"):
+        fetch_all(store)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_block_that_cannot_be_decoded_is_refused(store, shard, num_threads):
+    chunks, index = split(shard.read_bytes())
+    start, size = (int(n) for n in index[1])
+    (first,) = struct.unpack_from("<i", chunks, start + 16)
+    chunks[start + first + 4 : start + size - 4] = b"\xff" * (size - 8 - first)
+    reseal(chunks, index, 1)
+    shard.write_bytes(join(chunks, index))
     slices = fetch_all(store)
-    with pytest.raises(ChunkCorruptError, match=rf"a chunk of {size - 4} bytes is no valid blosc frame"):
+    with pytest.raises(
+        ChunkCorruptError, match=rf"block 1 of a batch \({size - 8 - first} bytes\) is no LZ4 block of 1200"
+    ):
         decode_on_host(slices, num_threads)

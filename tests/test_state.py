@@ -442,7 +442,7 @@ def test_no_thread_is_left_behind(both, monkeypatch):
         next(iterator)
         del iterator
         with monkeypatch.context() as patch:
-            patch.setattr("gpuparse.loader.render_on_host", None)
+            patch.setattr("gpuparse.production.render_on_host", None)
             with pytest.raises(TypeError):
                 list(loader)
         gc.collect()

@@ -32,7 +32,7 @@ def test_every_argument_of_torchs_loader_is_known():
 def test_worker_processes_have_no_meaning_and_a_warning_says_so(dataset, caplog):
     with caplog.at_level(logging.WARNING, "gpuparse"):
         loader = gpuparse.DataLoader(dataset, 4, num_workers=5, pin_memory=True, persistent_workers=True)
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [text for record in caplog.records if "no effect" in (text := record.getMessage())]
     assert len(messages) == 3
     assert messages[0].startswith("DataLoader: num_workers=5 has no effect: num_threads and prefetch_depth")
     assert loader.state_dict() == gpuparse.DataLoader(dataset, 4).state_dict()
@@ -46,7 +46,7 @@ def test_torchs_defaults_say_nothing(dataset, caplog):
     }
     with caplog.at_level(logging.WARNING, "gpuparse"):
         gpuparse.DataLoader(dataset, 4, **{**defaults, "in_order": False})
-    assert not caplog.records
+    assert not [record for record in caplog.records if "no effect" in record.getMessage()]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: one module for each command, gathered here.
 
-Exit status: 0 all done, 1 some files were skipped, 2 nothing was done or a bad file stopped the run, 130 interrupted.
+Exit status: 0 all done, 1 some files were skipped (check: errors were found), 2 nothing was done or a bad file stopped
+the run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import typer
 from rich.console import Console
 
 from gpuparse import __version__
+from gpuparse.cli.check import check_command
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
+from gpuparse.cli.evaluate import evaluate_command
 from gpuparse.errors import GpuparseError
 
 __all__ = ["app", "main"]
@@ -56,5 +59,7 @@ def _root(
 
 
 # A new command: its module in this folder, and one line here.
+app.command("check")(check_command)
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)
+app.command("evaluate")(evaluate_command)

@@ -12,28 +12,58 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpuparse.convert import CaseResult, ConversionReport, convert, file_size, find_datasets
+from gpuparse.cli.foreign_options import (
+    Channel,
+    Format,
+    ImageGlob,
+    LabelGlob,
+    Orientation,
+    WindowText,
+    foreign_format,
+)
+from gpuparse.collect import list_cases
+from gpuparse.conversion_report import REPORT_FILE
+from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
+from gpuparse.memory import GIB, default_memory_bytes
+from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
+from gpuparse.volume import MAX_VOLUME_BYTES
 
 __all__ = ["convert_command"]
 
 
 def convert_command(
-    data_dir: Annotated[Path, typer.Argument(help="Folder with class_prompts.json and DATASETn/train/*.npz.")],
+    data_dir: Annotated[
+        Path, typer.Argument(help="Folder with class_prompts.json and datasets, such as DATASETn/train/*.npz.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: into DATA_DIR.")
+        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: beside the sources.")
     ] = None,
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Convert this dataset only; may be given several times.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Subfolder to read, and name of the store.")] = "train",
+    level: Annotated[
+        str | None,
+        typer.Option("--level", help="'fast' or 'high' (smaller, slower to write); default: as in the store, or fast."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option("--memory-gib", help="Memory for the volumes in work at one time; default: half of what is free."),
+    ] = None,
+    max_volume_gib: Annotated[
+        float, typer.Option("--max-volume-gib", help="A file that declares more voxels than this is bad.")
+    ] = MAX_VOLUME_BYTES / GIB,
     on_error: Annotated[
         str, typer.Option("--on-error", help="At a bad file: 'stop', or 'skip' it and list it at the end.")
     ] = "stop",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write every case anew; without it, unchanged cases are kept.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; say what would be written, kept or refused.")
     ] = False,
     val_fraction: Annotated[
         float | None, typer.Option("--val-fraction", help="Share of the cases (or groups) set apart for validation.")
@@ -46,11 +76,22 @@ def convert_command(
     split_file: Annotated[
         Path | None, typer.Option("--split-file", help='JSON file {"train": [cases], "val": [cases]}.')
     ] = None,
+    format_name: Format = None,
+    window: WindowText = None,
+    orientation: Orientation = "LPS",
+    image_glob: ImageGlob = None,
+    label_glob: LabelGlob = None,
+    channel: Channel = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Convert npz volumes to Zarr stores.
+    """Convert npz, NIfTI or DICOM volumes to Zarr stores.
 
-    Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8
+    Run it again after an interruption, or when volumes were added: finished cases are kept. What became of each file
+    is in report.json beside the store. Exit status: 0 all done, 1 some files were skipped, 2 nothing was done.
+
+    Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8 --on-error skip
+
+    With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
     console = Console(quiet=quiet)
     val_split = None
@@ -61,62 +102,90 @@ def convert_command(
             "--split-seed and --group-regex say how cases are set apart. Add --val-fraction or --split-file."
         )
     names = list(dict.fromkeys(dataset)) if dataset else None
-    files = [
-        path
-        for name in (names if names is not None else find_datasets(data_dir, split))
-        for path in (data_dir / name / split).glob("*.npz")
-    ]
-    total_bytes = sum(map(file_size, files))
+    foreign = foreign_format(
+        data_dir, split, format_name, window=window, orientation=orientation, image_glob=image_glob,
+        label_glob=label_glob, channel=channel,
+    )  # fmt: skip
     num_jobs = jobs or len(os.sched_getaffinity(0))
-    start = time.perf_counter()
-    with _progress(console) as progress:
-        task = progress.add_task("converting", total=max(len(files), 1), rate="")
-        done_bytes = 0
-
-        def on_case(result: CaseResult) -> None:
-            nonlocal done_bytes
-            done_bytes += result.source_bytes
-            seconds = time.perf_counter() - start
-            done = int(progress.tasks[task].completed) + 1
-            rate = f"{done / seconds:.1f} cases/s  {_megabytes(done_bytes / seconds)}/s of {_megabytes(total_bytes)}"
-            progress.update(task, advance=1, description=result.dataset, rate=rate)
-
+    memory = memory_gib if memory_gib is not None else default_memory_bytes() / GIB
+    if not dry_run:
+        console.print(f"{num_jobs} processes, at most {memory:.3g} GiB of volumes in work", highlight=False)
+    with _CaseProgress(console, list_cases(data_dir, names, split, foreign)) as progress:
         report = convert(
             data_dir,
             out_dir=out,
             datasets=names,
             split=split,
+            level=level,  # type: ignore[arg-type]  # convert checks it
             num_jobs=num_jobs,
+            memory_gib=memory,
+            max_volume_gib=max_volume_gib,
             on_error=on_error,  # type: ignore[arg-type]  # convert checks it
             overwrite=overwrite,
+            dry_run=dry_run,
             val_split=val_split,
-            on_case=on_case,
+            foreign=foreign,
+            on_case=progress.advance,
         )
     _print_report(console, report)
-    for failure in report.failures:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"skipped: {failure.reason}", markup=False, style="yellow"
-        )
+    _print_failures(report)
     if report.failures:
-        raise typer.Exit(1 if report.datasets else 2)
+        raise typer.Exit(1 if any(entry.num_cases for entry in report.datasets) else 2)
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+class _CaseProgress:
+    """A progress bar over cases, on a terminal only."""
+
+    def __init__(self, console: Console, cases: list[SourceCase]) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._total_bytes = sum(case.num_bytes for case in cases) if console.is_terminal else 0
+        self._task = self._bar.add_task("converting", total=max(len(cases), 1), rate="")
+        self._done = self._done_bytes = 0
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> _CaseProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, result: CaseResult) -> None:
+        self._done += 1
+        self._done_bytes += result.source_bytes
+        if self._bar.disable:
+            return
+        seconds = time.perf_counter() - self._start
+        speed = f"{self._done / seconds:.1f} cases/s  {_megabytes(self._done_bytes / seconds)}/s"
+        rate = f"{speed} of {_megabytes(self._total_bytes)}"
+        self._bar.update(self._task, advance=1, description=result.dataset, rate=rate)
+
+
+def _print_failures(report: ConversionReport) -> None:
+    if not report.failures:
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for failure in report.failures:
+        console.print(f"skipped: {failure.reason}", markup=False, style="yellow")
+    if not report.dry_run:
+        console.print(f"{len(report.failures)} skipped; {REPORT_FILE} beside each store has the list.")
 
 
 def _print_report(console: Console, report: ConversionReport) -> None:
+    if report.dry_run:
+        console.print(str(report).partition("\nskipped: ")[0], highlight=False, soft_wrap=True)
+        return
     table = Table(title="Converted")
     for name, justify in (("dataset", "left"), ("cases", "right"), ("kept", "right"), ("slices", "right"),
-                          ("voxels", "right"), ("npz", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
+                          ("voxels", "right"), ("source", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for entry in report.datasets:
         table.add_row(

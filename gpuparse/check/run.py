@@ -1,0 +1,196 @@
+"""`check`: finds what a path holds, checks its cases side by side, and gathers what they come to."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from gpuparse.check.across import absent_classes, duplicates
+from gpuparse.check.case import CaseOutcome, CaseTask, Part, check_case
+from gpuparse.check.findings import CheckedDataset, CheckReport, Finding, Place, by_severity
+from gpuparse.check.prompts import check_prompts
+from gpuparse.check.rules import RULES
+from gpuparse.check.store import check_store_root, opened_store
+from gpuparse.check.targets import Target, find_targets
+from gpuparse.errors import InputError
+from gpuparse.prompts import load_class_prompts
+from gpuparse.store import split_code
+
+__all__ = ["check"]
+
+
+def check(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    splits: Sequence[str] = ("train",),
+    datasets: Sequence[str] | None = None,
+    mirroring: bool = False,
+    max_volume_gib: float = 16.0,
+    num_jobs: int = 1,
+    ignore: Collection[str] = (),
+    on_case: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Checks source folders and stores: every checksum, every value range, every id, and what only many cases show.
+
+    Nothing is written, and no file ends the run: what cannot be read is a finding.
+
+    Args:
+        paths: One or several, each a data folder, a dataset's folder, a folder of npz files, one npz file, or a store.
+            Images are compared over all of them.
+        splits: Subfolders of a dataset's folder that hold source files.
+        datasets: Names to check; None checks all.
+        mirroring: Whether training mirrors slices whatever the prompts say: `mirror=True`, or recipe "reference".
+        max_volume_gib: Largest image with its labels, decoded, that is read.
+        num_jobs: Processes that check cases side by side, each with one volume in memory. Above 1, a script that
+            calls this needs the usual `if __name__ == "__main__":` guard.
+        ignore: Codes of findings to leave out.
+        on_case: Called in this process after each case with the number of cases done and the number of all.
+
+    Returns:
+        What was looked at and what was found; see docs/check.md for every code.
+
+    Raises:
+        InputError: A path or an argument is not usable; nothing has been checked.
+    """
+    if num_jobs < 1:
+        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    if not max_volume_gib > 0:
+        raise InputError(f"max_volume_gib is {max_volume_gib}; expected more than 0.")
+    unknown = sorted(set(ignore) - set(RULES))
+    if unknown:
+        raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
+    targets = find_targets([paths] if isinstance(paths, str | os.PathLike) else paths, splits, datasets)
+    opened_store.cache_clear()  # a store may have changed since it was checked last
+    findings: list[Finding] = []
+    tasks: list[CaseTask] = []
+    limit = int(max_volume_gib * 2**30)
+    prompt_files: dict[str, Any] = {}
+    for number, target in enumerate(targets):
+        plan = _plan_source if target.kind == "source" else _plan_store
+        new_tasks, new_findings = plan(number, target, limit, mirroring, prompt_files)
+        tasks += new_tasks
+        findings += new_findings
+    outcomes = []
+    for outcome in _run(tasks, num_jobs):
+        outcomes.append(outcome)
+        findings += outcome.findings
+        if on_case is not None:
+            on_case(len(outcomes), len(tasks))
+    findings += duplicates(targets, outcomes) + absent_classes(targets, outcomes)
+    kept = by_severity(finding for finding in findings if finding.code not in ignore)
+    return CheckReport(tuple(_summary(n, target, outcomes, kept) for n, target in enumerate(targets)), kept)
+
+
+def _summary(
+    number: int, target: Target, outcomes: Sequence[CaseOutcome], findings: Sequence[Finding]
+) -> CheckedDataset:
+    bad = {finding.path for finding in findings if finding.severity == "error"}
+    places = [outcome.task.place.path for outcome in outcomes if outcome.task.target == number]
+    return CheckedDataset(target.kind, target.name, str(target.path), len(places), sum(p in bad for p in places))
+
+
+def _plan_source(
+    number: int, target: Target, limit: int, mirroring: bool, prompt_files: dict[str, Any]
+) -> tuple[list[CaseTask], list[Finding]]:
+    """The files of a folder as tasks; the prompts are checked once for all of them."""
+    if not target.files:
+        folder = target.path.parent
+        return [], [Place(str(folder), target.name).finding("GP101", "the folder cannot be read.")]
+    where = str(target.prompts_path)
+    place = Place(where, target.name)
+    findings: list[Finding] = []
+    prompts = None
+    try:
+        if where not in prompt_files:
+            prompt_files[where] = load_class_prompts(target.prompts_path)
+        if target.name in prompt_files[where]:
+            prompts, findings = check_prompts(place, prompt_files[where][target.name], mirroring=mirroring)
+        else:
+            named = ", ".join(prompt_files[where]) or "none"
+            findings = [place.finding("GP402", f"no entry {target.name!r}; it has {named}.")]
+    except Exception as error:  # JSON of any shape, or a file that the system will not hand out
+        findings = [place.finding("GP401", str(error).removeprefix(f"{where}: "))]
+    part: Part = "training" if target.split == "train" else "validation"
+    tasks = [
+        CaseTask(number, Place(str(file), target.name, file.stem), file, None, prompts, limit, part)
+        for file in target.files
+    ]
+    return tasks, findings
+
+
+def _plan_store(
+    number: int, target: Target, limit: int, mirroring: bool, prompt_files: dict[str, Any]
+) -> tuple[list[CaseTask], list[Finding]]:
+    """The cases of a store as tasks, if its root and index are in order."""
+    store, prompts, findings = check_store_root(Place(str(target.path), target.name), mirroring=mirroring)
+    if store is None:
+        return [], findings
+    in_val = set(store.slices.case[store.slices.split == split_code("val")].tolist())
+    tasks = []
+    for case_number, case in enumerate(store.cases):
+        place = Place(str(store.case_path(case_number)), target.name, case.name)
+        part: Part = "validation" if case_number in in_val or target.split != "train" else "training"
+        tasks.append(CaseTask(number, place, target.path, case_number, prompts, limit, part))
+    return tasks, findings
+
+
+def _run(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
+    num_jobs = min(num_jobs, len(tasks))
+    if num_jobs <= 1:
+        yield from map(check_case, tasks)
+        return
+    num_done = 0
+    while num_done < len(tasks):
+        try:
+            for outcome in _run_side_by_side(tasks[num_done:], num_jobs):
+                num_done += 1
+                yield outcome
+        except BrokenProcessPool:
+            # Which case it was cannot be told: those that were under way go on alone, the rest side by side again.
+            for outcome in _run_one_by_one(tasks[num_done : num_done + 2 * num_jobs]):
+                num_done += 1
+                yield outcome
+
+
+def _run_side_by_side(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
+    remaining = iter(tasks)
+    with _pool(num_jobs) as pool:
+        # A few cases in flight per process: the results are small, but there may be very many.
+        window: deque[concurrent.futures.Future[CaseOutcome]] = deque()
+        try:
+            while True:
+                for task in itertools.islice(remaining, 2 * num_jobs - len(window)):
+                    window.append(pool.submit(check_case, task))
+                if not window:
+                    return
+                yield window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+
+def _run_one_by_one(tasks: Sequence[CaseTask]) -> Iterator[CaseOutcome]:
+    """Checks cases in one process at a time, so that it is known which case makes the system kill it."""
+    remaining = deque(tasks)
+    while remaining:
+        with _pool(1) as pool:
+            try:
+                while remaining:
+                    outcome = pool.submit(check_case, remaining[0]).result()
+                    remaining.popleft()
+                    yield outcome
+            except BrokenProcessPool:
+                task = remaining.popleft()
+                found = "the process was killed, most likely because memory ran out."
+                yield CaseOutcome(task, (task.place.finding("GP901", found),))
+
+
+def _pool(num_jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
+    return concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=multiprocessing.get_context("spawn"))

@@ -1,0 +1,144 @@
+"""`gpuparse check`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpuparse.check import CheckReport, Finding, check, repair
+from gpuparse.check.rules import RULES, SEVERITIES
+
+__all__ = ["check_command"]
+
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_MAX_ROWS = 20  # of one code in the table; --json lists all
+_PLAIN_WIDTH = 160  # where there is no terminal to ask
+
+
+def check_command(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Data folders, datasets, npz files, or stores.", show_default=False)
+    ],
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Check this dataset only; may be given several times.")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="Subfolder with npz files; may be given several times. [train]")
+    ] = None,
+    mirror: Annotated[
+        Literal["auto", "on", "off"], typer.Option("--mirror", help="The mirroring you train with.")
+    ] = "auto",
+    recipe: Annotated[
+        Literal["corrected", "reference"], typer.Option("--recipe", help="The recipe you train with.")
+    ] = "corrected",
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")] = None,
+    max_volume_gib: Annotated[
+        float, typer.Option("--max-volume-gib", help="Largest volume with its labels, decoded, that is read.")
+    ] = 16.0,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Leave findings of this code out; may be given several times.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings set the exit status too.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    repair_stores: Annotated[
+        bool, typer.Option("--repair", help="Convert broken cases of stores again, then check once more.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="With --repair: where the npz files are, if not beside the store.")
+    ] = None,
+) -> None:
+    """Check source folders and stores: checksums, values, ids, prompts, duplicates.
+
+    Exit status: 0 no errors (warnings and infos at most), 1 errors (with --strict: or warnings), 2 nothing could be
+    checked. docs/check.md explains every code.
+
+    Example: gpuparse check data stores --jobs 8
+
+    Example: gpuparse check stores/AMOS/train.zarr --repair --source data
+    """
+    if source is not None and not repair_stores:
+        raise typer.BadParameter("it says where --repair finds sources; add --repair.", param_hint="--source")
+    num_jobs = jobs or len(os.sched_getaffinity(0))
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def run() -> CheckReport:
+        with _progress(errors) as progress:
+            task = progress.add_task("checking", total=None)
+            return check(
+                paths,
+                splits=split or ("train",),
+                datasets=dataset,
+                mirroring=mirror == "on" or (mirror == "auto" and recipe == "reference"),
+                max_volume_gib=max_volume_gib,
+                num_jobs=num_jobs,
+                ignore=ignore or (),
+                on_case=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+
+    report = run()
+    if repair_stores:
+        outcome = repair(report, source=source, max_volume_gib=max_volume_gib, num_jobs=num_jobs)
+        for path, reason in outcome.left:
+            errors.print(f"not repaired: {path}: {reason}", markup=False, style="yellow")
+        if outcome.repaired:
+            report = replace(run(), repaired=outcome.repaired)
+    if json_output:
+        typer.echo(json.dumps({**report.to_json(), "exit_status": report.exit_status(strict=strict)}, indent=2))
+    else:
+        _print_report(report)
+    if status := report.exit_status(strict=strict):
+        raise typer.Exit(status)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def _print_report(report: CheckReport) -> None:
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_PLAIN_WIDTH)
+    if report.findings:
+        console.print(_findings_table(report.findings))
+    for dataset in report.datasets:
+        bad = f", {dataset.num_bad} with errors" if dataset.num_bad else ""
+        console.print(f"{dataset.kind} {dataset.path}: {dataset.num_cases} cases{bad}", highlight=False, markup=False)
+    for path in report.repaired:
+        console.print(f"repaired {path}", style="green", highlight=False, markup=False)
+    counts = ", ".join(f"{report.count(severity)} {severity}" for severity in SEVERITIES)
+    console.print(f"Found: {counts}.", highlight=False)
+
+
+def _findings_table(findings: tuple[Finding, ...]) -> Table:
+    table = Table("severity", "code", "where", "found", "remedy", title="Findings", show_lines=True)
+    shown: Counter[str] = Counter()
+    for finding in findings:
+        shown[finding.code] += 1
+        if shown[finding.code] <= _MAX_ROWS:
+            found = f"{RULES[finding.code].title}: {finding.found}"
+            severity = Text(finding.severity, style=_STYLES[finding.severity])
+            table.add_row(
+                severity, finding.code, Text(finding.path, overflow="fold"), Text(found), Text(finding.remedy)
+            )
+    for code, count in shown.items():
+        if count > _MAX_ROWS:
+            table.add_row("", code, "", f"... and {count - _MAX_ROWS} more; --json lists all.", "")
+    return table

@@ -1,0 +1,194 @@
+"""What there is to convert: the datasets of a folder, their cases, and their prompts, in any format.
+
+`convert` works on what this module hands over and does not know where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuparse.errors import InputError
+from gpuparse.foreign import ForeignFormat, find_cases, find_folders
+from gpuparse.pairs import FolderLayout
+from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.proposal import write_proposal
+from gpuparse.source import NpzReader, SourceCase, find_npz_cases
+from gpuparse.volume import MAX_VOLUME_BYTES, check_name
+
+__all__ = ["Collected", "collect", "detect_format", "find_datasets", "list_cases"]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One dataset to convert.
+
+    Attributes:
+        name: The dataset.
+        folder: Where it lies; by default its store goes there too.
+        prompts: Its classes.
+        cases: Its cases.
+    """
+
+    name: str
+    folder: Path
+    prompts: ClassPrompts
+    cases: tuple[SourceCase, ...]
+
+
+def find_datasets(
+    data_dir: str | os.PathLike[str], split: str = "train", foreign: ForeignFormat | None = None
+) -> list[str]:
+    """The datasets of a folder, by name.
+
+    Args:
+        data_dir: In BiomedParse's format its subfolders are datasets if they hold npz files in `<split>/`. In another
+            format it may be a dataset itself.
+        split: The subfolder to read.
+        foreign: The other format.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    return list(_folders(Path(data_dir), split, foreign))
+
+
+def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str:
+    """`biomedparse` or `nnunet`, by the folders alone.
+
+    Other layouts do not say what is image and what label, so they are named by hand; so is one of several in a folder.
+
+    Raises:
+        InputError: There is no such folder, or it holds both.
+    """
+    npz = find_datasets(data_dir, split)
+    nnunet = find_datasets(data_dir, split, ForeignFormat(FolderLayout("nnunet"))) if split in ("train", "test") else []
+    if npz and nnunet:
+        raise InputError(
+            f"{data_dir}: npz datasets ({', '.join(npz)}) and nnU-Net datasets ({', '.join(nnunet)}). Name one of them "
+            "with --format biomedparse or --format nnunet."
+        )
+    return "nnunet" if nnunet else "biomedparse"
+
+
+def list_cases(
+    data_dir: str | os.PathLike[str],
+    datasets: Sequence[str] | None = None,
+    split: str = "train",
+    foreign: ForeignFormat | None = None,
+) -> list[SourceCase]:
+    """The cases that a conversion would read.
+
+    Raises:
+        InputError: The folder or an argument is not usable, or there is nothing to read.
+    """
+    folders = _chosen(Path(data_dir), datasets, split, foreign)
+    return [case for folder in folders.values() for case in _cases(folder, split, foreign, MAX_VOLUME_BYTES)[0]]
+
+
+def collect(
+    data_dir: Path,
+    datasets: Sequence[str] | None,
+    split: str,
+    foreign: ForeignFormat | None = None,
+    max_bytes: int = MAX_VOLUME_BYTES,
+    *,
+    propose: bool = True,
+) -> list[Collected]:
+    """The datasets to convert, checked as far as that goes without reading a case.
+
+    A foreign dataset that knows the names of its classes but has no prompts gets a proposal, written beside the place
+    of `class_prompts.json`; that file itself is never written.
+
+    Args:
+        data_dir: Holds `class_prompts.json` and the datasets, or is one.
+        datasets: Names of those wanted; None takes all.
+        split: The subfolder to read.
+        foreign: The format, if it is not BiomedParse's.
+        max_bytes: The most that image and labels of a case may declare, uncompressed.
+        propose: Write the proposal; otherwise nothing is written.
+
+    Raises:
+        InputError: The folder, the prompts or an argument is not usable.
+    """
+    folders = _chosen(data_dir, datasets, split, foreign)
+    found = {name: _cases(folder, split, foreign, max_bytes) for name, folder in folders.items()}
+    prompts_path = data_dir / PROMPTS_FILE
+    entries = _entries(prompts_path, {name: proposal for name, (_, proposal) in found.items()}, propose)
+    return [
+        Collected(name, folder, parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"), found[name][0])
+        for name, folder in folders.items()
+    ]
+
+
+def _folders(data_dir: Path, split: str, foreign: ForeignFormat | None) -> dict[str, Path]:
+    if foreign is not None:
+        return find_folders(data_dir, foreign, split)
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
+    return {p.name: p for p in sorted(data_dir.iterdir()) if p.is_dir() and any((p / split).glob("*.npz"))}
+
+
+def _chosen(
+    data_dir: Path, datasets: Sequence[str] | None, split: str, foreign: ForeignFormat | None
+) -> dict[str, Path]:
+    check_name(split, "split")
+    if isinstance(datasets, str):
+        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
+    for name in datasets or ():
+        check_name(name, "dataset name")
+    found = _folders(data_dir, split, foreign)
+    if foreign is not None and datasets is not None:  # a folder of datasets may itself look like one
+        found |= {name: data_dir / name for name in datasets if name not in found and (data_dir / name).is_dir()}
+    names = list(dict.fromkeys(datasets)) if datasets is not None else list(found)
+    absent = [name for name in names if name not in found]
+    if absent:
+        what = f"npz files in {', '.join(f'{n}/{split}' for n in absent)}" if foreign is None else ", ".join(absent)
+        raise InputError(
+            f"{data_dir}: no {what}. Datasets with {'npz files' if foreign is None else 'images'} there: "
+            f"{', '.join(found) or 'none'}."
+        )
+    if not names and foreign is not None:
+        raise InputError(
+            f"{data_dir}: neither it nor a folder in it holds images of format {foreign.layout.format}. "
+            "Expected for nnunet imagesTr and labelsTr, for nifti files that the globs match, for dicom a folder for "
+            "each case."
+        )
+    if not names:
+        raise InputError(
+            f"{data_dir}: no folder in it has npz files in {split}/. Expected DATASETn/{split}/*.npz; "
+            "other formats are named with --format."
+        )
+    return {name: found[name] for name in names}
+
+
+def _cases(
+    folder: Path, split: str, foreign: ForeignFormat | None, max_bytes: int
+) -> tuple[tuple[SourceCase, ...], Mapping[str, Any] | None]:
+    if foreign is None:
+        return find_npz_cases(folder / split, NpzReader(max_bytes)), None
+    dataset = find_cases(folder, foreign, split, max_bytes)
+    return dataset.cases, dataset.proposal
+
+
+def _entries(path: Path, proposals: Mapping[str, Mapping[str, Any] | None], propose: bool) -> Mapping[str, Any]:
+    """The prompts file's entries, with one for every dataset."""
+    proposed = {name: dict(proposal) for name, proposal in proposals.items() if proposal is not None}
+    entries = load_class_prompts(path) if path.exists() or not proposed else {}
+    unknown = [name for name in proposals if name not in entries]
+    if not unknown:
+        return entries
+    remedy = "Add an entry, or name the datasets to convert with --dataset."
+    proposed = {name: proposed[name] for name in unknown if name in proposed}
+    if proposed and propose:
+        written = write_proposal(path.parent, proposed)
+        move = "copy its entries over" if path.exists() else f"rename it to {path.name}"
+        remedy = (
+            f"A proposal for {', '.join(proposed)} stands in {written}: read it, mend it, {move}, and run this again."
+        )
+    raise InputError(
+        f"{path}: no prompts for {', '.join(map(repr, unknown))}; it has {', '.join(entries) or 'none'}. {remedy}"
+    )

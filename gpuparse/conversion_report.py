@@ -1,0 +1,151 @@
+"""What a conversion did, in values and as `report.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gpuparse.folders import replace_text
+
+__all__ = ["CaseResult", "CaseState", "ConversionReport", "DatasetReport", "Failure", "REPORT_FILE", "write_report"]
+
+REPORT_FILE = "report.json"
+CaseState = Literal["written", "kept", "failed"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source file that was not converted, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One source file as it went through conversion, handed to `on_case`.
+
+    Attributes:
+        dataset: Name of its dataset.
+        path: The source file.
+        source_bytes: Its size.
+        state: `written`, `kept` (an earlier run had written it and nothing changed) or `failed`. In a dry run,
+            `written` is what would be.
+    """
+
+    dataset: str
+    path: Path
+    source_bytes: int
+    state: CaseState
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What conversion made of one dataset.
+
+    Attributes:
+        name: The dataset.
+        store_path: Its store.
+        num_written: Cases written in this run; in a dry run, those that would be.
+        num_kept: Cases that an earlier run had written.
+        num_slices: Trainable slices in the store, over all its views; 0 in a dry run.
+        source_bytes: Size of the source files.
+        raw_bytes: Size of the voxels, image and labels, uncompressed; 0 in a dry run.
+        store_bytes: Size of the voxels in the store, without metadata; 0 in a dry run.
+        seconds: Wall time.
+    """
+
+    name: str
+    store_path: Path
+    num_written: int
+    num_kept: int
+    num_slices: int
+    source_bytes: int
+    raw_bytes: int
+    store_bytes: int
+    seconds: float
+
+    @property
+    def num_cases(self) -> int:
+        """Cases in the store."""
+        return self.num_written + self.num_kept
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did.
+
+    Attributes:
+        datasets: One report per dataset, in the order of conversion.
+        failures: Files skipped because of errors (`on_error="skip"`).
+        dry_run: Whether nothing was written.
+    """
+
+    datasets: tuple[DatasetReport, ...]
+    failures: tuple[Failure, ...] = ()
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        lines = []
+        for d in self.datasets:
+            if self.dry_run:
+                lines.append(f"{d.name}: {d.num_written} cases to write, {d.num_kept} to keep")
+            else:
+                lines.append(
+                    f"{d.name}: {d.num_cases} cases ({d.num_kept} kept), {d.num_slices} slices, "
+                    f"{d.source_bytes / 1e6:.1f} MB npz -> {d.store_bytes / 1e6:.1f} MB store, {d.seconds:.2f} s"
+                )
+        return "\n".join(lines + [f"skipped: {failure.reason}" for failure in self.failures])
+
+
+def write_report(
+    store_path: Path, dataset: DatasetReport | None, results: Sequence[CaseResult], failures: Sequence[Failure]
+) -> None:
+    """Writes what became of each source file into `report.json` beside a store.
+
+    The file has one entry per store of the folder, by the store's name; entries of other stores stay.
+
+    Args:
+        store_path: The store.
+        dataset: The dataset's report; None where the run ended before there was one.
+        results: Every source file that was looked at.
+        failures: Those that failed, with reasons, and cases of the store that had to leave it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = store_path.with_name(REPORT_FILE)
+    reasons = {failure.path: failure.reason for failure in failures}
+    files = [
+        {
+            "file": str(result.path),
+            "state": result.state,
+            "bytes": result.source_bytes,
+            "reason": reasons.get(result.path),
+        }
+        for result in results
+    ]
+    seen = {result.path for result in results}
+    files += [
+        {"file": str(failure.path), "state": "failed", "bytes": 0, "reason": failure.reason}
+        for failure in failures
+        if failure.path not in seen
+    ]
+    entry: dict[str, Any] = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "complete": dataset is not None,
+        "num_written": sum(result.state == "written" for result in results),
+        "num_kept": sum(result.state == "kept" for result in results),
+        "num_failed": sum(file["state"] == "failed" for file in files),
+        "files": files,
+    }
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        entries = {}
+    entries = entries if isinstance(entries, dict) else {}
+    replace_text(path, json.dumps({**entries, store_path.name: entry}))

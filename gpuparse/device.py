@@ -1,0 +1,255 @@
+"""Devices: which one to use and what it lacks; and the GPU's half of rendering, between DALI, CuPy and torch.
+
+All memory that outlives a batch's making is torch's, allocated on one stream of the renderer, so that there is one
+allocator and nothing grows: the outputs, a working buffer for encoded slices, the slab of a chunk cache. CuPy only
+launches; DALI owns the copy of a batch's buffer and the inflated blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpuparse import kernels
+from gpuparse.augment import AugmentedBatch, OutputTypes
+from gpuparse.errors import DeviceError, InputError, MissingDependencyError
+from gpuparse.pack import PackedBatch
+from gpuparse.pipeline import dali_cuda_major
+from gpuparse.render import render
+from gpuparse.report import Probes
+
+__all__ = ["DeviceBatch", "DeviceRenderer", "choose_device", "with_index"]
+
+_LOG = logging.getLogger("gpuparse")
+_IMAGE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LABEL_TYPES = {"int64": torch.int64, "uint8": torch.uint8}
+_said_why_cpu = False
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to make batches on.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", the same as a `torch.device`, or None: "cuda" if there is such a device and
+            everything for it is installed, else the CPU, saying why in the log, once.
+
+    Returns:
+        The device, "cuda" without a number where none was given.
+
+    Raises:
+        InputError: It is none of these.
+        DeviceError: There is no such CUDA device.
+        MissingDependencyError: A package is missing, or is built for another CUDA than torch.
+    """
+    global _said_why_cpu
+    if device is None:
+        try:
+            return _cuda_device(None)
+        except (DeviceError, MissingDependencyError) as error:
+            if not _said_why_cpu:
+                _said_why_cpu = True
+                _LOG.warning("gpuparse makes batches on the CPU: %s", error)
+            return torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:<n>' or None.") from error
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    if wanted.type != "cuda":
+        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:<n>' or None.")
+    return _cuda_device(wanted.index)
+
+
+def _cuda_device(index: int | None) -> torch.device:
+    """The CUDA device of that number, after everything it needs was found."""
+    if torch.version.cuda is None:
+        raise DeviceError(
+            f"this torch ({torch.__version__}) is built without CUDA. Install a build for your driver (see "
+            "https://pytorch.org/get-started), or use device='cpu'."
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"torch is built for CUDA {torch.version.cuda} and finds no usable GPU. Look at `nvidia-smi` and "
+            "CUDA_VISIBLE_DEVICES, or use device='cpu'."
+        )
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        raise DeviceError(f"device is 'cuda:{index}', but torch sees {count} CUDA devices, 0 to {count - 1}.")
+    torch_major = int(torch.version.cuda.split(".")[0])
+    for name, major in (("CuPy", _cupy_cuda_major()), ("DALI", dali_cuda_major())):
+        if major != torch_major:
+            raise MissingDependencyError(
+                f"{name} is built for CUDA {major}, torch for CUDA {torch_major}. Install the extra that fits: "
+                f"`pip install gpuparse[cuda{torch_major}]`."
+            )
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`device`, with the current CUDA device's number where it has none.
+
+    Asked for as late as possible: a loader is often built before its process has chosen its device.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _cupy_cuda_major() -> int:
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.runtimeGetVersion()) // 1000
+    except Exception as error:  # a loader's OSError and CuPy's own classes mean the same here
+        raise MissingDependencyError(
+            f"gpuparse.DataLoader needs CuPy on a CUDA device, which cannot be used ({type(error).__name__}: {error}). "
+            "Install it with `pip install gpuparse[cuda12]` (or [cuda13])."
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBatch:
+    """A batch's tensors, perhaps still being made.
+
+    Attributes:
+        image: (batch, 3, height, width).
+        labels: (batch, num_prompts, height, width) or (batch, height, width).
+        ready: Happens when they are made.
+    """
+
+    image: torch.Tensor
+    labels: torch.Tensor
+    ready: Any
+
+    def hand_over(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors, for use on torch's current stream, which waits for them; the host does not."""
+        stream = torch.cuda.current_stream(self.image.device)
+        stream.wait_event(self.ready)
+        for tensor in (self.image, self.labels):
+            tensor.record_stream(stream)  # freed memory is not used again before that stream is done with it
+        return self.image, self.labels
+
+
+class DeviceRenderer:
+    """Makes batches on one CUDA device, called by DALI's GPU operator.
+
+    Args:
+        device: The device.
+        size: Rows and columns.
+        types: Element types of the outputs.
+        cache_bytes: Size of the slab for decoded chunks, 0 for none.
+
+    Raises:
+        DeviceError: The slab does not fit.
+    """
+
+    def __init__(self, device: torch.device, size: tuple[int, int], types: OutputTypes, cache_bytes: int = 0) -> None:
+        self._device = device
+        self._size = size
+        self._types = types
+        # Outputs belong to this stream in torch's allocator. It is bracketed around DALI's: DALI's waits for it
+        # before a batch is written, it waits for DALI's after. So memory that the user frees is free for DALI's too.
+        self._home = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()  # two iterations of one loader take turns
+        self._encoded: torch.Tensor | None = None
+        self._slab: torch.Tensor | None = None
+        if cache_bytes:
+            try:
+                self._slab = torch.empty(cache_bytes, dtype=torch.uint8, device=device)
+            except torch.cuda.OutOfMemoryError as error:
+                free, total = torch.cuda.mem_get_info(device)
+                raise DeviceError(
+                    f"the cache of {cache_bytes / 2**30:.2f} GiB does not fit on {device}: {free / 2**30:.2f} of "
+                    f"{total / 2**30:.2f} GiB are free. Lower cache_gib."
+                ) from error
+
+    @property
+    def stream_handle(self) -> int:
+        """The handle of the renderer's own stream."""
+        return int(self._home.cuda_stream)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that it holds between batches."""
+        return sum(t.nbytes for t in (self._encoded, self._slab) if t is not None)
+
+    def render(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> DeviceBatch:
+        """Launches a batch on CuPy's current stream and returns without waiting.
+
+        Args:
+            packed: The batch.
+            buffer: (n,) uint8 CuPy, the copy of its buffer.
+            inflated: (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart.
+            probes: Where to book the time.
+
+        Raises:
+            DeviceError: The device is out of memory.
+        """
+        import cupy
+
+        dali = cupy.cuda.get_current_stream().ptr
+        stream = torch.cuda.ExternalStream(dali, device=self._device)  # type: ignore[no-untyped-call]
+        try:
+            with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._home):
+                encoded, image, labels = self._allocate(packed)
+                stream.wait_stream(self._home)
+                with probes.stage("render"):
+                    self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels))
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record(stream)
+                self._home.wait_event(ready)
+        except (torch.cuda.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
+            raise DeviceError(
+                f"{self._device} is out of memory while a batch of {packed.num_samples} samples is made ({error}). "
+                "Lower batch_size, prefetch_depth or cache_gib."
+            ) from error
+        return DeviceBatch(image, labels, ready)
+
+    def _allocate(self, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_shape, labels_shape = packed.shapes(self._size)
+        num_planes = 3 * packed.num_samples
+        encoded = self._encoded
+        if encoded is None or len(encoded) < num_planes:
+            encoded = self._encoded = None  # the old one goes before the new one comes
+            encoded = torch.empty((num_planes, *self._size), dtype=torch.uint8, device=self._device)
+            self._encoded = encoded
+        return (
+            encoded[:num_planes],
+            torch.empty(image_shape, dtype=_IMAGE_TYPES[self._types.image], device=self._device),
+            torch.empty(labels_shape, dtype=_LABEL_TYPES[self._types.labels], device=self._device),
+        )
+
+    def _launch(
+        self, packed: PackedBatch, buffer: Any, inflated: Any, encoded: torch.Tensor, out: AugmentedBatch
+    ) -> None:
+        import cupy
+
+        arena = inflated
+        if packed.in_slab and self._slab is not None:
+            arena = cupy.asarray(self._slab)
+            place_blocks(inflated, packed.tables(buffer).compressed, packed.slot_bytes, arena)
+        # CuPy knows no bfloat16; to the kernel these are 16 bits each.
+        bits = out.image.view(torch.int16) if out.image.dtype == torch.bfloat16 else out.image
+        arrays = AugmentedBatch(cupy.asarray(bits), cupy.asarray(out.labels))
+        render(packed, buffer, arena, self._size, self._types, arrays, encoded=cupy.asarray(encoded))
+
+
+def place_blocks(inflated: Any, compressed: Any, slot_bytes: int, slab: Any) -> None:
+    """Copies inflated blocks to their places in a slab, in one launch.
+
+    Args:
+        inflated: (num_blocks * slot_bytes,) uint8 CuPy.
+        compressed: (num_blocks, 24) uint8 CuPy, COMPRESSED_BLOCK_DTYPE.
+        slot_bytes: Distance between blocks, a multiple of 16.
+        slab: (n,) uint8 CuPy.
+    """
+    num_units = len(compressed) * (slot_bytes // 16)
+    if num_units:
+        arguments = (inflated, compressed, np.int64(slot_bytes), slab)
+        kernels.launch_on_device("place.cu", "place_blocks", num_units, arguments)

@@ -1,0 +1,375 @@
+"""Test cases: whole volumes with their labels, in a store or in folders of npz files, and which prompts are theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
+from gpuparse.npz import NpzFile
+from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, open_store, split_code
+from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
+
+__all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]
+
+PromptSource = str | os.PathLike[str] | Mapping[str, Any] | None
+
+_MASK_SUFFIXES = ("_mask", "_gt")  # the reference documents the first and reads the second
+_LAYOUTS = (
+    "expected a store (test.zarr), test/ with test_mask/ or test_gt/ beside it, or imgs/ with gts/; see "
+    "docs/evaluation.md"
+)
+
+
+class EvaluationCase(Protocol):
+    """One volume with its labels; nothing is read before it is asked for."""
+
+    @property
+    def name(self) -> str:
+        """The case's name; predictions are stored under it."""
+
+    @property
+    def prompts(self) -> ClassPrompts:
+        """Its classes."""
+
+    @property
+    def group(self) -> str | None:
+        """The entry that its classes come from, where cases of one set have different ones; else None."""
+
+    @property
+    def mask_file(self) -> str:
+        """Where its labels lie."""
+
+    def image(self) -> npt.NDArray[np.uint8]:
+        """(z, y, x) uint8.
+
+        Raises:
+            GpuparseError: It cannot be read.
+        """
+
+    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """(z, y, x) uint8, uint16 or uint32 ids.
+
+        Raises:
+            GpuparseError: They cannot be read.
+        """
+
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along z, y, x.
+
+        Raises:
+            GpuparseError: It cannot be read.
+        """
+
+    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
+        """(4, 4) voxel index (x, y, z) to millimetres along R, A, S; None where the source does not say.
+
+        Raises:
+            GpuparseError: It cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class NpzCase:
+    """A case in npz files: the image, and its labels in the same file or in one of their own.
+
+    Attributes:
+        name: The image file's stem.
+        prompts: Its classes.
+        image_path: Holds `imgs`, and `spacing` unless the other file does.
+        labels_path: Holds `gts`.
+        group: The entry that its classes come from, where it was found by the case's name.
+    """
+
+    name: str
+    prompts: ClassPrompts
+    image_path: Path
+    labels_path: Path
+    group: str | None = None
+
+    @property
+    def mask_file(self) -> str:
+        """The file with the labels."""
+        return str(self.labels_path)
+
+    def image(self) -> npt.NDArray[np.uint8]:
+        """(z, y, x) uint8."""
+        return as_uint8(self.image_path, read_arrays(self.image_path, ["imgs"])["imgs"])
+
+    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """(z, y, x) ids in the narrowest type."""
+        return as_narrow_labels(self.labels_path, read_arrays(self.labels_path, ["gts"])["gts"])
+
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along z, y, x, from the image's file or else from the labels'."""
+        for path in (self.image_path, self.labels_path):
+            found = read_arrays(path, [], ["spacing"])
+            if found:
+                return as_spacing_mm(path, found["spacing"])
+        raise InputError(
+            f"{self.image_path}: no spacing in it, nor in {self.labels_path}. Distances in millimetres need it: save "
+            "spacing (x, y, z) with the image."
+        )
+
+    def affine_ras_mm(self) -> None:
+        """None: npz files hold no directions."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCase:
+    """A case of a store.
+
+    Attributes:
+        store: The store.
+        number: Which of its cases.
+    """
+
+    store: Store
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The case's name."""
+        return self.store.cases[self.number].name
+
+    @property
+    def prompts(self) -> ClassPrompts:
+        """The store's classes."""
+        return self.store.prompts
+
+    @property
+    def group(self) -> None:
+        """None: all cases of a store have its classes."""
+        return None
+
+    @property
+    def mask_file(self) -> str:
+        """The label image's folder."""
+        return str(self.store.case_path(self.number) / LABELS_PATH).removesuffix("/0")
+
+    def image(self) -> npt.NDArray[np.uint8]:
+        """(z, y, x) uint8."""
+        image: npt.NDArray[np.uint8] = self._read(IMAGE_PATH)
+        return image
+
+    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """(z, y, x) ids as stored."""
+        labels: npt.NDArray[np.unsignedinteger[Any]] = self._read(LABELS_PATH)
+        return labels
+
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along z, y, x."""
+        return self.store.cases[self.number].spacing_mm
+
+    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
+        """What conversion noted of the source, such as a NIfTI file; None where that held no directions."""
+        path = self.store.case_path(self.number) / "zarr.json"
+        try:
+            attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreFormatError(f"'{path}' cannot be read ({error!r}). Convert the case again.") from error
+        affine = attributes.get("origin", {}).get("affine_ras_mm")
+        return None if affine is None else np.array(affine, np.float64)
+
+    def _read(self, array_path: str) -> Any:
+        import zarr
+
+        layout = self.store.layout(self.number, array_path)
+        for key, num_bytes in (layout.shard_bytes or {}).items():
+            shard = layout.path / key
+            found = shard.stat().st_size if shard.is_file() else None
+            if found != num_bytes:  # Zarr would read a shard that is gone as zeros
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise ChunkCorruptError(f"'{shard}' {state}; it was written with {num_bytes}. Convert the case again.")
+        try:
+            array: Any = zarr.open_array(layout.path, mode="r", zarr_format=3)
+            return np.ascontiguousarray(array[...])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ChunkCorruptError(f"'{layout.path}' cannot be read: {error}. Convert the case again.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class CaseSet:
+    """The cases of one test set.
+
+    Attributes:
+        name: The dataset's name.
+        cases: Its cases, by name.
+    """
+
+    name: str
+    cases: tuple[EvaluationCase, ...]
+
+
+def find_cases(
+    root_dir: str | os.PathLike[str], *, split: str = "test", name: str | None = None, prompts: PromptSource = None
+) -> CaseSet:
+    """Finds the cases of one test set.
+
+    Args:
+        root_dir: A store; a dataset's folder with `<split>.zarr`, with `<split>/` and `<split>_mask/` or `<split>_gt/`,
+            or with `imgs/` and `gts/`; or the folder of the images itself. Where no folder holds the labels, the image
+            files do.
+        split: Which of a dataset's splits. `val` may also be the validation part of `train.zarr`.
+        name: The dataset's name; None takes its folder's.
+        prompts: The classes: a file in the form of `class_prompts.json`, or its content, or one dataset's entry. None
+            takes the store's, or the `class_prompts.json` beside or above the dataset's folder. Where no entry is
+            called as the dataset is, each case takes the one that its own name begins with.
+
+    Raises:
+        InputError: There are no cases, a case lacks labels or prompts, or the prompts are unusable.
+    """
+    root = Path(root_dir)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; {_LAYOUTS}.")
+    store_path = _find_store(root, split)
+    if store_path is not None:
+        return _cases_of_store(store_path, root, split, name, prompts)
+    folder = next((f for f in (root, root / split, root / "imgs") if any(f.glob("*.npz"))), None)
+    if folder is None:
+        raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
+    dataset_dir = Path(os.path.abspath(folder)).parent
+    called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
+    entries = _Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
+    images = sorted(folder.glob("*.npz"))
+    labels_dir = _labels_folder(folder)
+    if labels_dir is None and not _holds_labels(images[0]):
+        raise InputError(
+            f"{folder}: no labels; expected them in {folder.name}_mask/ or {folder.name}_gt/ beside it (gts/ beside "
+            "imgs/), or as gts in the image files."
+        )
+    unlabelled = [path.name for path in images if labels_dir is not None and not (labels_dir / path.name).is_file()]
+    if unlabelled:
+        shown = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
+        raise InputError(
+            f"{labels_dir}: no labels for {len(unlabelled)} of {len(images)} images of {folder} ({shown}). "
+            "Put a file of the same name there, or take the image out."
+        )
+    cases = []
+    for path in images:
+        name, (case_prompts, group) = check_name(path.stem, f"{path}: case name"), entries.of_case(path.stem)
+        labels_path = path if labels_dir is None else labels_dir / path.name
+        cases.append(NpzCase(name, case_prompts, path, labels_path, group))
+    return CaseSet(called[0], tuple(cases))
+
+
+def find_case_sets(
+    data_dir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    datasets: Sequence[str] | None = None,
+    prompts: PromptSource = None,
+) -> tuple[CaseSet, ...]:
+    """Finds test sets: the datasets in a folder, or the one dataset that the folder is.
+
+    Args:
+        data_dir: Holds datasets, each as `find_cases` takes it, or is itself such a folder.
+        split: Which of their splits.
+        datasets: Names of those to take; None takes all that have the split.
+        prompts: As for `find_cases`.
+
+    Raises:
+        InputError: There is none, or one asked for is not there.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected datasets, each with a store or npz files.")
+    if _has_cases(root, split):
+        if datasets:
+            raise InputError(
+                f"{root} is one dataset; names of datasets ({', '.join(datasets)}) cannot be chosen there."
+            )
+        return (find_cases(root, split=split, prompts=prompts),)
+    found = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and _has_cases(path, split)}
+    chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
+    absent = [name for name in chosen if name not in found]
+    if absent or not chosen:
+        raise InputError(
+            f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
+            f"{', '.join(found) or 'none'}. For each of them {_LAYOUTS}."
+        )
+    return tuple(find_cases(found[name], split=split, prompts=prompts) for name in chosen)
+
+
+def _has_cases(root: Path, split: str) -> bool:
+    folders = (root, root / split, root / "imgs")
+    return _find_store(root, split) is not None or any(any(f.glob("*.npz")) for f in folders)
+
+
+def _find_store(root: Path, split: str) -> Path | None:
+    if root.suffix == ".zarr":
+        return root
+    if (root / f"{split}.zarr").is_dir():
+        return root / f"{split}.zarr"
+    shared = root / "train.zarr"
+    return shared if split == "val" and shared.is_dir() and not (root / split).is_dir() else None
+
+
+def _cases_of_store(path: Path, root: Path, split: str, name: str | None, prompts: PromptSource) -> CaseSet:
+    if prompts is not None:
+        raise InputError(f"{path}: a store has prompts of its own; prompts={prompts!r} cannot replace them. Omit it.")
+    store = open_store(path)
+    numbers = range(len(store.cases))
+    if store.split == "train" and split in ("train", "val"):
+        members = np.unique(store.slices.case[store.slices.split == split_code(split)])
+        numbers = [int(n) for n in members]  # type: ignore[assignment]
+    if not numbers:
+        raise InputError(
+            f"{path}: no cases in split {split!r}. Convert with --val-fraction or --split-file to have a val part."
+        )
+    cases = sorted((StoredCase(store, n) for n in numbers), key=lambda case: case.name)
+    return CaseSet(name or (store.name if root == path else Path(os.path.abspath(root)).name), tuple(cases))
+
+
+def _labels_folder(images: Path) -> Path | None:
+    own = Path(os.path.abspath(images))
+    siblings = [own.with_name(own.name + suffix) for suffix in _MASK_SUFFIXES]
+    if own.name == "imgs":
+        siblings.append(own.with_name("gts"))
+    return next((folder for folder in siblings if folder.is_dir()), None)
+
+
+def _holds_labels(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return "gts" in NpzFile(file).keys
+    except (OSError, zipfile.BadZipFile):
+        return True  # reading the case will say what is wrong with the file
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Prompts by dataset, or by what the names of cases begin with."""
+
+    data: Mapping[str, Any]
+    where: str
+    called: tuple[str, ...]  # what the dataset is called: as the user said, and as its folder is
+
+    @classmethod
+    def load(cls, source: PromptSource, called: tuple[str, ...], places: Sequence[Path]) -> _Entries:
+        if isinstance(source, Mapping):
+            data = {called[0]: source} if "instance_label" in source else source
+            return cls(data, "prompts", called)
+        path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
+        return cls(load_class_prompts(path), str(path), called)
+
+    def of_case(self, case: str) -> tuple[ClassPrompts, str | None]:
+        """The case's classes, and the entry's key where it was found by the case's name."""
+        of_dataset = [name for name in self.called if name in self.data]
+        fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
+        key = of_dataset[0] if of_dataset else max(fitting, key=len, default=None)
+        if key is None:
+            raise InputError(
+                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; "
+                f"it has {', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
+            )
+        return parse_class_prompts(self.data[key], f"{self.where}, {key!r}"), None if of_dataset else key

@@ -1,0 +1,183 @@
+"""Folders of predictions scored against folders of labels: what `gpuparse evaluate` does."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import InputError
+from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
+from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
+from gpuparse.evaluation.report import EvaluationReport
+from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
+from gpuparse.scan import orientation_of, reorient
+from gpuparse.volume import as_narrow_labels, read_arrays
+
+__all__ = ["MissingPolicy", "evaluate", "find_prediction", "read_prediction"]
+
+MissingPolicy = Literal["stop", "empty", "skip"]
+_MISSING = ("stop", "empty", "skip")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One case to score."""
+
+    dataset: str
+    case: EvaluationCase
+    prediction: Path | None
+    options: MetricOptions
+
+    def run(self) -> CaseScores:
+        labels = self.case.labels()
+        if self.prediction is None:
+            prediction: npt.NDArray[Any] = np.zeros(labels.shape, np.uint8)
+        else:
+            prediction = read_prediction(self.prediction, self.case.affine_ras_mm())
+        return score_case(
+            self.dataset, self.case.name, labels, prediction, self.case.spacing_mm(), self.case.prompts, self.options
+        )
+
+
+def evaluate(
+    pred_dir: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    datasets: Sequence[str] | None = None,
+    prompts: PromptSource = None,
+    options: MetricOptions | None = None,
+    missing: MissingPolicy = "stop",
+    num_jobs: int = 1,
+    on_case: Callable[[CaseScores, int], None] | None = None,
+) -> EvaluationReport:
+    """Scores predictions.
+
+    Args:
+        pred_dir: Holds `<case>.npz` with `segs`, `<case>.nii.gz` or `<case>.nii`; for several datasets in a folder
+            named after each.
+        data_dir: One test set, or a folder of several; see `find_cases`.
+        split: Which split of the datasets.
+        datasets: Names of those to score; None takes all.
+        prompts: Where the classes come from; None takes the store's or `class_prompts.json`.
+        options: Tolerances; None takes the challenge's.
+        missing: What to do where a case has no prediction: `stop`, score it as `empty`, which the challenge does, or
+            `skip` it; either way the report names it.
+        num_jobs: Processes that score cases side by side. Above 1, a script that calls this needs the usual
+            `if __name__ == "__main__":` guard.
+        on_case: Called after each case with its scores and the number of all cases.
+
+    Returns:
+        The scores, by dataset and case. A set whose cases have different classes is reported in parts, named
+        `<set>/<entry of the prompts>`.
+
+    Raises:
+        InputError: There are no cases or no prediction fits, or an argument is out of range.
+        VolumeFormatError: A file cannot be read.
+        MissingDependencyError: A package of the extra `evaluation` is not installed.
+    """
+    if missing not in _MISSING:
+        raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")
+    if num_jobs < 1:
+        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    for package in ("surface_distance", "scipy"):  # before minutes of reading
+        import_metric_package(package)
+    options = MetricOptions() if options is None else options
+    case_sets = find_case_sets(data_dir, split=split, datasets=datasets, prompts=prompts)
+    jobs, absent = _plan(Path(pred_dir), case_sets, options, missing)
+    scores: list[CaseScores] = []
+    for result in _run_all(jobs, num_jobs):
+        scores.append(result)
+        if on_case is not None:
+            on_case(result, len(jobs))
+    first_prompts = {
+        _reported_name(case_set, case): {i: texts[0] for i, texts in sorted(case.prompts.classes.items())}
+        for case_set in case_sets
+        for case in case_set.cases
+    }
+    return EvaluationReport(options, tuple(scores), first_prompts, tuple(absent))
+
+
+def _reported_name(case_set: CaseSet, case: EvaluationCase) -> str:
+    """Class 1 of one group is not class 1 of another: where a set has several, each is reported by itself."""
+    return case_set.name if case.group is None else f"{case_set.name}/{case.group}"
+
+
+def _plan(
+    pred_dir: Path, case_sets: Sequence[CaseSet], options: MetricOptions, missing: MissingPolicy
+) -> tuple[list[_Job], list[tuple[str, str]]]:
+    if not pred_dir.is_dir():
+        raise InputError(f"{pred_dir}: no such folder. Name the one with the predictions, <case>.npz or <case>.nii.gz.")
+    jobs, absent = [], []
+    for case_set in case_sets:
+        own = pred_dir / case_set.name
+        folder = own if len(case_sets) > 1 or own.is_dir() else pred_dir
+        for case in case_set.cases:
+            prediction = find_prediction(folder, case.name)
+            if prediction is None:
+                absent.append((_reported_name(case_set, case), case.name))
+            if prediction is not None or missing != "skip":
+                jobs.append(_Job(_reported_name(case_set, case), case, prediction, options))
+    if absent and (missing == "stop" or len(absent) == sum(len(s.cases) for s in case_sets)):
+        shown = ", ".join("/".join(pair) for pair in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise InputError(
+            f"{pred_dir}: no prediction for {len(absent)} cases ({shown}); expected "
+            f"{'DATASET/' if len(case_sets) > 1 else ''}<case>.npz with segs, or <case>.nii.gz. "
+            "Add them, or choose missing='empty' (scored as the challenge does) or 'skip'."
+        )
+    return jobs, absent
+
+
+def _run_all(jobs: Sequence[_Job], num_jobs: int) -> Iterator[CaseScores]:
+    if num_jobs == 1 or len(jobs) < 2:
+        yield from map(_Job.run, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(num_jobs, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(_Job.run, jobs)
+
+
+def find_prediction(folder: Path, case: str) -> Path | None:
+    """The file that holds the prediction of a case, None if there is none.
+
+    Raises:
+        InputError: There are several.
+    """
+    found = [path for suffix in (".npz", *NIFTI_SUFFIXES) if (path := folder / f"{case}{suffix}").is_file()]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: several predictions for case {case!r}: {', '.join(p.name for p in found)}. Keep one."
+        )
+    return found[0] if found else None
+
+
+def read_prediction(
+    path: Path, affine_ras_mm: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Reads a prediction at native size.
+
+    Args:
+        path: An npz file with `segs` (z, y, x), or a NIfTI file, which is turned as the case lies.
+        affine_ras_mm: How that is, as `EvaluationCase.affine_ras_mm` says; None stands for x to the patient's left, y
+            to the back and z to the head, as BiomedParse's volumes lie.
+
+    Returns:
+        (z, y, x) ids, in the narrowest unsigned type.
+
+    Raises:
+        VolumeFormatError: The file cannot be read, or holds no ids.
+    """
+    if path.suffix == ".npz":
+        return as_narrow_labels(path, read_arrays(path, ["segs"])["segs"], "segs")
+    scan = reorient(read_nifti(path), "LPS" if affine_ras_mm is None else orientation_of(affine_ras_mm))
+    slope, intercept = scan.rescale
+    values = scan.values.T if scan.rescale == (1.0, 0.0) else scan.values.T * slope + intercept
+    return as_narrow_labels(path, values, "prediction")

@@ -1,0 +1,261 @@
+"""Scores of one case: Dice, normalised surface distance, and F1 over instances, as the CVPR 2025 challenge counts them.
+
+Surface distances are DeepMind's `surface-distance`, connected components `cc3d`, matching scipy's; what is left to do
+here is to say which class and which instance is compared with which.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.prompts import ClassPrompts
+
+__all__ = ["CaseScores", "ClassScores", "InstanceCounts", "MetricOptions", "import_metric_package", "score_case"]
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """What scores depend on beside the masks.
+
+    Attributes:
+        tolerance_mm: Surfaces at most that far apart agree.
+        min_iou: Two instances match if their intersection over union is at least that.
+        instances: What an instance of the labels is: `components`, as the reference's evaluator has it, takes voxels of
+            one id that touch with a face; parts that do not touch are instances of their own. `ids` takes each id as
+            one instance.
+    """
+
+    tolerance_mm: float = 2.0
+    min_iou: float = 0.5
+    instances: Literal["components", "ids"] = "components"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
+            raise InputError(f"tolerance_mm is {self.tolerance_mm}; expected 0 or more millimetres.")
+        if not 0 < self.min_iou <= 1:
+            raise InputError(f"min_iou is {self.min_iou}; expected above 0, at most 1.")
+        if self.instances not in ("components", "ids"):
+            raise InputError(f"instances is {self.instances!r}; expected 'components' (default) or 'ids'.")
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one class in one case.
+
+    Attributes:
+        class_id: The class.
+        dice: 2 |A and B| / (|A| + |B|), 0..1; NaN where the class is neither in the labels nor in the prediction.
+        nsd: Share of both surfaces that lies within the tolerance of the other, 0..1; NaN as for `dice`.
+        num_label_voxels: Voxels of the class in the labels.
+        num_predicted_voxels: Voxels of the class in the prediction.
+    """
+
+    class_id: int
+    dice: float
+    nsd: float
+    num_label_voxels: int
+    num_predicted_voxels: int
+
+    @property
+    def counted(self) -> bool:
+        """Whether the class enters means: the challenge counts those that are in the labels."""
+        return self.num_label_voxels > 0
+
+
+@dataclass(frozen=True)
+class InstanceCounts:
+    """Instances of one case.
+
+    Attributes:
+        num_labels: Instances in the labels.
+        num_predicted: Instances in the prediction.
+        num_matched: Pairs of the two that match, each instance in one pair at most.
+    """
+
+    num_labels: int
+    num_predicted: int
+    num_matched: int
+
+    @property
+    def f1(self) -> float:
+        """2 matched / (labels + predicted), 0..1; 0 where there are none at all, as the challenge has it."""
+        total = self.num_labels + self.num_predicted
+        return 2 * self.num_matched / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """Scores of one case.
+
+    Attributes:
+        dataset: Its dataset.
+        case: Its name.
+        classes: Scores of each class of the dataset, by id. Where labels are instances, the first class stands for all
+            of them.
+        instances: Counts of instances; None where labels are classes.
+    """
+
+    dataset: str
+    case: str
+    classes: tuple[ClassScores, ...]
+    instances: InstanceCounts | None
+
+    @property
+    def dice(self) -> float:
+        """Mean over the classes that are in the labels; NaN where none is."""
+        return _mean([scores.dice for scores in self.classes if scores.counted])
+
+    @property
+    def nsd(self) -> float:
+        """Mean over the classes that are in the labels; NaN where none is."""
+        return _mean([scores.nsd for scores in self.classes if scores.counted])
+
+    @property
+    def f1(self) -> float:
+        """F1 of the instances; NaN where labels are classes."""
+        return math.nan if self.instances is None else self.instances.f1
+
+
+def score_case(
+    dataset: str,
+    case: str,
+    labels: npt.NDArray[Any],
+    prediction: npt.NDArray[Any],
+    spacing_mm: tuple[float, float, float],
+    prompts: ClassPrompts,
+    options: MetricOptions | None = None,
+) -> CaseScores:
+    """Compares a prediction with its labels. Background is the value 0, whether or not it occurs.
+
+    Args:
+        dataset: Name of the dataset, for the result.
+        case: Name of the case.
+        labels: (z, y, x) class ids or instance ids.
+        prediction: (z, y, x) likewise, at native size. Where labels are instances and the prediction has one value
+            beside 0, its connected components (6 neighbours) are the instances.
+        spacing_mm: Voxel size along z, y, x.
+        prompts: The classes; ids that are not among them are not scored.
+        options: Tolerances; None takes the challenge's.
+
+    Raises:
+        InputError: Labels and prediction have different shapes, or no three axes.
+        MissingDependencyError: A package of the extra `evaluation` is not installed.
+    """
+    options = MetricOptions() if options is None else options
+    if labels.ndim != 3 or labels.shape != prediction.shape:
+        raise InputError(
+            f"{dataset}, case {case!r}: the prediction has shape {prediction.shape}, the labels {labels.shape}; "
+            "expected equal shapes (z, y, x). Bring predictions to native size with gpuparse.evaluation.restore."
+        )
+    if prompts.instance_label:
+        class_id = prompts.class_ids[0]
+        foreground = _class_scores(class_id, labels != 0, prediction != 0, spacing_mm, options.tolerance_mm)
+        return CaseScores(dataset, case, (foreground,), count_instances(labels, prediction, options))
+    classes = tuple(
+        _class_scores(i, labels == i, prediction == i, spacing_mm, options.tolerance_mm)
+        for i in sorted(prompts.class_ids)
+    )
+    return CaseScores(dataset, case, classes, None)
+
+
+def _class_scores(
+    class_id: int,
+    label: npt.NDArray[np.bool_],
+    predicted: npt.NDArray[np.bool_],
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float,
+) -> ClassScores:
+    num_label, num_predicted = int(label.sum()), int(predicted.sum())
+    if num_label == 0 or num_predicted == 0:
+        score = 0.0 if num_label or num_predicted else math.nan
+        return ClassScores(class_id, score, score, num_label, num_predicted)
+    package = import_metric_package("surface_distance")
+    dice = float(package.compute_dice_coefficient(label, predicted))
+    distances = package.compute_surface_distances(label, predicted, spacing_mm)
+    nsd = float(package.compute_surface_dice_at_tolerance(distances, tolerance_mm))
+    return ClassScores(class_id, dice, nsd, num_label, num_predicted)
+
+
+def count_instances(
+    labels: npt.NDArray[Any], prediction: npt.NDArray[Any], options: MetricOptions | None = None
+) -> InstanceCounts:
+    """Counts instances and matches them.
+
+    Args:
+        labels: (z, y, x) instance ids.
+        prediction: (z, y, x) instance ids, or a mask with one value beside 0, whose components are the instances.
+        options: Which instances match; None takes the challenge's.
+
+    Raises:
+        MissingDependencyError: SciPy, of the extra `evaluation`, is not installed.
+    """
+    options = MetricOptions() if options is None else options
+    if options.instances == "components":
+        labels = _components(labels)
+    values = np.unique(prediction)
+    if np.count_nonzero(values) == 1:
+        prediction = _components(prediction)
+    true, true_sizes = _numbered(labels)
+    found, found_sizes = _numbered(prediction)
+    both = (true > 0) & (found > 0)
+    pairs, overlaps = np.unique(np.stack([true[both], found[both]]).astype(np.int64) - 1, axis=1, return_counts=True)
+    unions = true_sizes[pairs[0]] + found_sizes[pairs[1]] - overlaps
+    matching = overlaps / unions >= options.min_iou
+    num_matched = _largest_matching(pairs[:, matching], (len(true_sizes), len(found_sizes)))
+    return InstanceCounts(len(true_sizes), len(found_sizes), num_matched)
+
+
+def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Voxels of one id that touch with a face."""
+    import cc3d
+
+    writable = np.require(ids, requirements=("C", "W"))  # cc3d takes no other, though it only reads
+    components: npt.NDArray[Any] = cc3d.connected_components(writable, connectivity=6)
+    return components
+
+
+def _numbered(ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids as 1, 2, ... in place of what they are, flat, and how many voxels each has."""
+    values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    inverse = inverse.reshape(-1)
+    kept = values != 0
+    numbers = np.where(kept, np.cumsum(kept), 0)
+    return numbers[inverse], counts[kept]
+
+
+def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> int:
+    """Edges of the largest matching. Above an overlap of half every pair is unique; at exactly half it may not be."""
+    if pairs.shape[1] == 0:
+        return 0
+    import_metric_package("scipy")
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    graph = coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=shape).tocsr()
+    return int(np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0))
+
+
+def import_metric_package(name: str) -> Any:
+    """Imports a package of the extra `evaluation`.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} is needed to score predictions and cannot be imported ({error}). "
+            'Run: pip install "gpuparse[evaluation]".'
+        ) from error
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

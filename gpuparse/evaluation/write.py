@@ -1,0 +1,198 @@
+"""Predictions at native size into files: the challenge's npz, NIfTI, or a label image in an OME-Zarr case.
+
+Each is written whole or not at all: under another name first, then renamed into its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.arrays import serial_blosc, write_group, write_voxels
+from gpuparse.errors import InputError, StoreWriteError
+from gpuparse.folders import replace_folder
+from gpuparse.scan import import_format_package
+from gpuparse.store import LABELS_PATH, Store, shard_shape
+from gpuparse.volume import as_narrow_labels, check_name
+
+__all__ = ["replace_file", "write_label_image", "write_nifti", "write_npz"]
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+def write_npz(path: str | os.PathLike[str], prediction: Any) -> Path:
+    """Writes a prediction as the challenge wants it: an npz file with `segs`.
+
+    Args:
+        path: The file, `<case>.npz`; it is replaced if it exists.
+        prediction: (z, y, x) class or instance ids; a numpy array, or a torch tensor on any device.
+
+    Returns:
+        The path. `segs` has the narrowest unsigned type that holds the ids, uint8 where they fit.
+
+    Raises:
+        InputError: The prediction is no volume of whole numbers of at least 0, or the name is not `<case>.npz`.
+    """
+    path = _named(path, ".npz")
+    ids = _as_ids(path, prediction)
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, segs=ids)
+    return path
+
+
+def write_nifti(
+    path: str | os.PathLike[str],
+    prediction: Any,
+    spacing_mm: Sequence[float],
+    affine_ras_mm: npt.ArrayLike | None = None,
+) -> Path:
+    """Writes a prediction as NIfTI.
+
+    Args:
+        path: The file, `<case>.nii.gz` or `<case>.nii`; it is replaced if it exists.
+        prediction: (z, y, x) class or instance ids; a numpy array, or a torch tensor on any device.
+        spacing_mm: Voxel size along z, y, x.
+        affine_ras_mm: (4, 4) voxel index (x, y, z) to millimetres along R, A, S. None takes what BiomedParse's volumes
+            mean, which hold no directions: x grows to the patient's left, y to the back, z to the head (LPS, as
+            SimpleITK would write them), from the origin.
+
+    Returns:
+        The path. sform and qform are both set.
+
+    Raises:
+        InputError: The prediction is no volume of ids, the affine does not fit the spacing, or the name ends otherwise.
+        MissingDependencyError: nibabel is not installed.
+    """
+    path = _named(path, ".nii.gz", ".nii")
+    ids = _as_ids(path, prediction)
+    spacing = np.array([float(n) for n in spacing_mm])
+    if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise InputError(f"{path}: spacing_mm is {tuple(spacing_mm)}; expected three millimetre values (z, y, x).")
+    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
+    if affine_ras_mm is not None:
+        affine = np.asarray(affine_ras_mm, np.float64)
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)[::-1] if affine.shape == (4, 4) else np.zeros(3)
+        if not np.allclose(sizes, spacing, rtol=1e-3):
+            raise InputError(
+                f"{path}: the affine has shape {affine.shape} and voxels of {tuple(sizes.tolist())} mm (z, y, x); "
+                f"expected (4, 4) and spacing_mm, {tuple(spacing.tolist())}."
+            )
+    nibabel = import_format_package("nibabel", "to write NIfTI")
+    image = nibabel.Nifti1Image(ids.T, affine)
+    image.header.set_xyzt_units("mm")
+    for set_form in (image.set_sform, image.set_qform):
+        set_form(affine, code="scanner")
+    with _replacing(path) as temporary:
+        nibabel.save(image, temporary)
+    return path
+
+
+def write_label_image(store: Store, case: str, prediction: Any, name: str = "prediction") -> Path:
+    """Adds a prediction to a case of a store, as an OME-Zarr label image beside `gts`.
+
+    The store's own labels, its index and what training reads are not touched.
+
+    Args:
+        store: The store; it must be a writable folder.
+        case: Name of the case.
+        prediction: (z, y, x) ids at the case's size; a numpy array, or a torch tensor on any device.
+        name: The label image's name. One of that name is replaced; `gts` cannot be.
+
+    Returns:
+        The label image's folder.
+
+    Raises:
+        InputError: There is no such case, the shape is another, or the name cannot be used.
+        StoreWriteError: The store cannot be written; it is as it was.
+    """
+    check_name(name, "label image")
+    names = {info.name: number for number, info in enumerate(store.cases)}
+    if case not in names or name == "gts":
+        problem = (
+            "its own labels are called so" if case in names else f"it has {len(names)} cases and none of that name"
+        )
+        raise InputError(f"'{store.path}': cannot add label image {name!r} to case {case!r}: {problem}.")
+    info, folder = store.cases[names[case]], store.case_path(names[case])
+    ids = _as_ids(folder, prediction)
+    if ids.shape != info.shape:
+        raise InputError(
+            f"'{store.path}', case {case!r}: the prediction has shape {ids.shape}, the case {info.shape}. "
+            "Bring it to native size with gpuparse.evaluation.restore."
+        )
+    layout = store.layout(names[case], LABELS_PATH)
+    labels_dir = folder / "labels"
+    metadata = json.loads((labels_dir / "gts" / "zarr.json").read_text(encoding="utf-8"))["attributes"]["ome"]
+    metadata["multiscales"][0]["name"] = name
+    temporary = labels_dir / f".{name}.{uuid.uuid4().hex}"
+    try:
+        write_group(temporary, {"ome": metadata})
+        with serial_blosc():
+            shards = shard_shape(ids.shape, layout.chunks, ids.dtype.itemsize)
+            write_voxels(temporary / "0", ids, layout.chunks, shards)
+        replace_folder(temporary, labels_dir / name)
+    except OSError as error:
+        raise StoreWriteError(
+            f"'{labels_dir}': label image {name!r} cannot be written there: {error}. Nothing was changed."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    listing = json.loads((labels_dir / "zarr.json").read_text(encoding="utf-8"))
+    listed = listing["attributes"]["ome"]["labels"]
+    if name not in listed:
+        listed.append(name)
+        replace_file(labels_dir / "zarr.json", json.dumps(listing, indent=2).encode())
+    return labels_dir / name
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        InputError: It cannot be written there.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file is renamed when all went well, and gone when not."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error}. Name a place that can.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _named(path: str | os.PathLike[str], *suffixes: str) -> Path:
+    named = Path(path)
+    if not any(named.name.endswith(s) and len(named.name) > len(s) for s in suffixes):
+        raise InputError(
+            f"{named}: expected a name that ends in {' or '.join(suffixes)}, such as case_001{suffixes[0]}."
+        )
+    return named
+
+
+def _as_ids(where: Path, prediction: Any) -> Ids:
+    if not isinstance(prediction, np.ndarray):
+        to_host: Callable[[], Any] | None = getattr(prediction, "cpu", None) or getattr(prediction, "get", None)
+        prediction = np.asarray(to_host() if to_host is not None else prediction)
+    if prediction.ndim != 3 or prediction.size == 0 or prediction.dtype.kind not in "buif":
+        raise InputError(
+            f"{where}: prediction is {prediction.dtype} of shape {prediction.shape}; expected ids (z, y, x). "
+            "Merge the masks of several prompts into one map of class ids first."
+        )
+    return as_narrow_labels(where, prediction, "prediction")

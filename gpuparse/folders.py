@@ -1,0 +1,85 @@
+"""Folders that change as a whole: put in place, replaced and removed by renames, so that none is ever half there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+__all__ = ["discard_folder", "remove_discarded", "replace_folder", "replace_text"]
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Renames `source` to `target`; what stood at `target` goes when the new one is in place.
+
+    Raises:
+        OSError: It cannot be done; `target` is as it was.
+    """
+    if not target.exists():
+        os.rename(source, target)
+    elif _exchange(source, target):
+        discard_folder(source)  # it holds the old content now
+    else:  # a file system that cannot exchange: for a moment, nothing is at `target`
+        old = _discarded_name(target)
+        os.rename(target, old)
+        os.rename(source, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def discard_folder(folder: Path) -> None:
+    """Removes a folder that may not be there. It loses its name first: half of it is never met under that name."""
+    old = _discarded_name(folder)
+    try:
+        os.rename(folder, old)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_discarded(parent: Path, name: str) -> None:
+    """Finishes what runs that were killed had begun to discard or to replace.
+
+    Args:
+        parent: The folder that held what was discarded.
+        name: Its name, or `*` for every name.
+    """
+    target = parent / name
+    for old in sorted(parent.glob(f".{name}.*.old")):
+        if name != "*" and not target.exists():
+            os.rename(old, target)  # the run ended between the two renames of a replacement
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole: readers see the old text or the new one.
+
+    Raises:
+        OSError: It cannot be written; the file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _discarded_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two paths change places at once; False where the file system or the C library cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(
+        renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+    )

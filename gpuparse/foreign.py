@@ -1,0 +1,240 @@
+"""Cases in the formats of hospitals and challenges: NIfTI pairs and DICOM series, read as `Volume`.
+
+`find_cases` lists the cases of a dataset's folder and decides how they are read; `read_case` reads one. What opens
+files needs the extra `formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
+from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.intensity import CT_WINDOWS, Window, parse_window
+from gpuparse.nifti import nifti_bytes, nifti_stem, read_nifti
+from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json
+from gpuparse.proposal import class_names, propose_prompts
+from gpuparse.scan import Scan, check_orientation, lay_onto, make_volume
+from gpuparse.source import SourceCase
+from gpuparse.volume import MAX_VOLUME_BYTES, Volume, too_large
+
+__all__ = ["ForeignDataset", "ForeignFormat", "ForeignReader", "Preparation", "find_cases", "find_folders"]
+
+
+@dataclass(frozen=True)
+class ForeignFormat:
+    """What is asked of a conversion from another format than BiomedParse's.
+
+    Attributes:
+        layout: How a dataset's folder holds its cases.
+        window: As `parse_window` takes it. None takes `percentile`, unless the images may be CT.
+        orientation: Where x, y and z of the volumes grow to, such as `LPS`; `stored` keeps the images' axes.
+    """
+
+    layout: FolderLayout
+    window: str | None = None
+    orientation: str = "LPS"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a foreign scan becomes a `Volume`.
+
+    Attributes:
+        window: How intensities become 0..255.
+        orientation: Where x, y and z of the volume grow to, such as `LPS`; `stored` keeps the image's axes.
+        modality: What every DICOM series of the dataset must be; None where it is not known.
+        class_ids: Name of a segment -> class id, for DICOM segmentations, whose own numbers differ from file to file.
+    """
+
+    window: Window
+    orientation: str = "LPS"
+    modality: str | None = None
+    class_ids: tuple[tuple[str, int], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a written case depends on, beside its files."""
+        bounds = self.window.bounds
+        settings = {"window": list(bounds) if bounds else self.window.name, "orientation": self.orientation}
+        return {**settings, "class_names": dict(self.class_ids)} if self.class_ids else settings
+
+
+@dataclass(frozen=True)
+class ForeignReader:
+    """Reads one pair of image and labels.
+
+    Attributes:
+        pair: The pair.
+        preparation: What to do with it.
+        max_bytes: The most that its image and labels may declare, uncompressed.
+    """
+
+    pair: Pair
+    preparation: Preparation
+    max_bytes: int = MAX_VOLUME_BYTES
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The preparation, and which files are image and labels."""
+        labels = None if self.pair.labels is None else self.pair.labels.name
+        return {**self.preparation.to_json(), "image": self.pair.image.name, "labels": labels}
+
+    def read(self, case: SourceCase) -> Volume:
+        """Reads and checks the case.
+
+        Raises:
+            VolumeFormatError: It cannot be used; the message names file and remedy.
+            MissingDependencyError: A package of the extra `formats` is missing.
+        """
+        pair = self.pair
+        if pair.problem is not None:
+            raise VolumeFormatError(pair.problem)
+        image, labels_path = self._image()
+        if labels_path is None:
+            raise VolumeFormatError(
+                f"{pair.image}: no labels beside the series, neither a DICOM segmentation nor a NIfTI file. Add one, "
+                "name them with --label-glob, or leave the case out."
+            )
+        if nifti_stem(labels_path) is not None:
+            labels = read_nifti(labels_path, self.max_bytes - image.values.nbytes)
+        else:
+            labels = lay_onto(read_segmentation(labels_path, dict(self.preparation.class_ids)), image)
+        return make_volume(case, image, labels, self.preparation.window, self.preparation.orientation)
+
+    def declared_bytes(self, case: SourceCase) -> int:
+        """The files, image and labels as they are stored, and as they are when they are made bytes.
+
+        Raises:
+            VolumeFormatError: A header cannot be read.
+        """
+        pair = self.pair
+        if pair.problem is not None:
+            raise VolumeFormatError(pair.problem)
+        if pair.image.is_dir():
+            voxels = series_bytes([path for path in case.paths if nifti_stem(path) is None])
+            return case.num_bytes + 4 * voxels
+        voxels = nifti_bytes(pair.image)
+        return case.num_bytes + 3 * voxels + (3 * nifti_bytes(pair.labels) if pair.labels is not None else 0)
+
+    def _image(self) -> tuple[Scan, Path | None]:
+        pair = self.pair
+        if not pair.image.is_dir():
+            return read_nifti(pair.image, self.max_bytes), pair.labels
+        found = look_into(pair.image, with_labels=pair.labels is None)
+        if self.preparation.modality not in (None, found.modality):
+            raise VolumeFormatError(
+                f"{pair.image}: modality {found.modality}, but other cases are {self.preparation.modality}, and grey "
+                "values are made alike. Convert them as two datasets."
+            )
+        num_bytes = series_bytes(found.files)
+        if num_bytes > self.max_bytes:
+            raise too_large(pair.image, f"{len(found.files)} slices declare", num_bytes, self.max_bytes)
+        return read_series(str(pair.image), found.files), pair.labels or found.labels
+
+
+@dataclass(frozen=True)
+class ForeignDataset:
+    """The cases of one folder.
+
+    Attributes:
+        cases: Its cases; also what is none, whose reading says why.
+        proposal: A starter entry for `class_prompts.json`; None where no class is named.
+    """
+
+    cases: tuple[SourceCase, ...]
+    proposal: dict[str, Any] | None
+
+
+def find_folders(data_dir: Path, wanted: ForeignFormat, split: str = "train") -> dict[str, Path]:
+    """The datasets of a folder: itself if it holds cases, else its subfolders that do. Name -> folder.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    root = data_dir.absolute()
+    if not root.is_dir():
+        raise InputError(f"{data_dir}: no such folder. Name the folder that holds the images.")
+    if folder_matches(root, wanted.layout, split):
+        return {root.name: data_dir}
+    folders = sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {path.name: path for path in folders if folder_matches(path, wanted.layout, split)}
+
+
+def find_cases(
+    folder: Path, wanted: ForeignFormat, split: str = "train", max_bytes: int = MAX_VOLUME_BYTES
+) -> ForeignDataset:
+    """Lists the cases of one dataset, reading no image.
+
+    Class names come from `dataset.json`, or from the first DICOM segmentation that is found.
+
+    Args:
+        folder: The dataset's folder.
+        wanted: How it holds its cases, and how they are to be read.
+        split: See `find_pairs`.
+        max_bytes: The most that image and labels of a case may declare, uncompressed.
+
+    Raises:
+        InputError: Nothing is found, an argument cannot be used, or a window has to be chosen.
+    """
+    orientation = check_orientation(wanted.orientation)
+    window = None if wanted.window is None else parse_window(wanted.window)
+    layout = wanted.layout
+    pairs = find_pairs(folder, layout, split)
+    facts = read_dataset_json(folder)
+    names = class_names(facts, f"{folder}/dataset.json")
+    modality = _channel_name(facts, layout.channel)
+    class_ids: tuple[tuple[str, int], ...] = ()
+    if layout.format == "dicom":
+        modality, first_names = _first_series(pairs)
+        names = names or first_names
+        class_ids = tuple((name, number) for number, name in names.items())
+    if window is None:
+        if modality is None or modality.upper() == "CT":
+            raise InputError(
+                f"{folder}: {'CT' if modality else 'images whose modality nothing names'}, and no window given. Add "
+                f"--window with {', '.join(CT_WINDOWS)} or W,L for CT, percentile for MR, PET and ultrasound, none for "
+                "images that are 0..255 already."
+            )
+        window = parse_window("percentile")
+    preparation = Preparation(window, orientation, modality if layout.format == "dicom" else None, class_ids)
+    cases = tuple(SourceCase(p.name, _files(p), ForeignReader(p, preparation, max_bytes)) for p in pairs)
+    return ForeignDataset(cases, propose_prompts(names, modality) if names else None)
+
+
+def _files(pair: Pair) -> tuple[Path, ...]:
+    """What a case is read from, the image first; of a folder, every file in it."""
+    images = [pair.image]
+    if pair.image.is_dir():
+        images = sorted(p for p in pair.image.rglob("*") if p.is_file() and not p.name.startswith(".")) or images
+    return tuple(dict.fromkeys([*images, *([] if pair.labels is None else [pair.labels])]))
+
+
+def _channel_name(facts: Any, channel: int | None) -> str | None:
+    """What `dataset.json` calls the channel: `CT`, `T1`, ...; None where it says nothing."""
+    names = facts.get("channel_names", facts.get("modality"))
+    if not isinstance(names, dict) or not names:
+        return None
+    name = next(iter(names.values())) if channel is None and len(names) == 1 else names.get(str(channel or 0))
+    return None if name is None else str(name)
+
+
+def _first_series(pairs: Sequence[Pair]) -> tuple[str | None, dict[int, str]]:
+    """Modality of the first series that can be read, and the names in the first segmentation."""
+    modality, names = None, {}
+    for pair in pairs:
+        if pair.problem is not None:
+            continue
+        try:
+            found = look_into(pair.image, with_labels=pair.labels is None)
+            modality = modality or found.modality or None
+            labels = pair.labels or found.labels
+            if labels is None or nifti_stem(labels) is not None:
+                continue
+            names = dict(segment_names(labels))
+        except VolumeFormatError:
+            continue  # reading the case says so again, with its name
+        break
+    return modality, names

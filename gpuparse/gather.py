@@ -1,0 +1,192 @@
+"""Gathering: slices wanted -> the chunks that hold them, each once, and the planes that pick the slices out of them.
+
+Pure: no file is opened. `ChunkReader` reads the chunks; the kernels follow the planes (kernels/planes.h) from pixel to
+chunk, whatever the view, so that no volume is assembled or transposed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
+
+__all__ = ["Gathering", "SliceKey", "gather"]
+
+_NUMBER_BITS = 44  # of a chunk's number in its array, below the array's own
+
+
+class SliceKey(NamedTuple):
+    """One slice of one case: where in which store, and by which recipe it is padded."""
+
+    store: Store
+    case: int
+    axis: int
+    position: int
+    recipe: Recipe = "corrected"
+
+    def describe(self) -> str:
+        """The slice in words, for messages."""
+        name = self.store.cases[self.case].name
+        return f"dataset {self.store.name!r}, case {name!r}, axis {self.axis}, slice {self.position}"
+
+
+@dataclass(frozen=True, eq=False)
+class Gathering:
+    """The chunks of a batch of slices and where each slice lies in them.
+
+    Attributes:
+        arrays: The arrays that the chunks belong to.
+        chunk_array: (num_chunks,) int64, index into `arrays`; ascending.
+        chunk_number: (num_chunks,) int64, number of the chunk in its array's grid, in C order.
+        tile_chunk: (num_tiles,) int64, the chunk under each tile; a tile is the part of a plane inside one chunk.
+        tile_offset: (num_tiles,) int64, bytes from the chunk's start to the plane's first pixel in it.
+        image_planes: (num_slices * 3,) PLANE_DTYPE: the slice, the one before, the one after.
+        label_planes: (num_slices,) PLANE_DTYPE.
+        lengths: (source, target) lengths of the resampling tables that the planes refer to.
+    """
+
+    arrays: tuple[ArrayLayout, ...]
+    chunk_array: npt.NDArray[np.int64]
+    chunk_number: npt.NDArray[np.int64]
+    tile_chunk: npt.NDArray[np.int64]
+    tile_offset: npt.NDArray[np.int64]
+    image_planes: npt.NDArray[Any]
+    label_planes: npt.NDArray[Any]
+    lengths: tuple[tuple[int, int], ...]
+
+    def __repr__(self) -> str:
+        return f"Gathering({len(self.label_planes)} slices from {len(self.chunk_number)} chunks)"
+
+    @property
+    def chunk_bytes(self) -> npt.NDArray[np.int64]:
+        """(num_chunks,) int64, bytes of each chunk once decoded."""
+        sizes = np.array([array.chunk_bytes for array in self.arrays], np.int64)
+        return sizes[self.chunk_array]
+
+    def block_table(self, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The kernels' block table.
+
+        Args:
+            targets: (num_chunks,) int64, where each chunk lies in the arena, -1 where it was never written.
+
+        Returns:
+            (num_tiles,) int64 byte offsets in the arena, -1 for missing chunks.
+        """
+        starts = targets[self.tile_chunk]
+        return np.where(starts < 0, -1, starts + self.tile_offset)
+
+    def slices_of(self, chunk: int) -> list[int]:
+        """The slices that need a chunk, ascending."""
+        tiles = np.flatnonzero(self.tile_chunk == chunk)
+        num_slices = len(self.label_planes)
+        image_first = self.image_planes["first_block"]
+        label_first = self.label_planes["first_block"]
+        found = set()
+        for tile in tiles.tolist():
+            if num_slices and tile >= label_first[0]:
+                found.add(int(np.searchsorted(label_first, tile, side="right")) - 1)
+            else:
+                found.add((int(np.searchsorted(image_first, tile, side="right")) - 1) // 3)
+        return sorted(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pattern:
+    """What all planes of one array along one axis have in common."""
+
+    plane: npt.NDArray[Any]  # one PLANE_DTYPE row, its first block and tables left open
+    tiles: npt.NDArray[np.int64]  # chunk numbers under the plane in the first layer of chunks
+    layer_step: int  # added to them from one layer of chunks to the next
+    depth: int  # planes in a layer
+    plane_step: int  # bytes between planes inside a chunk
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
+    view = view_geometry(layout.shape, axis, recipe)
+    rows, columns = (i for i in range(3) if i != axis)
+    grid = [-(-n // c) for n, c in zip(layout.shape, layout.chunks, strict=True)]
+    grid_steps = (grid[1] * grid[2], grid[2], 1)
+    itemsize = layout.dtype.itemsize
+    strides = (layout.chunks[1] * layout.chunks[2] * itemsize, layout.chunks[2] * itemsize, itemsize)
+    plane = np.zeros(1, PLANE_DTYPE)
+    plane["row_stride"], plane["column_stride"], plane["itemsize"] = strides[rows], strides[columns], itemsize
+    plane["block_height"], plane["block_width"] = layout.chunks[rows], layout.chunks[columns]
+    plane["blocks_per_row"] = grid[columns]
+    for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
+        plane[name] = getattr(view, name)
+    tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
+    return _Pattern(plane, tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
+
+
+class _Planes:
+    """Planes of one kind, image or labels, on their way into arrays."""
+
+    def __init__(self, arrays: dict[ArrayLayout, int]) -> None:
+        self._arrays = arrays
+        self._numbers: dict[_Pattern, int] = {}
+        self._kinds: list[int] = []
+        self._tiles: list[npt.NDArray[np.int64]] = []
+        self._offsets: list[int] = []
+
+    def add(self, layout: ArrayLayout, key: SliceKey, positions: Sequence[int]) -> None:
+        pattern = _pattern(layout, key.axis, key.recipe)
+        kind = self._numbers.setdefault(pattern, len(self._numbers))
+        base = self._arrays.setdefault(layout, len(self._arrays)) << _NUMBER_BITS
+        for position in positions:
+            layer, inside = divmod(position, pattern.depth)
+            self._kinds.append(kind)
+            self._tiles.append(pattern.tiles + (base + layer * pattern.layer_step))
+            self._offsets.append(inside * pattern.plane_step)
+
+    def finish(
+        self, first_tile: int, tables: dict[tuple[int, int], int], size: tuple[int, int]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The planes, and for each tile its chunk (with the array's number) and its offset."""
+        patterns = np.concatenate([pattern.plane for pattern in self._numbers])
+        for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
+            patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
+        planes = patterns[np.array(self._kinds)]
+        counts = np.array([len(tiles) for tiles in self._tiles])
+        planes["first_block"] = first_tile + np.cumsum(counts) - counts
+        return planes, np.concatenate(self._tiles), np.repeat(np.array(self._offsets, np.int64), counts)
+
+
+def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
+    """Finds the chunks and the planes of some slices, each with the slices before and after it.
+
+    Args:
+        keys: The slices, at least one.
+        size: Rows and columns that they will be encoded to.
+
+    Raises:
+        StoreFormatError: A case's arrays are not in the store's format.
+        InputError: A position lies outside its case.
+    """
+    arrays: dict[ArrayLayout, int] = {}
+    images, labels = _Planes(arrays), _Planes(arrays)
+    for key in keys:
+        num_slices = key.store.cases[key.case].shape[key.axis]
+        images.add(key.store.layout(key.case, IMAGE_PATH), key, channel_positions(key.position, num_slices))
+        labels.add(key.store.layout(key.case, LABELS_PATH), key, (key.position,))
+    tables: dict[tuple[int, int], int] = {}
+    image_planes, image_tiles, image_offsets = images.finish(0, tables, size)
+    label_planes, label_tiles, label_offsets = labels.finish(len(image_tiles), tables, size)
+    chunks, tile_chunk = np.unique(np.concatenate([image_tiles, label_tiles]), return_inverse=True)
+    return Gathering(
+        arrays=tuple(arrays),
+        chunk_array=chunks >> _NUMBER_BITS,
+        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
+        tile_chunk=tile_chunk.reshape(-1),
+        tile_offset=np.concatenate([image_offsets, label_offsets]),
+        image_planes=image_planes,
+        label_planes=label_planes,
+        lengths=tuple(tables),
+    )

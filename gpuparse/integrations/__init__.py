@@ -1,0 +1,1 @@
+"""Glue for other frameworks; each module needs the package it is named after."""

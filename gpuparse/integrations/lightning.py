@@ -1,0 +1,268 @@
+"""Lightning: a data module of gpuparse loaders, and a callback that logs what the training loader reports.
+
+Lightning shards no loader but torch's, so each rank's loader takes its own part by itself. Before each epoch Lightning
+calls `batch_sampler.sampler.set_epoch`, and it keeps the training loader's `state_dict` in its checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, TypeAlias
+
+from torch.utils.data import Dataset
+
+from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.loader import DataLoader
+
+__all__ = ["GpuparseDataModule", "LoaderReportCallback"]
+
+_LOG = logging.getLogger("gpuparse")
+
+Source: TypeAlias = Dataset[Any] | Callable[[], Dataset[Any]]
+
+# What shapes the order of training and is not handed down to validation and test.
+_TRAINING_ONLY = ("shuffle", "drop_last", "weights", "shuffle_block")
+# What the data module or Lightning decides.
+_TAKEN = ("self", "dataset", "rank", "world_size")
+
+
+def _import_lightning() -> Any:
+    """Lightning under one of its two names, whose classes do not mix: the one this program has imported already."""
+    reasons = []
+    for name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+    raise MissingDependencyError(
+        f"gpuparse.integrations.lightning needs Lightning, which cannot be imported ({'; '.join(reasons)}). Install it "
+        "with `pip install gpuparse[lightning]`."
+    )
+
+
+_pl = _import_lightning()
+_LightningDataModule: Any = _pl.LightningDataModule
+_Callback: Any = _pl.Callback
+
+
+class GpuparseDataModule(_LightningDataModule):
+    """The loaders of a run: one for training, any number for validation and test.
+
+    Training shuffles unless told otherwise, follows the trainer's epoch, and is saved in and restored from Lightning's
+    checkpoints: a run resumed with `trainer.fit(..., ckpt_path=...)` goes on with the first batch that was not trained
+    on. Validation and test make the same samples in the same order every time they run.
+
+    Batches are made where the trainer computes, unless `options` names a device.
+
+    Args:
+        train: The training data, as `gpuparse.DataLoader` takes it, or a function without arguments that makes it in
+            each process.
+        val: The validation data: one such thing, or a sequence of them, which become several loaders.
+        test: The test data, likewise.
+        options: Keyword arguments of `gpuparse.DataLoader` for all loaders. `shuffle`, `drop_last`, `weights` and
+            `shuffle_block` go to training alone.
+        eval_options: Further ones for validation and test; they go before `options`.
+
+    Raises:
+        InputError: An option is not one of the loader's.
+
+    Example:
+        >>> datamodule = GpuparseDataModule(
+        ...     train=lambda: gpuparse.SliceDataset("DATA_DIR/DATASET1"),
+        ...     val=lambda: gpuparse.SliceDataset("DATA_DIR/DATASET1", split="val"),
+        ...     options={"batch_size": 8, "seed": 1},
+        ... )
+        >>> trainer.fit(model, datamodule)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        val: Source | Sequence[Source] | None = None,
+        test: Source | Sequence[Source] | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        eval_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = _check_options("options", options)
+        self.eval_options = _check_options("eval_options", eval_options)
+        self._sources = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
+        self._datasets: dict[str, list[Dataset[Any]]] = {}
+
+    def train_dataloader(self) -> DataLoader:
+        """A new training loader.
+
+        Raises:
+            InputError: There is no training data, or an option has a bad value.
+        """
+        datasets = self._make("train")
+        if len(datasets) != 1:
+            raise InputError(
+                f"GpuparseDataModule has {len(datasets)} training datasets; expected one. Pass train=..., and several "
+                "datasets as one torch.utils.data.ConcatDataset."
+            )
+        options = {"shuffle": True, **self._device(), **self.options}
+        if self.trainer is None:
+            return DataLoader(datasets[0], **options)
+        return _TrainLoader(self.trainer, datasets[0], options)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """New validation loaders, one for each dataset, in the order of `val`."""
+        return self._evaluation_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """New test loaders, one for each dataset, in the order of `test`."""
+        return self._evaluation_loaders("test")
+
+    def _evaluation_loaders(self, part: str) -> list[DataLoader]:
+        shared = {key: value for key, value in self.options.items() if key not in _TRAINING_ONLY}
+        options = {**self._device(), **shared, **self.eval_options}
+        return [_EvaluationLoader(dataset, **options) for dataset in self._make(part)]
+
+    def _make(self, part: str) -> list[Dataset[Any]]:
+        if part not in self._datasets:
+            sources = self._sources[part]
+            self._datasets[part] = [source if isinstance(source, Dataset) else source() for source in sources]
+        return self._datasets[part]
+
+    def _device(self) -> dict[str, str]:
+        """The CPU where the trainer is on the CPU; otherwise the loader's own choice, this process's GPU."""
+        on_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
+        return {"device": "cpu"} if on_cpu else {}
+
+
+class LoaderReportCallback(_Callback):
+    """Logs the training loader's numbers to the trainer's loggers: `loader.report().metrics()` of rank 0.
+
+    Args:
+        log_every_n_steps: Optimizer steps from one log to the next; None takes the trainer's `log_every_n_steps`.
+
+    Raises:
+        InputError: `log_every_n_steps` is below 1.
+    """
+
+    def __init__(self, log_every_n_steps: int | None = None) -> None:
+        if log_every_n_steps is not None and log_every_n_steps < 1:
+            raise InputError(
+                f"log_every_n_steps is {log_every_n_steps}; expected at least 1, or None for the trainer's own."
+            )
+        self.log_every_n_steps = log_every_n_steps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses a training loader that reports nothing.
+
+        Raises:
+            InputError: The training loader is not a `gpuparse.DataLoader`.
+        """
+        if not isinstance(trainer.train_dataloader, DataLoader):
+            raise InputError(
+                f"LoaderReportCallback: the training loader is {type(trainer.train_dataloader).__name__}; expected "
+                "gpuparse.DataLoader. Pass one to trainer.fit, or GpuparseDataModule, or leave the callback out."
+            )
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs where a step is due."""
+        step, every = trainer.global_step, self.log_every_n_steps or trainer.log_every_n_steps
+        # With accumulated gradients several batches belong to a step.
+        if not trainer.is_global_zero or step == self._last_step or step % every:
+            return
+        self._last_step = step
+        metrics = trainer.train_dataloader.report().metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step - 1)  # Lightning numbers steps from 0
+
+
+class _TrainLoader(DataLoader):
+    """A training loader that stands where its trainer stands.
+
+    Lightning may save in the middle of a step, after an exception or on a signal from SLURM, and counts that step's
+    batch as not done. The loader's state must then be the one before that batch, although it was handed out.
+    """
+
+    def __init__(self, trainer: Any, dataset: Dataset[Any], options: Mapping[str, Any]) -> None:
+        super().__init__(dataset, **options)
+        self._trainer = trainer
+        # Of the batch handed out last: the number of batches trained on by then, the state before it and after it.
+        self._in_hand: tuple[int, dict[str, Any], dict[str, Any]] | None = None
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Sets the trainer's epoch, whatever number is passed.
+
+        The number passed is one too high after resuming, in a run with `max_steps`, from the end of an epoch.
+        """
+        return SimpleNamespace(
+            sampler=SimpleNamespace(set_epoch=lambda _epoch: self.set_epoch(self._trainer.current_epoch))
+        )
+
+    @property
+    def _progress(self) -> Any:
+        """Lightning's count of training batches: `total` since the run began, `current` in this epoch."""
+        return self._trainer.fit_loop.epoch_loop.batch_progress
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._in_hand is not None:
+            num_trained, before, after = self._in_hand
+            if state == after and self._progress.total.processed == num_trained:
+                return before
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        super().load_state_dict(state, strict=strict)
+        num_trained = self._progress.current.processed
+        plan = self._plan
+        if plan.consumed(num_trained) != state["position"]:
+            _LOG.warning(
+                "Resuming at sample %d of epoch %d, but Lightning counts %d batches of %d samples there: the "
+                "checkpoint is of another batch size or number of processes. Lightning will end this epoch early or "
+                "without its validation; the next ones are whole. Checkpoints from the end of an epoch do not have "
+                "this problem.",
+                state["position"], state["epoch"], num_trained, plan.global_batch_size,
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with contextlib.closing(super().__iter__()) as batches:  # type: ignore[type-var]
+            while True:
+                before = super().state_dict()
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                self._in_hand = self._progress.total.processed, before, super().state_dict()
+                yield batch
+                del batch  # its buffers serve the next one
+
+
+class _EvaluationLoader(DataLoader):
+    """A loader that runs epoch 0 whenever it is iterated, so that what a metric is taken over never changes."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.set_epoch(0)
+        return super().__iter__()
+
+
+def _as_list(sources: Source | Sequence[Source] | None) -> list[Source]:
+    if sources is None:
+        return []
+    return [sources] if isinstance(sources, Dataset) or callable(sources) else list(sources)
+
+
+def _check_options(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A copy that cannot change, of options that the loader has."""
+    known = [key for key in inspect.signature(DataLoader.__init__).parameters if key not in _TAKEN]
+    unknown = [key for key in options or {} if key not in known]
+    if unknown:
+        raise InputError(
+            f"{name} has {', '.join(map(repr, unknown))}; expected keyword arguments of gpuparse.DataLoader, without "
+            f"rank and world_size, which Lightning sets: {', '.join(known)}."
+        )
+    return MappingProxyType(dict(options or {}))

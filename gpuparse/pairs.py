@@ -1,0 +1,217 @@
+"""Pairs of image and labels in folders that were not made for BiomedParse.
+
+Finding pairs opens no image. What cannot be paired is found too, with the reason, so that nothing is left out without
+a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from gpuparse.errors import InputError
+from gpuparse.nifti import nifti_stem
+
+__all__ = ["FolderLayout", "Pair", "find_pairs", "folder_matches", "read_dataset_json"]
+
+_SPLIT_SUFFIX = {"train": "Tr", "test": "Ts"}
+_CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """How a folder holds its cases.
+
+    Attributes:
+        format: `nnunet` (imagesTr, labelsTr), `nifti` (two globs) or `dicom` (a folder for each case).
+        image_glob: Images below the dataset's folder, for `nifti`; case folders, for `dicom` (None: every folder).
+        label_glob: Label files, paired with the images by what `*` stands for.
+        channel: Which channel of an image to take, for `nnunet`; None where there is only one.
+    """
+
+    format: Literal["nnunet", "nifti", "dicom"]
+    image_glob: str | None = None
+    label_glob: str | None = None
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its labels.
+
+    Attributes:
+        name: The case's name.
+        image: The image's file, or for DICOM the case's folder.
+        labels: The labels' file; None where they are in the DICOM folder.
+        problem: Why this is no case, naming file and remedy; None where it is one.
+    """
+
+    name: str
+    image: Path
+    labels: Path | None
+    problem: str | None = None
+
+
+def folder_matches(folder: Path, layout: FolderLayout, split: str = "train") -> bool:
+    """Whether a folder holds cases of this layout itself."""
+    if layout.format == "nnunet":
+        return (folder / f"images{_SPLIT_SUFFIX.get(split, '')}").is_dir()
+    return bool(_matches(folder, layout.image_glob or "*", folders=layout.format == "dicom"))
+
+
+def find_pairs(folder: str | os.PathLike[str], layout: FolderLayout, split: str = "train") -> list[Pair]:
+    """The cases of one dataset, by name.
+
+    Args:
+        folder: The dataset's folder.
+        layout: How it holds its cases.
+        split: `train` reads imagesTr and labelsTr of an nnU-Net folder, `test` imagesTs and labelsTs.
+
+    Raises:
+        InputError: The folder or the layout cannot be used, or there is no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. Name the folder that holds the images.")
+    if layout.format == "nnunet":
+        return _nnunet_pairs(folder, layout, split)
+    if layout.format == "nifti":
+        if layout.image_glob is None or layout.label_glob is None:
+            raise InputError(
+                f"{folder}: format nifti needs both globs; got image {layout.image_glob!r} and label "
+                f"{layout.label_glob!r}. Give for example --image-glob 'images/*.nii.gz' --label-glob 'masks/*.nii.gz'."
+            )
+        images = _matches(folder, layout.image_glob)
+        return _paired(folder, layout.image_glob, images, _matches(folder, layout.label_glob), layout.label_glob)
+    cases = _matches(folder, layout.image_glob or "*", folders=True)
+    if layout.label_glob is None:
+        if not cases:
+            raise InputError(f"{folder}: no folder in it. Expected a folder of DICOM files for each case.")
+        return [Pair(name, path, None) for name, path in sorted(cases.items())]
+    return _paired(folder, layout.image_glob or "*", cases, _matches(folder, layout.label_glob), layout.label_glob)
+
+
+def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """nnU-Net's `dataset.json`; empty where there is none.
+
+    Raises:
+        InputError: It is not a JSON object.
+    """
+    path = Path(folder) / "dataset.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds {type(data).__name__}; expected an object with 'labels'. Mend it.")
+    return data
+
+
+def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
+    if split not in _SPLIT_SUFFIX:
+        raise InputError(f"split is {split!r}; an nnU-Net folder has 'train' (imagesTr) and 'test' (imagesTs).")
+    image_dir, label_dir = (folder / f"{kind}{_SPLIT_SUFFIX[split]}" for kind in ("images", "labels"))
+    files = _nifti_files(image_dir)
+    if not files:
+        raise InputError(f"{image_dir}: no .nii or .nii.gz files. Expected nnU-Net's {image_dir.name} with images.")
+    labels = {stem: path for path, stem in _nifti_files(label_dir).items()}
+    # The decathlon's own layout has no channel suffix: there labels are called as their images are.
+    has_channels = not any(stem in labels for stem in files.values())
+    channels: dict[str, dict[int, Path]] = {}
+    for path, stem in files.items():
+        match = _CHANNEL.fullmatch(stem)
+        if match is None or not has_channels:
+            channels.setdefault(stem, {})[0] = path
+        else:
+            channels.setdefault(match["name"], {})[int(match["channel"])] = path
+    found = sorted({number for by_number in channels.values() for number in by_number})
+    channel = layout.channel
+    if channel is None:
+        if len(found) > 1:
+            names = read_dataset_json(folder).get("channel_names", {})
+            listed = ", ".join(f"{n} ({names[str(n)]})" if str(n) in names else str(n) for n in found)
+            raise InputError(f"{image_dir}: images of several channels: {listed}. Choose one with --channel.")
+        channel = found[0]
+    elif channel not in found:
+        raise InputError(
+            f"{image_dir}: no channel {channel}; it has {', '.join(map(str, found))}. Choose one of these."
+        )
+    pairs = []
+    for name, by_number in sorted(channels.items()):
+        first = next(iter(by_number.values()))
+        if channel not in by_number:
+            problem = f"{first}: its case has no file of channel {channel}. Add it, or leave the case out."
+            pairs.append(Pair(name, first, labels.get(name), problem))
+        else:
+            pairs.append(_pair(name, by_number[channel], labels.get(name), f"{label_dir}/{name}.nii.gz"))
+    return pairs + [_orphan(name, labels[name], str(image_dir)) for name in sorted(set(labels) - set(channels))]
+
+
+def _nifti_files(folder: Path) -> dict[Path, str]:
+    """NIfTI files of a folder with their stems; hidden ones, such as macOS puts into archives, left out."""
+    paths = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    return {path: stem for path in paths if (stem := nifti_stem(path)) is not None}
+
+
+def _paired(
+    folder: Path, image_glob: str, images: Mapping[str, Path], labels: Mapping[str, Path], label_glob: str
+) -> list[Pair]:
+    if image_glob.count("*") != label_glob.count("*"):
+        raise InputError(
+            f"the globs {image_glob!r} and {label_glob!r} have different numbers of '*'; images and labels are paired "
+            "by what '*' stands for. Use as many in both."
+        )
+    if not images:
+        raise InputError(f"{folder}: nothing in it matches {image_glob!r}. Give a glob below that folder.")
+    images = {name: path for name, path in images.items() if path not in set(labels.values())}
+    if not images:
+        raise InputError(
+            f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "
+            "Give narrower globs."
+        )
+    pairs = [_pair(name, path, labels.get(name), str(folder / label_glob)) for name, path in sorted(images.items())]
+    return pairs + [_orphan(n, labels[n], str(folder / image_glob)) for n in sorted(set(labels) - set(images))]
+
+
+def _pair(name: str, image: Path, labels: Path | None, where: str) -> Pair:
+    if labels is not None:
+        return Pair(name, image, labels)
+    return Pair(name, image, None, f"{image}: no labels for it, expected {where}. Add them, or leave the image out.")
+
+
+def _orphan(name: str, labels: Path, where: str) -> Pair:
+    return Pair(name, labels, labels, f"{labels}: labels without an image in {where}. Add it, or leave them out.")
+
+
+def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Path]:
+    """Files (or folders) below `folder`, by case.
+
+    A case is called by what `*` stands for; several parts are joined, repeated ones once.
+    """
+    parts = PurePosixPath(glob).parts
+    if "*" not in glob or any(c in glob for c in "?[]") or "**" in glob or glob.startswith("/") or ".." in parts:
+        raise InputError(
+            f"glob {glob!r} cannot be used: expected a path below the dataset's folder with at least one '*' and no "
+            "other wildcard, such as 'images/*.nii.gz'."
+        )
+    pattern = re.compile("([^/]+)".join(re.escape(part) for part in str(PurePosixPath(glob)).split("*")))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(glob)):
+        match = pattern.fullmatch(path.relative_to(folder).as_posix())
+        hidden = path.name.startswith(".") or path.suffix == ".zarr"  # a store may lie beside its sources
+        if match is None or hidden or path.is_dir() != folders:
+            continue
+        name = "_".join(dict.fromkeys(match.groups()))
+        if name in found:
+            raise InputError(
+                f"glob {glob!r}: {found[name]} and {path} would both be case {name!r}. Use a narrower glob."
+            )
+        found[name] = path
+    return found

@@ -1,0 +1,320 @@
+"""Production: the batches of one iteration, from the plan's positions to the dict that training gets.
+
+`fetch` runs in the reading thread (draw the samples, read their chunks, replace what cannot be read), `make` in DALI's
+(decode, encode, augment), `collect` in the training loop's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpuparse.augment import AugmentedBatch, OutputTypes
+from gpuparse.batch import BufferPool, collate, host_tensors
+from gpuparse.cache import ChunkCache, PageCacheBudget
+from gpuparse.device import DeviceBatch, DeviceRenderer
+from gpuparse.errors import ChunkCorruptError
+from gpuparse.flat import FlatDataset
+from gpuparse.order import Draws, Order
+from gpuparse.pack import PackedBatch, pack
+from gpuparse.pipeline import BatchPipeline, PipelineOptions
+from gpuparse.plan import EpochPlan, draw_below, sample_streams
+from gpuparse.read import ChunkReader
+from gpuparse.render import Samples, render_on_host
+from gpuparse.report import FailureLog, Probes, SliceFailure
+from gpuparse.staging import Slot, StagingRing, pinned_memory
+
+__all__ = ["DeviceMaker", "HostMaker", "Maker", "Supply", "produce"]
+
+# The third counter word's meaning, after those of `plan` and `sampling`.
+_OPERATION_REPLACE = 7
+_MAX_ATTEMPTS = 64
+
+
+class Maker(Protocol):
+    """Makes batches on one device."""
+
+    @property
+    def device_index(self) -> int | None:
+        """The CUDA device, None for the CPU."""
+
+    def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory to read batches into."""
+
+    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[Any, Any]:
+        """The batch, perhaps still under way; and an event after which its buffer is free, None for at once."""
+
+    def tensors(self, made: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and labels, fit for use in the calling thread."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+
+    def stream(self) -> int | None:
+        """The stream that waits for DALI, None for the host."""
+
+    def finish(self) -> None:
+        """Waits for all that is under way; called when an iteration ends."""
+
+
+class HostMaker:
+    """Makes batches on the CPU.
+
+    Args:
+        size: Rows and columns.
+        types: Element types.
+        num_threads: CPU threads.
+        max_free: Buffers kept for reuse.
+        slab_bytes: Memory for decoded chunks that outlive their batch, 0 for none.
+    """
+
+    device_index = None
+
+    def __init__(
+        self, size: tuple[int, int], types: OutputTypes, num_threads: int, max_free: int, slab_bytes: int = 0
+    ) -> None:
+        self._size, self._types, self._num_threads = size, types, num_threads
+        self._pool = BufferPool(max_free)
+        self._slab = np.empty(slab_bytes, np.uint8) if slab_bytes else None
+        self._arena = np.empty(0, np.uint8)
+        self._lock = threading.Lock()  # two iterations of one loader take turns
+
+    def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Ordinary memory."""
+        return np.empty(num_bytes, np.uint8)
+
+    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[AugmentedBatch, None]:
+        """Decodes, encodes and augments; done when it returns."""
+        image_shape, labels_shape = packed.shapes(self._size)
+        image_type, labels_type = self._types.arrays
+        out = AugmentedBatch(self._pool.take(image_shape, image_type), self._pool.take(labels_shape, labels_type))
+        with self._lock:
+            if len(self._arena) < packed.arena_bytes:
+                self._arena = np.empty(packed.arena_bytes, np.uint8)
+            arena = self._slab if packed.in_slab and self._slab is not None else self._arena
+            render_on_host(
+                packed, self._size, self._types, out=out, arena=arena, num_threads=self._num_threads, probes=probes
+            )
+        return out, None
+
+    def tensors(self, made: AugmentedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tensors over the arrays' memory."""
+        return host_tensors(made, self._types)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+        return self._arena.nbytes + (0 if self._slab is None else self._slab.nbytes)
+
+    def stream(self) -> None:
+        """None: there is none."""
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+
+class DeviceMaker:
+    """Makes batches on a CUDA device.
+
+    Args:
+        renderer: Launches the kernels.
+        device: The device.
+    """
+
+    def __init__(self, renderer: DeviceRenderer, device: torch.device) -> None:
+        self._renderer = renderer
+        self._device = device
+        self.device_index = device.index
+
+    def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Page-locked memory."""
+        return pinned_memory(num_bytes)
+
+    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[DeviceBatch, Any]:
+        """Launches and returns at once; the buffer is free when the batch is ready."""
+        made = self._renderer.render(packed, buffer, inflated, probes)
+        return made, made.ready
+
+    def tensors(self, made: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's tensors; the current stream waits for them, the host does not."""
+        return made.hand_over()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held from batch to batch: cache and working buffers."""
+        return self._renderer.num_bytes
+
+    def stream(self) -> int:
+        """The renderer's own stream: DALI's outputs are of no interest, so nobody has to wait for them."""
+        return self._renderer.stream_handle
+
+    def finish(self) -> None:
+        """Waits for the device: the next iteration runs on other streams."""
+        torch.cuda.synchronize(self._device)
+
+
+@dataclass(frozen=True, eq=False)
+class Supply:
+    """Where the samples of a loader come from.
+
+    Attributes:
+        flat: The datasets.
+        order: Which sample stands where.
+        types: Element types of the outputs.
+        seed: Key of the replacements.
+        reader: Reads chunks.
+        failures: What had to be replaced.
+        cache: Places for decoded chunks that outlive their batch, or None.
+        budget: The page cache's budget, or None.
+    """
+
+    flat: FlatDataset
+    order: Order
+    types: OutputTypes
+    seed: int
+    reader: ChunkReader
+    failures: FailureLog
+    cache: ChunkCache | None = None
+    budget: PageCacheBudget | None = None
+
+    def fetch(
+        self,
+        positions: npt.NDArray[np.int64],
+        epoch: int,
+        allocate: Callable[[int], npt.NDArray[np.uint8]],
+        probes: Probes,
+    ) -> tuple[Samples, PackedBatch]:
+        """Draws and reads the samples at some positions of an epoch.
+
+        Args:
+            positions: (batch,) int64.
+            epoch: The epoch.
+            allocate: Makes the buffer.
+            probes: Where to book the time.
+
+        Raises:
+            ChunkCorruptError: A slice cannot be read and may not be replaced.
+        """
+        draws = self.order.draw(positions, epoch)
+        for attempt in range(_MAX_ATTEMPTS):
+            with probes.stage("plan"):
+                samples = self.flat.describe(draws)
+            try:
+                with probes.stage("read"):
+                    packed = pack(
+                        self.reader,
+                        samples.keys,
+                        samples.params,
+                        samples.labels,
+                        self.flat.size,
+                        self.types,
+                        arena=self.cache,
+                        allocate=allocate,
+                    )
+            except ChunkCorruptError as error:
+                if self.failures.policy.on_error == "raise" or not error.failed:
+                    raise
+                draws = self._replace(draws, positions, epoch, samples, error, attempt)
+                continue
+            probes.add_read(packed.counts)
+            if self.budget is not None:
+                self.budget.touch(packed.counts.extents)
+            return samples, packed
+        raise ChunkCorruptError(
+            f"a slice that cannot be read was replaced {_MAX_ATTEMPTS} times by one that cannot be read either. Too "
+            "much of this dataset is damaged: `gpuparse check` says what."
+        )
+
+    def _replace(
+        self,
+        draws: Draws,
+        positions: npt.NDArray[np.int64],
+        epoch: int,
+        samples: Samples,
+        error: ChunkCorruptError,
+        attempt: int,
+    ) -> Draws:
+        """Other samples for those that failed: a function of seed, epoch, position and attempt alone."""
+        failed = np.array(sorted(error.failed), np.int64)
+        for i in failed.tolist():
+            name = samples.keys[i].describe()
+            self.failures.add(SliceFailure(name, error.failed[i], epoch, int(positions[i])))
+        words = sample_streams(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, attempt + 1)
+        numbers = draws.numbers.copy()
+        numbers[failed] = draw_below(words[:, attempt], len(self.flat))
+        return replace(draws, numbers=numbers)
+
+
+@dataclass(eq=False)
+class _Work:
+    """One batch between its stages."""
+
+    samples: Samples
+    slot: Slot
+    made: Any = None
+
+
+def produce(
+    supply: Supply, maker: Maker, plan: EpochPlan, epoch: int, prefetch_depth: int, probes: Probes
+) -> Generator[dict[str, Any], None, None]:
+    """Yields the batches of one epoch, from the plan's start on.
+
+    Args:
+        supply: Where samples come from.
+        maker: Makes batches.
+        plan: Which positions each step has.
+        epoch: The epoch.
+        prefetch_depth: Batches made ahead.
+        probes: Where to book times.
+    """
+    if plan.num_batches == 0:
+        return
+    work: dict[int, _Work] = {}
+    # Batches being read ahead, and those that DALI has and has not rendered.
+    ring = StagingRing(2 * prefetch_depth + 2, maker.memory)
+
+    def fetch(step: int) -> PackedBatch:
+        slot = ring.acquire()
+        try:
+            samples, packed = supply.fetch(plan.positions(step), epoch, slot.take, probes)
+        except BaseException:
+            slot.release()
+            raise
+        work[step] = _Work(samples, slot)
+        return packed
+
+    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> None:
+        mine, event = work[step], None
+        try:
+            mine.made, event = maker.make(packed, buffer, inflated, probes)
+        finally:
+            mine.slot.release(event)
+        if supply.cache is not None:
+            supply.cache.made()
+
+    pipeline = BatchPipeline(fetch, render, PipelineOptions(plan.num_batches, prefetch_depth, maker.device_index))
+    with contextlib.ExitStack() as on_exit:
+        on_exit.callback(maker.finish)
+        on_exit.callback(pipeline.close)
+        on_exit.callback(ring.close)
+        for _ in range(plan.num_batches):
+            num_ready = pipeline.num_ready
+            with probes.stage("wait"):
+                done = work.pop(pipeline.run(maker.stream()))
+            image, labels = maker.tensors(done.made)
+            batch = collate(done.samples, image, labels)
+            probes.add_batch(len(done.samples), num_ready)
+            del done, image, labels
+            start = time.perf_counter()
+            yield batch
+            probes.add_seconds("step", time.perf_counter() - start)
+            del batch

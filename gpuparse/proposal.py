@@ -1,0 +1,97 @@
+"""A starter `class_prompts.json`, from the class names that a foreign dataset brings along.
+
+A proposal is never written over a file of the user's. It goes to `class_prompts.proposed.json`; prompts decide what is
+learnt, so somebody reads them and renames the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpuparse.errors import InputError
+from gpuparse.prompts import PROMPTS_FILE
+
+__all__ = ["PROPOSAL_FILE", "class_names", "propose_prompts", "write_proposal"]
+
+PROPOSAL_FILE = "class_prompts.proposed.json"
+
+_PHRASES = {"CT": "CT", "MR": "MRI", "MRI": "MRI", "PT": "PET", "PET": "PET", "US": "ultrasound"}
+
+
+def class_names(dataset_json: Mapping[str, Any], where: str) -> dict[int, str]:
+    """Class id -> name, from nnU-Net's `dataset.json`; background and `ignore` left out.
+
+    Both versions are read: `{"liver": 1}` and `{"1": "liver"}`. Where an id belongs to several regions
+    (`{"whole tumor": [1, 2], "core": [2]}`), the smallest of them names it.
+
+    Args:
+        dataset_json: The file's content.
+        where: What errors shall call it.
+
+    Raises:
+        InputError: `labels` is not of that kind.
+    """
+    labels = dataset_json.get("labels", {})
+    if not isinstance(labels, Mapping):
+        raise InputError(f"{where}: labels is {type(labels).__name__}; expected an object such as {{'liver': 1}}.")
+    found: list[tuple[int, int, str]] = []  # size of the region, id, name
+    for key, value in labels.items():
+        if isinstance(value, str):
+            key, value = value, key
+        ids = list(value) if isinstance(value, list) else [value]
+        try:
+            numbers = [int(v) for v in ids]
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: label {key!r} has id {value!r}; expected whole numbers. Mend it.") from None
+        if key.lower() not in ("background", "ignore"):
+            found += [(len(numbers), number, key) for number in numbers if number > 0]
+    names: dict[int, str] = {}
+    for _, number, name in sorted(found, key=lambda entry: entry[:2]):
+        names.setdefault(number, name)
+    return dict(sorted(names.items()))
+
+
+def propose_prompts(names: Mapping[int, str], modality: str | None = None) -> dict[str, Any]:
+    """One dataset's entry of `class_prompts.json`.
+
+    Args:
+        names: Class id -> name.
+        modality: `CT`, `MR`, ... as a channel or a DICOM series calls it; None where it is not known.
+    """
+    phrase = None if modality is None else _PHRASES.get(modality.upper(), modality.replace("_", " "))
+    entry: dict[str, Any] = {}
+    for number, name in sorted(names.items()):
+        plain = re.sub(r"\s+", " ", name.replace("_", " ").replace("[SEP]", " ")).strip() or f"structure {number}"
+        entry[str(number)] = [f"{plain} in {phrase}", f"{phrase} of the {plain}"] if phrase else [plain]
+    return {**entry, "instance_label": 0}
+
+
+def write_proposal(folder: str | os.PathLike[str], entries: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Writes `class_prompts.proposed.json`, anew each time; `class_prompts.json` is never touched.
+
+    Args:
+        folder: Where `class_prompts.json` belongs.
+        entries: Dataset -> its entry.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: It cannot be written; the message holds the proposal.
+    """
+    path = Path(folder) / PROPOSAL_FILE
+    text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error}). Save this as {PROMPTS_FILE} yourself:\n{text}"
+        ) from error
+    return path

@@ -1,0 +1,164 @@
+"""Residency: what a loader keeps in memory from one epoch to the next, and what its datasets would need for that."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
+from gpuparse.errors import InputError
+from gpuparse.flat import FlatDataset
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+
+__all__ = ["CacheOptions", "Caches", "Footprint", "footprint"]
+
+_LOG = logging.getLogger("gpuparse")
+_MAX_CASES_OPENED = 256
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What to keep, and how much of it.
+
+    Attributes:
+        cache: "device", "host" or None, as `DataLoader` takes it.
+        cache_gib: Size in GiB, None without a cache.
+    """
+
+    cache: str | None = None
+    cache_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache not in (None, "device", "host"):
+            raise InputError(f"cache is {self.cache!r}; expected 'device', 'host' or None.")
+        if self.cache is None and self.cache_gib is not None:
+            raise InputError(f"cache_gib is {self.cache_gib!r} but cache is None; expected cache='device' or 'host'.")
+        if self.cache is not None and not (
+            isinstance(self.cache_gib, int | float) and not isinstance(self.cache_gib, bool) and self.cache_gib > 0
+        ):
+            raise InputError(f"cache_gib is {self.cache_gib!r}; cache={self.cache!r} needs its size in GiB, above 0.")
+
+    @property
+    def num_bytes(self) -> int:
+        """The size in bytes, 0 without a cache."""
+        return int((self.cache_gib or 0) * 2**30)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the volumes of some datasets take.
+
+    Attributes:
+        decoded_bytes: All their chunks decoded, padding included; chunks that were never written count too.
+        compressed_bytes: Their files.
+        exact: Whether every case was looked at, rather than some of them.
+    """
+
+    decoded_bytes: int
+    compressed_bytes: int
+    exact: bool
+
+    def __str__(self) -> str:
+        about = "" if self.exact else "about "
+        return (
+            f"{about}{self.decoded_bytes / 2**30:.2f} GiB decoded, {about}{self.compressed_bytes / 2**30:.2f} GiB "
+            "compressed"
+        )
+
+
+def footprint(flat: FlatDataset) -> Footprint:
+    """Estimates what the volumes behind some datasets take.
+
+    Args:
+        flat: The datasets. Volumes that several parts share count once. Beyond 256 volumes a store, 256 of them are
+            looked at, evenly spread, and the rest is taken to be like them, voxel for voxel.
+    """
+    cases: dict[Store, set[int]] = {}
+    for part in flat.parts:
+        same = next((store for store in cases if store.path == part.store.path), part.store)
+        cases.setdefault(same, set()).update(part.case_numbers.tolist())
+    decoded = compressed = 0.0
+    exact = True
+    for store, numbers in cases.items():
+        wanted = sorted(numbers)
+        opened = wanted
+        if len(wanted) > _MAX_CASES_OPENED:
+            exact = False
+            opened = [wanted[i] for i in np.linspace(0, len(wanted) - 1, _MAX_CASES_OPENED).astype(int).tolist()]
+        layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
+        share = _voxels(store, wanted) / max(1, _voxels(store, opened))
+        decoded += share * sum(_decoded_bytes(layout) for layout in layouts)
+        compressed += share * sum(_compressed_bytes(layout) for layout in layouts)
+    return Footprint(round(decoded), round(compressed), exact)
+
+
+def _voxels(store: Store, cases: list[int]) -> int:
+    return sum(int(np.prod(store.cases[case].shape, dtype=np.int64)) for case in cases)
+
+
+def _decoded_bytes(layout: ArrayLayout) -> int:
+    counts = [-(-n // c) for n, c in zip(layout.shape, layout.chunks, strict=True)]
+    return int(np.prod(counts, dtype=np.int64)) * (-(-layout.chunk_bytes // 16) * 16)
+
+
+def _compressed_bytes(layout: ArrayLayout) -> int:
+    if layout.shard_bytes is not None:
+        return sum(layout.shard_bytes.values())
+    return sum(path.stat().st_size for path in layout.path.rglob("*") if path.is_file())
+
+
+class Caches:
+    """The caches of one loader, made when it first iterates.
+
+    Args:
+        options: What to keep.
+        flat: The loader's datasets.
+        device: Where its batches are made.
+    """
+
+    def __init__(self, options: CacheOptions, flat: FlatDataset, device: torch.device) -> None:
+        self.slab_bytes = 0
+        self._chunks: ChunkCache | None = None
+        self._budget: PageCacheBudget | None = None
+        if options.cache is None:
+            return
+        needed = footprint(flat)
+        if options.cache == "device":
+            # No larger than what could ever be in it.
+            wanted = min(options.num_bytes, needed.decoded_bytes) if needed.exact else options.num_bytes
+            self._chunks = ChunkCache(wanted)
+            self.slab_bytes = self._chunks.capacity_bytes
+            fits = needed.decoded_bytes <= options.num_bytes
+        else:
+            fits = needed.compressed_bytes <= options.num_bytes
+            num_local_ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+            self._budget = PageCacheBudget(None if fits else options.num_bytes // num_local_ranks)
+        _LOG.info(
+            "cache=%r of %.2f GiB on %s: the datasets take %s, which %s.",
+            options.cache,
+            options.num_bytes / 2**30,
+            device if options.cache == "device" else "this machine",
+            needed,
+            "fits" if fits else "does not fit: what was used longest ago makes room",
+        )
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[tuple[ChunkCache | None, PageCacheBudget | None]]:
+        """The caches for one iteration; a second one at the same time goes without the cache of decoded chunks."""
+        mine = self._chunks is not None and self._chunks.acquire()
+        try:
+            yield self._chunks if mine else None, self._budget
+        finally:
+            if mine and self._chunks is not None:
+                self._chunks.release()
+
+    def status(self) -> CacheStatus | None:
+        """How full the cache is, None without one."""
+        cache = self._chunks or self._budget
+        return None if cache is None else cache.status()

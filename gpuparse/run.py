@@ -1,0 +1,249 @@
+"""One dataset's conversion: what is kept, what is written, and what happens to files that are bad."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpuparse.case import convert_case, kept_case, stored_case
+from gpuparse.conversion_report import CaseResult, CaseState, DatasetReport, Failure, write_report
+from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
+from gpuparse.folders import discard_folder, remove_discarded
+from gpuparse.publish import PublishTarget, choose_val_cases, publish
+from gpuparse.source import SourceCase
+from gpuparse.store import Store
+from gpuparse.workers import Died, Task, WorkerPool
+
+__all__ = ["DatasetRun", "RunOptions"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to go about it; what `convert` was asked for.
+
+    Attributes:
+        on_error: `stop` or `skip`.
+        overwrite: Whether to write every case anew.
+        dry_run: Whether to write nothing at all.
+        on_case: Called after each source.
+    """
+
+    on_error: str
+    overwrite: bool
+    dry_run: bool
+    on_case: Callable[[CaseResult], None] | None
+
+
+@dataclass
+class DatasetRun:
+    """One run over one dataset. The caller holds the store's lock.
+
+    Attributes:
+        target: The store to be.
+        cases: The sources, by name; names are unique.
+        options: How to go about it.
+        pool: The processes that convert.
+        store: The store as it is, also where it is to be replaced; None if there is none.
+        results: What became of each source so far.
+        failures: Those that failed, and why.
+    """
+
+    target: PublishTarget
+    cases: tuple[SourceCase, ...]
+    options: RunOptions
+    pool: WorkerPool
+    store: Store | None
+    results: list[CaseResult] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def __call__(self) -> DatasetReport | None:
+        """Converts; returns None where there was nothing to make a store of.
+
+        Raises:
+            VolumeFormatError: A source is bad and `on_error` is `stop`.
+            StoreWriteError: A case could not be written.
+            OSError: The store could not be written.
+        """
+        start = time.perf_counter()
+        report: DatasetReport | None = None
+        if self.options.dry_run:
+            return self._rehearse(start)
+        self._clean()
+        try:
+            report = self._convert(start)
+        finally:
+            if report is None and self.options.overwrite:  # no later run would use what this one wrote
+                discard_folder(self.target.work_path)
+            _remove_if_empty(self.target.work_path)
+            if self.options.on_error == "skip" or any(result.state != "failed" for result in self.results):
+                with contextlib.suppress(OSError):  # a full disk: what ended the run is the error to show
+                    write_report(self.target.store_path, report, self.results, self.failures)
+        return report
+
+    def _convert(self, start: float) -> DatasetReport | None:
+        extended = None if self.options.overwrite else self.store
+        folders = _folders_of(extended)
+        names = sorted({case.name for case in self.cases}.union(folders))
+        val_cases = choose_val_cases(self.target, names, self.store)
+        done = [summary for summary in self._outcomes(folders) if summary is not None]
+        if not done:
+            return None
+        done += self._orphans(folders, {str(case["name"]) for case in done})
+        publish(self.target, extended, sorted(done, key=lambda case: str(case["name"])), val_cases)
+        num_kept = sum(case["kept"] for case in done)
+        return DatasetReport(
+            name=self.target.name,
+            store_path=self.target.store_path,
+            num_written=len(done) - num_kept,
+            num_kept=num_kept,
+            num_slices=sum(case["shape"][axis] for case in done for axis in case["axes"]),
+            source_bytes=sum(case["source"]["bytes"] for case in done),
+            raw_bytes=sum(case["raw_bytes"] for case in done),
+            store_bytes=sum(sum(case["files"].values()) for case in done),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _rehearse(self, start: float) -> DatasetReport | None:
+        kept = self._kept(_folders_of(None if self.options.overwrite else self.store))
+        for case in self.cases:
+            state: CaseState = "kept" if case.name in kept else "written"
+            if state == "written":
+                try:
+                    case.reader.declared_bytes(case)
+                except VolumeFormatError as error:
+                    state = "failed"
+                    self.failures.append(Failure(case.path, str(error)))
+            self._tell(case, state)
+        states = [result.state for result in self.results]
+        return DatasetReport(
+            name=self.target.name,
+            store_path=self.target.store_path,
+            num_written=states.count("written"),
+            num_kept=states.count("kept"),
+            num_slices=0,
+            source_bytes=sum(result.source_bytes for result in self.results),
+            raw_bytes=0,
+            store_bytes=0,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _outcomes(self, folders: dict[str, Path]) -> Generator[dict[str, Any] | None, None, None]:
+        """The summary of each source's case, None where it is bad and is to be skipped."""
+        kept = self._kept(folders)
+        written = self._write([case for case in self.cases if case.name not in kept])
+        with contextlib.closing(written):
+            for case in self.cases:
+                if case.name in kept:
+                    self._tell(case, "kept")
+                    yield kept[case.name]
+                    continue
+                outcome = next(written)
+                if not isinstance(outcome, GpuparseError):
+                    self._tell(case, "written")
+                    yield outcome
+                    continue
+                self.failures.append(Failure(case.path, str(outcome)))
+                self._tell(case, "failed")
+                # A store that cannot be written is no fault of the source: the next one would fail as well.
+                if self.options.on_error == "stop" or isinstance(outcome, StoreWriteError):
+                    raise outcome
+                yield None
+
+    def _tell(self, case: SourceCase, state: CaseState) -> None:
+        result = CaseResult(self.target.name, case.path, case.num_bytes, state)
+        self.results.append(result)
+        if self.options.on_case is not None:
+            self.options.on_case(result)
+
+    def _kept(self, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+        """Sources that need no work -> the summaries of their cases."""
+        if self.options.overwrite:
+            return {}
+        stray = self._stray_folders(set(folders.values()))
+        kept: dict[str, dict[str, Any]] = {}
+        for case in self.cases:
+            places = [self.target.work_path / "cases" / case.name, *stray.get(case.name, ())]
+            if case.name in folders:
+                places.insert(0, folders[case.name])
+            for place in places:
+                summary = kept_case(case, place, self.target.settings)
+                if summary is not None:
+                    kept[case.name] = summary
+                    break
+        return kept
+
+    def _stray_folders(self, known: set[Path]) -> dict[str, list[Path]]:
+        """Cases in the store that its index does not name: earlier versions, and those of a run killed at its end."""
+        found: dict[str, list[Path]] = {}
+        parent = self.target.store_path / "cases"
+        for folder in parent.iterdir() if self.store is not None and parent.is_dir() else ():
+            if folder not in known and not folder.name.startswith("."):
+                for name in {folder.name, re.sub(r"\.[0-9a-f]{8}$", "", folder.name)}:
+                    found.setdefault(name, []).append(folder)
+        return found
+
+    def _write(self, cases: list[SourceCase]) -> Generator[dict[str, Any] | GpuparseError, None, None]:
+        alone = min(self.pool.num_jobs, len(cases)) <= 1
+        tasks = (
+            Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
+            for case in cases
+        )
+        results = self.pool.run(convert_case, tasks, here=alone)
+        with contextlib.closing(results):
+            for case, result in zip(cases, results, strict=True):
+                if isinstance(result, Died):
+                    yield VolumeFormatError(
+                        f"{case.path}: the process that converted it ended early: {result.reason}. If memory ran out, "
+                        "lower --jobs or --memory-gib."
+                    )
+                else:
+                    yield result
+
+    def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[dict[str, Any]]:
+        """Cases of the store without a usable source in this run. They stay: the store may be all that is left."""
+        kept = []
+        for name in sorted(set(folders) - names):
+            case = stored_case(folders[name], self.target.settings)
+            if case is not None:
+                kept.append(case)
+            else:
+                self.failures.append(
+                    Failure(
+                        folders[name],
+                        f"{folders[name]}: written with other settings, and there is no source to write it again; it "
+                        "left the index. Bring back the source, or the class ids and instance_label it was written "
+                        "with.",
+                    )
+                )
+        return kept
+
+    def _clean(self) -> None:
+        """Removes what runs that were killed left half done; their finished cases stay."""
+        store_path, work_path = self.target.store_path, self.target.work_path
+        if self.options.overwrite:
+            discard_folder(work_path)
+        discard_folder(work_path / "incoming")
+        remove_discarded(work_path.parent, work_path.name)
+        for root in (work_path, store_path):
+            remove_discarded(root, "*")
+            remove_discarded(root / "cases", "*")
+            remove_discarded(root / "index", "*")
+        for folder in (store_path.parent, *(root / part for root in (work_path, store_path) for part in ("", "cases"))):
+            for leftover in folder.glob(".*.new"):
+                leftover.unlink(missing_ok=True)
+
+
+def _folders_of(store: Store | None) -> dict[str, Path]:
+    return {} if store is None else {case.name: store.case_path(number) for number, case in enumerate(store.cases)}
+
+
+def _remove_if_empty(work_path: Path) -> None:
+    discard_folder(work_path / "incoming")
+    for folder in (work_path / "cases", work_path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

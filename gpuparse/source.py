@@ -1,0 +1,146 @@
+"""Source cases: what conversion has to know of a case before it is read, whatever its format.
+
+A format brings a `Reader` and a function that lists its cases; nothing behind them knows a file's format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpuparse.errors import VolumeFormatError
+from gpuparse.volume import MAX_VOLUME_BYTES, Volume, declared_bytes, read_volume
+
+__all__ = ["NpzReader", "Reader", "SourceCase", "find_npz_cases"]
+
+_HASH_PIECE_BYTES = 1 << 22
+
+
+class Reader(Protocol):
+    """How the cases of one format are read. A value without state of its own: it is sent to other processes."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the voxels depend on beside the files, such as an intensity window; JSON types only.
+
+        It is recorded with the case, and a case whose reader has other settings is written again.
+        """
+
+    def read(self, case: SourceCase) -> Volume:
+        """Reads and checks one case.
+
+        Raises:
+            VolumeFormatError: The case is unusable; the message names the file, the value and the remedy.
+        """
+
+    def declared_bytes(self, case: SourceCase) -> int:
+        """The memory that `read` takes at its highest, found without reading voxels.
+
+        Raises:
+            VolumeFormatError: The case is unusable.
+        """
+
+
+@dataclass(frozen=True)
+class SourceCase:
+    """One case to convert.
+
+    Attributes:
+        name: The case's name in the store; not checked yet.
+        paths: The files it is read from; the first stands for the case in messages and reports.
+        reader: How.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    reader: Reader
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for the case."""
+        return self.paths[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files; those that are gone, or are links to nowhere, count 0."""
+        return sum(_size(path) for path in self.paths)
+
+    def read(self) -> Volume:
+        """The case's volume, checked.
+
+        Raises:
+            VolumeFormatError: It is unusable.
+        """
+        return self.reader.read(self)
+
+    def declared_bytes(self) -> int:
+        """The memory that `read` takes, by the headers; 0 where they cannot be read, which `read` will explain."""
+        try:
+            return self.reader.declared_bytes(self)
+        except VolumeFormatError:
+            return 0
+
+    def stamp(self) -> dict[str, Any]:
+        """What can be told of the files at a glance: `file`, `bytes` and `mtime_ns`.
+
+        Raises:
+            OSError: A file is gone.
+        """
+        stats = [path.stat() for path in self.paths]
+        return {
+            "file": self.path.name,
+            "bytes": sum(stat.st_size for stat in stats),
+            "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the files' bytes, one after another, in hexadecimal.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with path.open("rb") as file:
+                while piece := file.read(_HASH_PIECE_BYTES):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class NpzReader:
+    """Reads BiomedParse's npz files.
+
+    Attributes:
+        max_bytes: The most that image and labels of a case may declare, uncompressed.
+    """
+
+    max_bytes: int = MAX_VOLUME_BYTES
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Nothing: an npz file holds the voxels as they are."""
+        return {}
+
+    def read(self, case: SourceCase) -> Volume:
+        """Reads one file."""
+        return read_volume(case.path, self.max_bytes)
+
+    def declared_bytes(self, case: SourceCase) -> int:
+        """Bytes of the file and of what is inflated from it."""
+        return declared_bytes(case.path, self.max_bytes)
+
+
+def find_npz_cases(folder: Path, reader: Reader) -> tuple[SourceCase, ...]:
+    """The npz files of a folder as cases, by name."""
+    return tuple(SourceCase(path.stem, (path,), reader) for path in sorted(folder.glob("*.npz")))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

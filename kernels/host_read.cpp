@@ -1,0 +1,204 @@
+// Host only: chunks from files into one buffer, as raw LZ4 blocks that a decoder takes as they are.
+//
+// A chunk is a blosc frame and a crc32c. Its blocks are taken out of the frame and laid at multiples of 16 bytes, which
+// decoders on a GPU want. A block that blosc stored uncompressed becomes an LZ4 block of literals: every block is LZ4
+// then, and no decoder needs a second path. This runs in C because a batch has hundreds of chunks, and a training
+// process has one interpreter.
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "compressed.h"
+#include "parallel.h"
+
+// Mirrored by CHUNK_DTYPE in gpuparse/read.py, 64 bytes.
+struct ChunkRequest {
+  int64_t file_offset;
+  int64_t num_bytes;  // of the frame and the checksum behind it
+  int64_t decoded_bytes;
+  int64_t target;       // where the decoded chunk goes in the arena
+  int64_t data_offset;  // where its blocks go in the buffer
+  int64_t capacity;     // bytes kept free for them there
+  int64_t first_block;  // its first entry in the list of blocks
+  int32_t file;
+  int32_t reserved;
+};
+
+// Mirrored by RESULT_DTYPE in gpuparse/read.py, 16 bytes.
+struct ChunkResult {
+  int32_t status;
+  int32_t from_storage;  // 1: not all of it was in the page cache
+  int64_t detail;        // what the status is about: errno, or the number that was found
+};
+
+namespace {
+
+enum { kOk = 0, kReadFailed = 1, kCutShort = 2, kChecksum = 3, kDeclaredSize = 4, kFrameSize = 5, kBlocks = 6 };
+
+constexpr int64_t kBlockBytes = 65536;  // the format's blosc block
+constexpr int64_t kAlignment = 16;
+constexpr int64_t kHeaderBytes = 16;
+
+uint32_t load_u32(const uint8_t *address) {
+  uint32_t value;
+  memcpy(&value, address, 4);
+  return value;
+}
+
+struct Crc32cTable {
+  uint32_t entries[8][256];
+  Crc32cTable() {
+    for (uint32_t i = 0; i < 256; ++i) {
+      uint32_t crc = i;
+      for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
+      entries[0][i] = crc;
+    }
+    for (uint32_t i = 0; i < 256; ++i)
+      for (int k = 1; k < 8; ++k) entries[k][i] = entries[k - 1][i] >> 8 ^ entries[0][entries[k - 1][i] & 255];
+  }
+};
+
+uint32_t crc32c_by_table(const uint8_t *data, int64_t num_bytes) {
+  static const Crc32cTable table;
+  uint32_t crc = 0xffffffffu;
+  int64_t i = 0;
+  for (; i + 8 <= num_bytes; i += 8) {
+    const uint32_t low = load_u32(data + i) ^ crc;
+    const uint32_t high = load_u32(data + i + 4);
+    crc = table.entries[7][low & 255] ^ table.entries[6][low >> 8 & 255] ^ table.entries[5][low >> 16 & 255] ^
+          table.entries[4][low >> 24] ^ table.entries[3][high & 255] ^ table.entries[2][high >> 8 & 255] ^
+          table.entries[1][high >> 16 & 255] ^ table.entries[0][high >> 24];
+  }
+  for (; i < num_bytes; ++i) crc = crc >> 8 ^ table.entries[0][(crc ^ data[i]) & 255];
+  return ~crc;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("sse4.2"))) uint32_t crc32c_by_instruction(const uint8_t *data, int64_t num_bytes) {
+  uint64_t crc = 0xffffffffu;
+  int64_t i = 0;
+  for (; i + 8 <= num_bytes; i += 8) {
+    uint64_t word;
+    memcpy(&word, data + i, 8);
+    crc = __builtin_ia32_crc32di(crc, word);
+  }
+  for (; i < num_bytes; ++i) crc = __builtin_ia32_crc32qi((uint32_t)crc, data[i]);
+  return ~(uint32_t)crc;
+}
+#endif
+
+uint32_t crc32c(const uint8_t *data, int64_t num_bytes) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
+  if (has_instruction) return crc32c_by_instruction(data, num_bytes);
+#endif
+  return crc32c_by_table(data, num_bytes);
+}
+
+// Reads all of [offset, offset + num_bytes), from the page cache alone where that is possible.
+ChunkResult read_file(int32_t file, int64_t offset, int64_t num_bytes, uint8_t *out) {
+  ChunkResult result = {kOk, 0, 0};
+  int64_t done = 0;
+#ifdef RWF_NOWAIT
+  iovec whole = {out, (size_t)num_bytes};
+  const ssize_t cached = preadv2(file, &whole, 1, offset, RWF_NOWAIT);
+  if (cached > 0) done = cached;
+#endif
+  if (done < num_bytes) result.from_storage = 1;
+  while (done < num_bytes) {
+    const ssize_t count = pread(file, out + done, (size_t)(num_bytes - done), offset + done);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) return {kReadFailed, 1, errno};
+    if (count == 0) return {kCutShort, 1, done};
+    done += count;
+  }
+  return result;
+}
+
+// An LZ4 block that is nothing but the given literals. Returns its length.
+int64_t write_literals(const uint8_t *literals, int64_t num_literals, uint8_t *out) {
+  uint8_t *cursor = out;
+  if (num_literals < 15) {
+    *cursor++ = (uint8_t)(num_literals << 4);
+  } else {
+    *cursor++ = 0xf0;
+    int64_t rest = num_literals - 15;
+    for (; rest >= 255; rest -= 255) *cursor++ = 255;
+    *cursor++ = (uint8_t)rest;
+  }
+  memcpy(cursor, literals, (size_t)num_literals);
+  return cursor - out + num_literals;
+}
+
+// Takes the blocks out of a frame whose checksum held. Nothing in it is trusted all the same.
+ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_t frame_bytes, uint8_t *data,
+                         CompressedBlock *blocks) {
+  if (load_u32(frame + 4) != chunk.decoded_bytes) return {kDeclaredSize, 0, load_u32(frame + 4)};
+  if (load_u32(frame + 12) != frame_bytes) return {kFrameSize, 0, load_u32(frame + 12)};
+  const uint8_t flags = frame[2];
+  const bool stored = flags & 2;
+  const bool plain_lz4 = flags >> 5 == 1 && !(flags & 5) && frame[3] == 1;
+  const int64_t wanted = chunk.decoded_bytes < kBlockBytes ? chunk.decoded_bytes : kBlockBytes;
+  const int64_t num_blocks = (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes;
+  const int64_t starts_end = kHeaderBytes + (stored ? 0 : 4 * num_blocks);
+  const bool whole = stored ? frame_bytes == kHeaderBytes + chunk.decoded_bytes : load_u32(frame + 8) == wanted;
+  if (!(stored || plain_lz4) || !whole || starts_end > frame_bytes) return {kBlocks, 0, -1};
+  int64_t used = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t left = chunk.decoded_bytes - i * kBlockBytes;
+    const int64_t decoded = left < kBlockBytes ? left : kBlockBytes;
+    int64_t start = kHeaderBytes + i * kBlockBytes;
+    int64_t num_bytes = decoded;
+    if (!stored) {
+      start = load_u32(frame + kHeaderBytes + 4 * i);
+      if (start < starts_end || start + 4 > frame_bytes) return {kBlocks, 0, i};
+      num_bytes = load_u32(frame + start);
+      start += 4;
+      if (num_bytes < 1 || num_bytes > decoded || start + num_bytes > frame_bytes) return {kBlocks, 0, i};
+    }
+    if (used + num_bytes + num_bytes / 255 + 2 > chunk.capacity) return {kBlocks, 0, i};
+    uint8_t *out = data + chunk.data_offset + used;
+    CompressedBlock &block = blocks[chunk.first_block + i];
+    block.data_offset = chunk.data_offset + used;
+    block.target = chunk.target + i * kBlockBytes;
+    block.decoded_bytes = (int32_t)decoded;
+    if (num_bytes == decoded) {
+      block.num_bytes = (int32_t)write_literals(frame + start, num_bytes, out);
+    } else {
+      memcpy(out, frame + start, (size_t)num_bytes);
+      block.num_bytes = (int32_t)num_bytes;
+    }
+    used += (block.num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  return {kOk, 0, 0};
+}
+
+}  // namespace
+
+extern "C" void gpuparse_read_chunks(int64_t num_chunks, int32_t num_threads, const ChunkRequest *chunks, uint8_t *data,
+                                     CompressedBlock *blocks, ChunkResult *results) {
+  parallel_for(num_chunks, num_threads, [&](int64_t i) {
+    const ChunkRequest &chunk = chunks[i];
+    static thread_local std::vector<uint8_t> bytes;
+    if ((int64_t)bytes.size() < chunk.num_bytes) bytes.resize((size_t)chunk.num_bytes);
+    const ChunkResult read = read_file(chunk.file, chunk.file_offset, chunk.num_bytes, bytes.data());
+    results[i] = read;
+    if (read.status != kOk) return;
+    const int64_t frame_bytes = chunk.num_bytes - 4;
+    if (crc32c(bytes.data(), frame_bytes) != load_u32(bytes.data() + frame_bytes)) {
+      results[i].status = kChecksum;
+      return;
+    }
+    const ChunkResult unpacked = unpack_frame(chunk, bytes.data(), frame_bytes, data, blocks);
+    results[i].status = unpacked.status;
+    results[i].detail = unpacked.detail;
+  });
+}
+
+extern "C" uint32_t gpuparse_crc32c(const uint8_t *data, int64_t num_bytes, int32_t by_table) {
+  return by_table ? crc32c_by_table(data, num_bytes) : crc32c(data, num_bytes);
+}

@@ -1,0 +1,163 @@
+"""Predictions in files: what other tools read there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+import zarr
+from ome_zarr_models.v05 import Image, ImageLabel
+from oracle import files_below
+
+import gpuparse
+from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
+from gpuparse.evaluation import VolumeDataset, write_label_image, write_nifti, write_npz
+from gpuparse.evaluation.evaluate import read_prediction
+
+IDS = np.arange(2 * 3 * 4, dtype=np.int64).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65536, np.uint32)])
+def test_npz_as_the_challenge_wants_it(tmp_path, largest, dtype):
+    ids = IDS.copy()
+    ids[1, 2, 3] = largest
+    path = write_npz(tmp_path / "new/case.npz", torch.from_numpy(ids))
+    with np.load(path, allow_pickle=False) as file:
+        assert file.files == ["segs"]
+        assert file["segs"].dtype == dtype
+        assert np.array_equal(file["segs"], ids)
+    assert np.array_equal(read_prediction(path), ids)
+
+
+@pytest.mark.parametrize("name", ["case.nii.gz", "case.nii"])
+def test_nifti_lies_as_simpleitk_would_write_it(tmp_path, name):
+    spacing_mm = (5.0, 0.8, 0.7)
+    path = write_nifti(tmp_path / name, IDS, spacing_mm)
+    image = SimpleITK.GetImageFromArray(IDS.astype(np.uint8))
+    image.SetSpacing(spacing_mm[::-1])
+    SimpleITK.WriteImage(image, str(tmp_path / "theirs.nii"))
+    ours, theirs = nibabel.load(path), nibabel.load(tmp_path / "theirs.nii")
+    assert np.allclose(ours.affine, theirs.affine)
+    assert np.array_equal(ours.dataobj, theirs.dataobj)
+    assert ours.get_data_dtype() == np.uint8
+    assert ours.header.get_xyzt_units()[0] == "mm"
+    assert nibabel.aff2axcodes(ours.affine) == ("L", "P", "S")
+    assert (int(ours.header["sform_code"]), int(ours.header["qform_code"])) == (1, 1)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))), IDS)
+    assert np.array_equal(read_prediction(path), IDS)
+
+
+def test_nifti_with_an_affine_of_its_own_is_turned_back_when_read(tmp_path):
+    affine = np.array([[0, 0.8, 0, -7], [0.7, 0, 0, 3], [0, 0, 5, 1], [0, 0, 0, 1]], float)
+    path = write_nifti(tmp_path / "case.nii.gz", IDS, (5.0, 0.8, 0.7), affine)
+    assert np.allclose(nibabel.load(path).affine, affine)
+    assert np.allclose(nibabel.load(path).header.get_qform(), affine, atol=1e-5)
+    assert np.array_equal(read_prediction(path), IDS.transpose(0, 2, 1)[:, ::-1, ::-1])
+
+
+@pytest.fixture
+def store(write_case, data_dir):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        write_case(rng.integers(0, 256, (5, 30, 20)), rng.integers(0, 3, (5, 30, 20)), name=name)
+    report = gpuparse.convert(data_dir)
+    return gpuparse.open_store(report.datasets[0].store_path)
+
+
+def test_a_label_image_is_valid_and_stands_beside_the_labels(store):
+    before = files_below(store.path)
+    ids = np.random.default_rng(1).integers(0, 300, (5, 30, 20))
+    folder = write_label_image(store, "b", ids)
+    assert folder == store.path / "cases/b/labels/prediction"
+    case = zarr.open_group(store.path / "cases/b", mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Image.from_zarr(case)
+        ImageLabel.from_zarr(case["labels/prediction"])
+    assert case["labels"].attrs["ome"]["labels"] == ["gts", "prediction"]
+    assert np.array_equal(case["labels/prediction/0"][...], ids)
+    assert case["labels/prediction/0"].dtype == np.uint16
+    scale = [m["datasets"][0]["coordinateTransformations"] for m in (
+        case["labels/prediction"].attrs["ome"]["multiscales"][0], case.attrs["ome"]["multiscales"][0])]  # fmt: skip
+    assert scale[0] == scale[1]
+    after = files_below(store.path)
+    listing = "cases/b/labels/zarr.json"
+    assert {k: v for k, v in after.items() if "labels/prediction" not in k and k != listing} == {
+        k: v for k, v in before.items() if k != listing
+    }
+    assert len(VolumeDataset(store.path, (8, 8))[1]["labels"].unique()) == 3  # the labels are what they were
+
+
+def test_a_label_image_can_be_replaced_and_others_added(store):
+    zeros, ones = np.zeros((5, 30, 20), np.uint8), torch.ones((5, 30, 20), dtype=torch.bool)
+    for ids, name in ((zeros, "prediction"), (ones, "prediction"), (zeros, "other")):
+        write_label_image(store, "a", ids, name)
+    labels = zarr.open_group(store.path / "cases/a/labels", mode="r")
+    assert labels.attrs["ome"]["labels"] == ["gts", "prediction", "other"]
+    assert np.all(labels["prediction/0"][...] == 1)
+    assert sorted(p.name for p in (store.path / "cases/a/labels").iterdir()) == [
+        "gts", "other", "prediction", "zarr.json"]  # fmt: skip
+
+
+def test_what_is_no_prediction_is_refused_and_nothing_is_left(tmp_path, store):
+    with pytest.raises(InputError, match=r"case\.npy: expected a name that ends in \.npz, such as case_001\.npz"):
+        write_npz(tmp_path / "case.npy", IDS)
+    with pytest.raises(InputError, match=r"/\.nii\.gz: expected a name that ends in \.nii\.gz or \.nii"):
+        write_nifti(tmp_path / ".nii.gz", IDS, (1, 1, 1))
+    with pytest.raises(InputError, match=r"prediction is int64 of shape \(3, 4\); expected ids .*Merge the masks"):
+        write_npz(tmp_path / "case.npz", IDS[0])
+    with pytest.raises(VolumeFormatError, match=r"case\.npz: prediction has negative ids \(lowest -1\)"):
+        write_npz(tmp_path / "case.npz", IDS - 1)
+    with pytest.raises(VolumeFormatError, match=r"case\.npz: prediction \(float64\) has fractional ids"):
+        write_npz(tmp_path / "case.npz", IDS + 0.5)
+    with pytest.raises(InputError, match=r"spacing_mm is \(1, 1, 0\); expected three millimetre values \(z, y, x\)"):
+        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 0))
+    with pytest.raises(InputError, match=r"the affine has shape \(4, 4\) and voxels of \(1\.0, 1\.0, 1\.0\) mm"):
+        write_nifti(tmp_path / "case.nii", IDS, (5, 1, 1), np.eye(4))
+    with pytest.raises(InputError, match=r"the affine has shape \(3, 3\)"):
+        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), np.eye(3))
+    assert not list(tmp_path.glob("*case*"))
+    before = files_below(store.path)
+    with pytest.raises(InputError, match=r"cannot add label image 'x' to case 'c': it has 2 cases and none of that"):
+        write_label_image(store, "c", IDS, "x")
+    with pytest.raises(InputError, match=r"cannot add label image 'gts' to case 'a': its own labels are called so"):
+        write_label_image(store, "a", IDS, "gts")
+    with pytest.raises(VolumeFormatError, match=r"label image '\.\./x' cannot be used"):
+        write_label_image(store, "a", IDS, "../x")
+    with pytest.raises(InputError, match=r"case 'a': the prediction has shape \(2, 3, 4\), the case \(5, 30, 20\)"):
+        write_label_image(store, "a", IDS)
+    assert files_below(store.path) == before
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_npz(tmp_path / "case.npz", IDS)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(InputError, match=r"case\.npz: cannot be written: .*No space left"):
+        write_npz(path, IDS + 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["case.npz"]
+    assert np.array_equal(read_prediction(path), IDS)
+
+
+def test_a_label_image_that_fails_leaves_the_old_one(store, monkeypatch):
+    ids = np.ones((5, 30, 20), np.uint8)
+    write_label_image(store, "a", ids)
+    before = files_below(store.path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpuparse.evaluation.write.write_voxels", full)
+    with pytest.raises(StoreWriteError, match=r"labels': label image 'prediction' cannot be written .*No space left"):
+        write_label_image(store, "a", ids + 1)
+    assert files_below(store.path) == before
+    assert json.loads(before["cases/a/labels/zarr.json"])["attributes"]["ome"]["labels"] == ["gts", "prediction"]
