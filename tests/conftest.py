@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from running import run
 
 import gpuparse
 
@@ -45,6 +46,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"GPUPARSE_REQUIRE_GPU=1, but {reason}", pytrace=False)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout. It serves every Python."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # A build folder of its own: the checkout's belongs to the editable install.
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist",
+        f"--config-setting=build-dir={folder / 'build'}", REPOSITORY,
+    )  # fmt: skip
+    (path,) = (folder / "dist").iterdir()
+    return path
 
 
 @pytest.fixture(scope="session")
