@@ -136,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=16, help="processes of the reference's loader (default 16)")
     parser.add_argument("--json", type=Path, help="write the figures there, after each part")
     parser.add_argument("--toy", action="store_true", help="the smallest run: to see that it works")
+    parser.add_argument("--about", action="store_true", help="only say what the machine is")
     options = parser.parse_args(arguments)
     if options.data is not None and not (options.data / "class_prompts.json").is_file():
         parser.error(f"--data is {options.data}; expected a folder with class_prompts.json")
@@ -153,6 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=2) + "\n")
 
+    if options.about:
+        about = {"machine": machine(device)}
+        keep(about)
+        print("\n".join(lines(about)))
+        return
     result = run(options.data, settings, options.part or list(PARTS), keep)
     print("\n".join(lines(result)))
     failed = [name for name, part in result["parts"].items() if "failed" in part]
