@@ -29,10 +29,20 @@ sys.path.insert(0, str(BENCH))
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def volumes(tmp_path_factory):
+    """A folder with the few volumes of the short run."""
+    from small_pipeline import write_volumes
+
+    folder = tmp_path_factory.mktemp("volumes")
+    write_volumes(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, volumes):
     """(printed, JSON) of a run of the command at toy size."""
     path = tmp_path_factory.mktemp("bench") / "new" / "device.json"
-    command = [sys.executable, str(BENCH / "bench_device.py"), "--device", "cpu", "--toy", "--json", str(path)]
+    command = [sys.executable, BENCH / "bench_device.py", "--device", "cpu", "--toy", "--data", volumes, "--json", path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(path.read_text())
@@ -72,18 +82,21 @@ def test_figures_belong_together(toy):
     assert ratio["ratio_95"][0] <= ratio["ratio"] <= ratio["ratio_95"][1]
 
 
-def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path, volumes):
     import bench_device
 
     def fail(*_):
         raise RuntimeError("made to fail")
 
     monkeypatch.setitem(bench_device.PARTS, "inflate", fail)
+    monkeypatch.setattr("ondevice.setup.make_sample_data", lambda _: volumes)  # what no --data makes, without the wait
     path = tmp_path / "device.json"
     arguments = ["--device", "cpu", "--toy", "--part", "inflate", "--part", "launching", "--json", str(path)]
     with pytest.raises(SystemExit, match="failed: inflate"):
         bench_device.main(arguments)
-    parts = json.loads(path.read_text())["parts"]
+    result = json.loads(path.read_text())
+    assert result["data"] == {"datasets": ["SMALL"], "generated": True}
+    parts = result["parts"]
     assert parts["inflate"]["failed"] == "RuntimeError: made to fail"
     assert parts["launching"]["not_run"] == "needs a GPU"
     capsys.readouterr()
@@ -170,13 +183,13 @@ class TestPngBaseline:
     def test_axes_are_those_of_conversion(self):
         from baselines.dataset import slice_axes
 
-        from gpuparse.views import slice_axes as expected
+        from gpuparse.views import select_axes
 
         random = np.random.default_rng(0)
         for _ in range(300):
             shape = tuple(int(n) for n in random.integers(5, 60, 3))
             spacing = random.choice([1.0, 1.05, 1.3], 3)
-            assert slice_axes(shape, spacing) == list(expected(shape, tuple(spacing)))
+            assert slice_axes(shape, spacing) == list(select_axes(shape, tuple(spacing)))
 
     def test_items_have_the_references_form(self, written):
         from baselines.dataset import PngDataset
