@@ -55,7 +55,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             "torch_cuda": torch.version.cuda,
             "driver": driver(),
         }

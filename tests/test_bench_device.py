@@ -43,7 +43,8 @@ def toy(tmp_path_factory, volumes):
     """(printed, JSON) of a run of the command at toy size."""
     path = tmp_path_factory.mktemp("bench") / "new" / "device.json"
     command = [sys.executable, BENCH / "bench_device.py", "--device", "cpu", "--toy", "--data", volumes, "--json", path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other on a busy machine
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(path.read_text())
 

@@ -297,7 +297,7 @@ def test_a_device_without_memory_is_named(make):
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
         with pytest.raises(
-            DeviceError, match=r"is out of memory while a batch of 32 samples is made .*Lower batch_size"
+            DeviceError, match=r"(?s)is out of memory while a batch of 32 samples is made .*Lower batch_size"
         ):
             list(DataLoader(dataset, batch_size=32, device=DEVICE))
     finally:
