@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 import gpuparse
 from gpuparse import Augmentation, DataLoader, SliceDataset
@@ -45,7 +46,8 @@ def num_differences(store: Path, device: str) -> int:
     """Batches of some epochs that are not the CPU's."""
     found = 0
     for size, law in (((64, 64), Augmentation(prob=1.0)), ((33, 31), None)):
-        dataset = SliceDataset(store, img_size=size, transforms=law)
+        whole = SliceDataset(store, img_size=size, transforms=law)
+        dataset = Subset(whole, range(0, len(whole), 3))
         for options in OPTIONS:
             plain = {key: value for key, value in options.items() if not key.startswith("cache")}
             loaders = [
