@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -101,6 +102,20 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_pat
     assert parts["inflate"]["failed"] == "RuntimeError: made to fail"
     assert parts["launching"]["not_run"] == "needs a GPU"
     capsys.readouterr()
+
+
+def test_workers_that_do_not_fit_in_shared_memory_are_not_started(monkeypatch):
+    from ondevice import loading
+    from ondevice.setup import NotRunError, Settings
+
+    settings = Settings(torch.device("cpu"), num_workers=2)
+    batch_bytes = 32 * 512 * 512 * (3 * 4 + 4 * 8)
+    for free, expected in ((6 * batch_bytes, 2), (4 * batch_bytes, 1)):
+        monkeypatch.setattr(loading.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert loading._prefetch_factor(settings) == expected
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * batch_bytes - 1))
+    with pytest.raises(NotRunError, match=r"/dev/shm has 1\.4 GiB free; 2 workers need 1\.4"):
+        loading._prefetch_factor(settings)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from ondevice.clock import Clock
 from ondevice.setup import Data, NotRunError, Settings
 
 TARGETS = "at least 10,000 samples/s (20,000 aimed for) with 16 cores; at least 50 times the reference's rate"
-PREFETCH_FACTOR = 2  # torch's default
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 def measure(data: Data, settings: Settings) -> dict[str, Any]:
@@ -30,7 +32,10 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
     if importlib.util.find_spec("cv2") is None:
         result["reference"] = {"not_run": "OpenCV (cv2) is not installed"}
     else:
-        reference = _Reference(data, settings)
+        try:
+            reference = _Reference(data, settings)
+        except NotRunError as reason:
+            result["reference"] = {"not_run": str(reason)}
     rates: dict[str, list[float]] = {"gpuparse": [], "reference": []}
     ours.rate()  # brings the stores into the page cache
     for _ in range(settings.num_rounds):
@@ -42,6 +47,7 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
         result["reference"] = {
             "samples_per_second": summary(rates["reference"]),
             "num_workers": settings.num_workers,
+            "prefetch_factor": reference.prefetch_factor,
             "png_bytes": reference.num_bytes,
         }
         result["speedup"] = ratio_of_medians(rates["gpuparse"], rates["reference"])
@@ -101,14 +107,15 @@ class _Reference:
         dataset = ConcatDataset([PngDataset(folder, augmentation=ReferenceAugmentation()) for folder in folders])
         workers, self._batch_size = settings.num_workers, settings.batch_size
         self._num_warm, self._num_timed = (1, 2) if settings.toy else (workers, 3 * workers)
-        num_samples = (self._num_warm + self._num_timed + PREFETCH_FACTOR * workers) * settings.batch_size
+        self.prefetch_factor = _prefetch_factor(settings)
+        num_samples = (self._num_warm + self._num_timed + self.prefetch_factor * workers) * settings.batch_size
         self._clock = Clock(torch.device("cpu"))
         self._loader = torch.utils.data.DataLoader(
             Subset(dataset, (np.arange(num_samples) % len(dataset)).tolist()),
             batch_size=settings.batch_size,
             shuffle=True,
             num_workers=workers,
-            prefetch_factor=PREFETCH_FACTOR,
+            prefetch_factor=self.prefetch_factor,
             persistent_workers=True,
             multiprocessing_context="spawn",
             worker_init_fn=start_worker,
@@ -116,6 +123,23 @@ class _Reference:
 
     def rate(self) -> float:
         return _rate(iter(self._loader), self._num_warm, self._num_timed, self._batch_size, self._clock)
+
+
+def _prefetch_factor(settings: Settings) -> int:
+    """Batches ahead for each worker: 2, as torch has it, or 1 where they would not fit in shared memory.
+
+    Raises:
+        NotRunError: Not even one fits.
+    """
+    free_bytes = shutil.disk_usage(_SHARED_MEMORY).free
+    batch_bytes = settings.batch_size * settings.size[0] * settings.size[1] * (3 * 4 + 4 * 8)
+    for factor in (2, 1):
+        if (factor + 1) * settings.num_workers * batch_bytes <= free_bytes:
+            return factor
+    raise NotRunError(
+        f"{_SHARED_MEMORY} has {free_bytes / 2**30:.1f} GiB free; {settings.num_workers} workers need "
+        f"{2 * settings.num_workers * batch_bytes / 2**30:.1f}"
+    )
 
 
 def start_worker(number: int) -> None:

@@ -59,7 +59,18 @@ class Settings:
     @staticmethod
     def of_toy(device: torch.device) -> Settings:
         """The smallest run."""
-        return Settings(device, True, (64, 64), 4, 2, 2, 2, 1, 1 << 20, 4)
+        return Settings(
+            device,
+            toy=True,
+            size=(64, 64),
+            batch_size=4,
+            num_sets=2,
+            repeats=2,
+            num_rounds=2,
+            num_workers=1,
+            copy_bytes=1 << 20,
+            width=4,
+        )
 
 
 @dataclass(frozen=True)
