@@ -118,10 +118,13 @@ class DataLoader:
             raise InputError(
                 f"num_threads is {num_threads!r}; expected a whole number of at least 1, or None for all cores."
             )
+        for name, value in (("shuffle", shuffle), ("drop_last", drop_last)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; expected True or False.")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.shuffle = bool(shuffle)
-        self.drop_last = bool(drop_last)
+        self.shuffle = shuffle
+        self.drop_last = drop_last
         self.seed = check_seed(seed)
         if not isinstance(log_every, int) or isinstance(log_every, bool) or log_every < 0:
             raise InputError(f"log_every is {log_every!r}; expected a number of batches, or 0.")
