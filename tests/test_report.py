@@ -10,6 +10,7 @@ import threading
 from types import ModuleType
 
 import pytest
+from comparing import same
 from torch.utils.data import Subset
 
 import gpuparse.report
@@ -56,12 +57,12 @@ def probes_with(num_batches=10, **seconds):
     ],
 )
 def test_the_verdict_in_one_sentence(seconds, sentence):
-    report = probes_with(**seconds).report((), None)
+    report = probes_with(**seconds).report((), None, 0)
     assert report.verdict == sentence
 
 
 def test_before_the_first_batch():
-    report = Probes().report((), None)
+    report = Probes().report((), None, 0)
     assert report.verdict == "No batch has been handed out yet."
     assert (report.wait_share, report.mean_queue_depth) == (0, 0)
     assert str(report).startswith("0 batches, 0 samples. No batch has been handed out yet.")
@@ -72,13 +73,14 @@ def test_all_numbers_in_one_text():
     probes.add_read(ReadCounts(num_chunks=30, num_resident=10, num_from_storage=4, read_bytes=1_500_000))
     probes.add_read(ReadCounts(num_chunks=5, num_resident=0, num_from_storage=1, read_bytes=500_000))
     failures = (SliceFailure("the slice", "the slice: no such file", 0, 7),)
-    report = probes.report(failures, CacheStatus(2**31, 2**30, 77, 3))
+    report = probes.report(failures, CacheStatus(2**31, 2**30, 77, 3), 300 << 20)
     assert report.wait_share == 0.25
     assert str(report) == (
         "2 batches, 8 samples. Loader-bound: 25% of the loop's time was spent waiting for batches; the slowest stage "
         "is 'read', 250.0 ms a batch.\n"
         "ms a batch: plan 5.0, read 250.0, wait 125.0, step 375.0\n"
-        "2.0 MB read in 25 chunks (5 not in the page cache), 10 chunks still decoded; 1.0 batches ready on average\n"
+        "2.0 MB read in 25 chunks (5 not in the page cache), 10 chunks still decoded; 1.0 batches ready on average; "
+        "300 MiB held\n"
         "cache: 1.00 of 2.00 GiB in 77 chunks, 3 evicted\n"
         "replaced: the slice: no such file"
     )
@@ -88,6 +90,7 @@ def test_all_numbers_in_one_text():
         "loader/wait_share": 0.25,
         "loader/mean_queue_depth": 1.0,
         "loader/read_bytes": 2_000_000.0,
+        "loader/held_bytes": float(300 << 20),
         "loader/num_failures": 1.0,
         "loader/plan_seconds": 0.01,
         "loader/read_seconds": 0.5,
@@ -114,7 +117,7 @@ def test_probes_count_from_several_threads_and_travel():
     assert repr(probes) == "Probes(2000 batches: read 1000.000 s)"
     other = pickle.loads(pickle.dumps(probes))
     other.add_seconds("read", 1)
-    assert other.report((), None).mean_queue_depth == 2
+    assert other.report((), None, 0).mean_queue_depth == 2
     assert (probes.seconds["read"], other.seconds["read"]) == (1000, 1001)
 
 
@@ -209,3 +212,17 @@ def test_waiting_and_stepping_are_told_apart(ct, monkeypatch):
     assert report.seconds["step"] == 15
     assert report.seconds["wait"] == 0
     assert report.verdict.startswith("Model-bound: 0%")
+
+
+def test_headspace_repeats_one_batch_and_moves_nothing(sample_stores):
+    dataset = SliceDataset(sample_stores["SAMPLE_CT"].parent, img_size=(32, 32))
+    loader = DataLoader(dataset, 8, shuffle=True, device="cpu", num_threads=1)
+    before = loader.state_dict()
+    batches = list(loader.headspace())
+    assert len(batches) == len(loader)
+    assert all(batch is batches[0] for batch in batches)
+    assert len(list(loader.headspace(3))) == 3
+    assert loader.state_dict() == before
+    assert loader.report().num_batches == 0
+    assert same(next(iter(loader)), batches[0])
+    assert list(DataLoader(Subset(dataset, []), 8, device="cpu").headspace()) == []
