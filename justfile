@@ -15,6 +15,7 @@ lint:
     ruff format --check .
     clang-format --dry-run -Werror {{ kernel_sources }}
     bash -n .ci/run
+    bash -n tests/olympus/make_environment.sh
 
 # rewrite the files in the project's style
 format:
@@ -30,10 +31,30 @@ types:
 test *args:
     python -m pytest {{ args }}
 
+# the environment of BiomedParse's finetuning framework, for the test marked `olympus`; 3.6 GB, kept for later
+olympus:
+    tests/olympus/make_environment.sh
+
+# all tests under Python 3.11 and 3.12 (or the interpreters named), each with numpy 2 and with numpy 1.26
+matrix +pythons="python3.11 python3.12":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    work=$(mktemp -d "${TMPDIR:-/tmp}/gpuparse-matrix.XXXXXX")
+    trap 'rm -rf -- "$work"' EXIT
+    for python in {{ pythons }}; do
+      for versions in constraints.txt tests/olympus/constraints.txt; do
+        printf '\n=== %s, %s\n' "$python" "$versions"
+        rm -rf -- "$work/venv"
+        "$python" -m venv "$work/venv"
+        "$work/venv/bin/python" -m pip install --quiet -c "$versions" -e ".[cuda12,test]"
+        "$work/venv/bin/python" -m pytest
+      done
+    done
+
 # sample data, conversion and batches in ./gpuparse-demo
 demo:
     python -m gpuparse demo
 
-# what CI runs: README's commands in a new environment, and `lint` and `types`
+# what CI runs: README's commands in a new environment, `lint` and `types`, and the tests with numpy 1.26
 ci:
     .ci/run

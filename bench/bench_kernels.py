@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 import torch
 from baselines.augment import ReferenceAugmentation, to_tensors
+from measuring import ratio_interval
 from rich.console import Console
 from rich.table import Table
 
@@ -56,19 +57,6 @@ AUGMENT_BASELINES = {
 def now() -> np.ndarray:
     """Seconds by two clocks: the process's CPU time, which others on the machine disturb little, and the wall's."""
     return np.array([time.process_time(), time.perf_counter()])
-
-
-def ratio_interval(
-    ours: np.ndarray, theirs: np.ndarray, statistic: Callable[..., np.ndarray], paired: bool
-) -> tuple[float, list[float]]:
-    """statistic(ours) / statistic(theirs) and its 95 % bootstrap interval over rounds."""
-    random = np.random.default_rng(0)
-    num_resamples = 2000
-    first = random.integers(0, len(ours), (num_resamples, len(ours)))
-    second = first if paired else random.integers(0, len(theirs), (num_resamples, len(theirs)))
-    ratios = statistic(ours[first], axis=1) / statistic(theirs[second], axis=1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(statistic(ours) / statistic(theirs)), [float(low), float(high)]
 
 
 def smooth_volume(num_slices: int, side: int) -> np.ndarray:

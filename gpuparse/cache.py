@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from gpuparse.store import ArrayLayout
 
 __all__ = ["CacheStatus", "ChunkCache", "PageCacheBudget"]
 
-_ChunkKey = tuple[ArrayLayout, int]
+_ChunkKey = tuple[Path, int]  # an array's folder, which all layouts of it share, and the chunk's number
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ChunkCache:
 
     A chunk counts as there from the moment it is reserved, because batches are made in the order in which they were
     reserved: a later batch finds what an earlier one brings. Batches that were reserved and never made are undone by
-    `drop_unmade`. One iteration at a time may use it.
+    `release`. One iteration at a time may use it.
 
     Args:
         capacity_bytes: Size of the slab.
@@ -112,11 +113,18 @@ class ChunkCache:
             was_in_use, self._in_use = self._in_use, True
             return not was_in_use
 
-    def release(self) -> None:
-        """Ends an iteration: chunks of batches that were never made are forgotten."""
+    def release(self, *, failed: bool = False) -> None:
+        """Ends an iteration: chunks of batches that were never made are forgotten.
+
+        Args:
+            failed: Whether it ended in an error. All chunks are forgotten then: batches behind the one that failed may
+                have been made, so that nobody knows whose chunks were decoded.
+        """
         with self._lock:
             while self._unmade:
                 self._forget(self._unmade.pop())
+            if failed:
+                self._forget(list(self._places))
             self._in_use = False
 
     def reserve(
@@ -135,20 +143,23 @@ class ChunkCache:
         Raises:
             InputError: The batch alone does not fit.
         """
-        keys = [(arrays[a], number) for a, number in zip(chunk_array.tolist(), chunk_number.tolist(), strict=True)]
+        owners = [arrays[a] for a in chunk_array.tolist()]
+        keys = [(owner.path, number) for owner, number in zip(owners, chunk_number.tolist(), strict=True)]
         with self._lock:
             resident = np.array([key in self._places for key in keys], bool)
-            for key, is_there in zip(keys, resident.tolist(), strict=True):
-                if is_there:
-                    self._places.move_to_end(key)  # what this batch uses goes last
             kept = {key for key, is_there in zip(keys, resident.tolist(), strict=True) if is_there}
+            for key in keys:
+                if key in kept:
+                    self._places.move_to_end(key)  # what this batch uses goes last
             made: list[_ChunkKey] = []
             try:
-                for key, is_there in zip(keys, resident.tolist(), strict=True):
-                    if not is_there:
-                        self._places[key] = self._find_room(-(-key[0].chunk_bytes // ALIGNMENT_BYTES), kept)
-                        kept.add(key)
-                        made.append(key)
+                for i in np.flatnonzero(~resident).tolist():
+                    if keys[i] in kept:  # a store that was opened twice: its array is in the batch twice
+                        resident[i] = True
+                        continue
+                    self._places[keys[i]] = self._find_room(-(-owners[i].chunk_bytes // ALIGNMENT_BYTES), kept)
+                    kept.add(keys[i])
+                    made.append(keys[i])
             except InputError:
                 self._forget(made)
                 raise
@@ -175,7 +186,7 @@ class ChunkCache:
             oldest = next(iter(self._places), None)
             if oldest is None or oldest in kept:
                 raise InputError(
-                    f"a batch needs more decoded chunks at a time than the cache holds, {self.capacity_bytes} bytes. "
+                    f"the decoded chunks of one batch do not fit the cache of {self.capacity_bytes} bytes together. "
                     "Raise cache_gib, lower batch_size, or use cache=None."
                 )
             self._remove(oldest)
@@ -210,23 +221,26 @@ class PageCacheBudget:
         self._extents: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._used_bytes = 0
         self._num_evicted = 0
+        self._lock = threading.Lock()
 
     def touch(self, extents: Iterable[ChunkExtent]) -> None:
         """Counts what a batch has read."""
-        for path, offset, num_bytes in extents:
-            key = (path, offset)
-            if key in self._extents:
-                self._extents.move_to_end(key)
-            else:
-                self._extents[key] = num_bytes
-                self._used_bytes += num_bytes
-        if self.capacity_bytes is None:
-            return
-        while self._used_bytes > self.capacity_bytes and self._extents:
-            (path, offset), num_bytes = self._extents.popitem(last=False)
-            self._used_bytes -= num_bytes
-            self._num_evicted += 1
-            _give_up(path, offset, num_bytes)
+        given_up = []
+        with self._lock:
+            for path, offset, num_bytes in extents:
+                key = (path, offset)
+                if key in self._extents:
+                    self._extents.move_to_end(key)
+                else:
+                    self._extents[key] = num_bytes
+                    self._used_bytes += num_bytes
+            while self.capacity_bytes is not None and self._used_bytes > self.capacity_bytes and self._extents:
+                (path, offset), num_bytes = self._extents.popitem(last=False)
+                self._used_bytes -= num_bytes
+                self._num_evicted += 1
+                given_up.append((path, offset, num_bytes))
+        for extent in given_up:
+            _give_up(*extent)
 
     def status(self) -> CacheStatus:
         """How full it is; the capacity is what it holds where there is no limit."""

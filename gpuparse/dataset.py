@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import os
 import zlib
 from collections.abc import Sequence
@@ -92,7 +93,13 @@ class SliceDataset(Dataset[dict[str, Any]]):
         present_fraction: float = 0.0,
         foreground_fraction: float = 0.0,
     ) -> None:
-        if not isinstance(num_prompts, int) or num_prompts < 1:
+        if not isinstance(root_dir, str | os.PathLike):
+            raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"name is {name!r}; expected a string, or None for the folder's name.")
+        if not isinstance(all_class_masks, bool):
+            raise InputError(f"all_class_masks is {all_class_masks!r}; expected True or False.")
+        if not isinstance(num_prompts, int) or isinstance(num_prompts, bool) or num_prompts < 1:
             raise InputError(f"num_prompts is {num_prompts!r}; expected a whole number of at least 1.")
         if transforms is not None and not isinstance(transforms, Augmentation):
             raise InputError(
@@ -102,10 +109,10 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.root_dir = os.fspath(root_dir)
         self.split = split
         self.num_prompts = num_prompts
-        self.all_class_masks = bool(all_class_masks)
+        self.all_class_masks = all_class_masks
         self.fixed = split == "val" and recipe == "corrected"
         self.transforms = None if self.fixed else transforms
-        self.img_size = check_size(img_size)
+        self.img_size = check_size(img_size, "img_size")
         self.recipe = check_recipe(recipe)
         self.seed = check_seed(seed)
         self.present_fraction = check_fraction("present_fraction", present_fraction)
@@ -256,7 +263,10 @@ class SliceDataset(Dataset[dict[str, Any]]):
             if views != "auto":
                 raise InputError(f"views is {views!r}; expected 'auto' or axes such as (0,) or (0, 1, 2).")
             return np.flatnonzero(members).astype(np.int64)
-        wanted = sorted({int(view) for view in views})
+        try:
+            wanted = sorted({operator.index(view) for view in views})
+        except TypeError:
+            raise InputError(f"views is {views!r}; expected 'auto' or axes such as (0,) or (0, 1, 2).") from None
         there = sorted({int(axis) for axis in np.unique(axes[members])})
         missing = [view for view in wanted if view not in there]
         if missing or not wanted:

@@ -79,8 +79,10 @@ def _cuda_device(index: int | None) -> torch.device:
             "CUDA_VISIBLE_DEVICES, or use device='cpu'."
         )
     count = torch.cuda.device_count()
-    if index is not None and index >= count:
-        raise DeviceError(f"device is 'cuda:{index}', but torch sees {count} CUDA devices, 0 to {count - 1}.")
+    if (index or 0) >= count:
+        raise DeviceError(
+            f"device is 'cuda:{index or 0}', but torch sees {count} CUDA devices, numbered from 0. Choose one of these."
+        )
     torch_major = int(torch.version.cuda.split(".")[0])
     for name, major in (("CuPy", _cupy_cuda_major()), ("DALI", dali_cuda_major())):
         if major != torch_major:

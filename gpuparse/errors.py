@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 __all__ = [
+    "BlockError",
     "ChunkCorruptError",
     "ClusterError",
     "DeviceError",
@@ -53,6 +54,18 @@ class ChunkCorruptError(GpuparseError, OSError):
     def __init__(self, message: str, *, failed: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
         self.failed: dict[int, str] = dict(failed or {})
+
+
+class BlockError(ChunkCorruptError):
+    """A block whose checksum holds cannot be decoded.
+
+    Attributes:
+        block: Its number in the batch.
+    """
+
+    def __init__(self, message: str, *, block: int = -1) -> None:
+        super().__init__(message)
+        self.block = block
 
 
 class KernelError(GpuparseError, RuntimeError):

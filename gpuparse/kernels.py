@@ -96,17 +96,17 @@ def host_library(variant: str | None = None) -> ctypes.CDLL:
 
 def _load(file_name: str) -> ctypes.CDLL:
     candidates = [Path(root) / "_native" / file_name for root in _package_roots()]
+    stale = []
     for path in candidates:
         if path.is_file():
             library = ctypes.CDLL(str(path))
             library.gpuparse_source_digest.restype = ctypes.c_char_p
             built = library.gpuparse_source_digest().decode()
-            if built != source_digest():
-                raise KernelError(
-                    f"{path} was built from sources with digest {built[:12]}; those in {kernel_sources()} have "
-                    f"{source_digest()[:12]}. {_REMEDY}"
-                )
-            return library
+            if built == source_digest():
+                return library
+            stale.append(f"{path} was built from sources with digest {built[:12]}")
+    if stale:
+        raise KernelError(f"{'; '.join(stale)}; those in {kernel_sources()} have {source_digest()[:12]}. {_REMEDY}")
     raise KernelError(f"the CPU kernels {file_name} are in none of {', '.join(map(str, candidates))}. {_REMEDY}")
 
 

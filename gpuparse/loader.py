@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ from gpuparse.ranks import detect_ranks
 from gpuparse.read import ChunkReader
 from gpuparse.report import FailureLog, FailurePolicy, LoaderReport, Probes
 from gpuparse.residency import CacheOptions, Caches
+from gpuparse.torch_options import check_torch_options
 
 __all__ = ["DataLoader"]
 
@@ -75,6 +77,9 @@ class DataLoader:
             same one whatever the number of ranks. `report()` lists them.
         max_failures: Different slices that may be skipped on a rank.
         log_every: Batches between two reports in the log (logger `gpuparse`, level INFO); 0 for none.
+        torch_options: Arguments of torch's DataLoader that are left in a configuration: those about worker processes
+            and pinned memory (`num_workers`, `pin_memory`, ...) have no effect, and a warning says so; those that
+            would choose other samples or make other batches (`sampler`, `collate_fn`, ...) are refused.
 
     Raises:
         InputError: An argument or a dataset is not usable.
@@ -104,17 +109,24 @@ class DataLoader:
         on_error: str = "raise",
         max_failures: int = 100,
         log_every: int = 0,
+        **torch_options: Any,
     ) -> None:
-        if prefetch_depth < 1:
-            raise InputError(f"prefetch_depth is {prefetch_depth}; expected at least 1.")
-        if num_threads is not None and num_threads < 1:
-            raise InputError(f"num_threads is {num_threads}; expected at least 1, or None for all cores.")
+        check_torch_options(torch_options, _ARGUMENTS)
+        if not _is_count(prefetch_depth):
+            raise InputError(f"prefetch_depth is {prefetch_depth!r}; expected a whole number of at least 1.")
+        if num_threads is not None and not _is_count(num_threads):
+            raise InputError(
+                f"num_threads is {num_threads!r}; expected a whole number of at least 1, or None for all cores."
+            )
+        for name, value in (("shuffle", shuffle), ("drop_last", drop_last)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; expected True or False.")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.shuffle = bool(shuffle)
-        self.drop_last = bool(drop_last)
+        self.shuffle = shuffle
+        self.drop_last = drop_last
         self.seed = check_seed(seed)
-        if not isinstance(log_every, int) or log_every < 0:
+        if not isinstance(log_every, int) or isinstance(log_every, bool) or log_every < 0:
             raise InputError(f"log_every is {log_every!r}; expected a number of batches, or 0.")
         self.device = choose_device(device)
         self.num_threads = num_threads or kernels.default_num_threads()
@@ -302,3 +314,12 @@ class DataLoader:
                         _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())
                     yield batch
                     del batch
+
+
+_ARGUMENTS = tuple(
+    name for name, kind in inspect.signature(DataLoader).parameters.items() if kind.kind is not kind.VAR_KEYWORD
+)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.augment import FinishTables, LabelSpec, OutputTypes, prepare_finish
-from gpuparse.gather import SliceKey, gather
+from gpuparse.errors import InputError
+from gpuparse.gather import Gathering, SliceKey, gather
 from gpuparse.kernels import is_device_array
 from gpuparse.read import Arena, ChunkReader, ReadCounts
 from gpuparse.views import ResamplingTables, resampling_tables
@@ -83,6 +84,8 @@ class PackedBatch:
         num_samples: Slices.
         stacked: Whether labels have a prompt axis.
         counts: What reading cost.
+        gathering: The chunks and planes that it was made from.
+        block_chunk: (num_blocks,) int64, the chunk of the gathering that each block belongs to.
     """
 
     buffer: npt.NDArray[np.uint8]
@@ -94,12 +97,18 @@ class PackedBatch:
     num_samples: int
     stacked: bool
     counts: ReadCounts
+    gathering: Gathering
+    block_chunk: npt.NDArray[np.int64]
 
     def __repr__(self) -> str:
         return (
             f"PackedBatch({self.num_samples} samples, {len(self.compressed)} blocks, {self.buffer.nbytes} bytes, "
             f"arena {self.arena_bytes} bytes)"
         )
+
+    def slices_of_block(self, block: int) -> list[int]:
+        """The samples that need a block, ascending."""
+        return self.gathering.slices_of(int(self.block_chunk[block]))
 
     def shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the image and of the labels that it becomes."""
@@ -176,6 +185,11 @@ def pack(
 
     def allocate_data(num_bytes: int, num_blocks: int, block_dtype: np.dtype[Any]) -> npt.NDArray[np.uint8]:
         add("compressed", block_dtype, (num_blocks,))
+        if used + num_bytes >= 2**31:
+            raise InputError(
+                f"a batch of {len(keys)} samples takes {(used + num_bytes) / 2**30:.1f} GiB compressed; expected less "
+                "than 2. Lower batch_size."
+            )
         buffer = allocate(used + num_bytes) if allocate is not None else np.empty(used + num_bytes, np.uint8)
         whole.append(buffer)
         return buffer[used : used + num_bytes]
@@ -195,4 +209,6 @@ def pack(
         num_samples=len(keys),
         stacked=labels.stacked,
         counts=slices.counts,
+        gathering=gathering,
+        block_chunk=slices.block_chunk,
     )

@@ -111,6 +111,7 @@ class BatchPipeline:
         except GpuparseError:
             raise
         except Exception as error:
+            error.__traceback__ = None  # its frames would keep the pipeline alive after close
             failure = self._failures.pop(step, None)
             raise failure or PipelineError(
                 f"DALI failed at batch {step} of this iteration: {error} If the device is out of memory, lower "
@@ -172,10 +173,16 @@ class BatchPipeline:
                 self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
         packed = None
         if step < self._options.num_steps:
+            future = self._ahead.pop(step)
             try:
-                packed = self._ahead.pop(step).result()
-            except BaseException as error:  # DALI would repeat an exception for ever
-                self._failures[step] = error
+                failure = future.exception()
+            except BaseException as error:  # of the waiting itself: an interrupt
+                failure = error.with_traceback(None)
+            # Kept, not raised: DALI would repeat it for ever, and its frames would keep the pipeline alive after close.
+            if failure is None:
+                packed = future.result()
+            else:
+                self._failures[step] = failure
         self._given.append((step, packed))
         return packed
 
@@ -199,7 +206,7 @@ class BatchPipeline:
                 self._render(step, packed, buffer, arena)
             except BaseException as error:
                 self._failures[step] = error
-        self._num_rendered += 1
+        self._num_rendered += step < self._options.num_steps  # behind the last batch DALI runs on with nothing
 
 
 def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:

@@ -21,7 +21,7 @@ from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.batch import BufferPool, collate, host_tensors
 from gpuparse.cache import ChunkCache, PageCacheBudget
 from gpuparse.device import DeviceBatch, DeviceRenderer
-from gpuparse.errors import ChunkCorruptError
+from gpuparse.errors import BlockError, ChunkCorruptError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, Order
 from gpuparse.pack import PackedBatch, pack
@@ -296,6 +296,9 @@ def produce(
         mine, event = work[step], None
         try:
             mine.made, event = maker.make(packed, buffer, inflated, probes)
+        except BlockError as error:
+            (first, *_) = packed.slices_of_block(error.block)
+            raise ChunkCorruptError(f"{mine.samples.keys[first].describe()}: {error}") from error
         finally:
             mine.slot.release(event)
         if supply.cache is not None:

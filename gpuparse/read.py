@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arrays import BLOSC_BLOCK_BYTES
-from gpuparse.errors import ChunkCorruptError
+from gpuparse.errors import BlockError, ChunkCorruptError
 from gpuparse.gather import Gathering, SliceKey, gather
 from gpuparse.store import ArrayLayout
 
@@ -114,6 +114,7 @@ class CompressedSlices:
     Attributes:
         data: (n,) uint8, raw LZ4 blocks one after another, each at a multiple of 16 bytes.
         compressed: (num_blocks,) COMPRESSED_BLOCK_DTYPE, in the order of the chunks.
+        block_chunk: (num_blocks,) int64, the chunk of the gathering that each block belongs to.
         slot_bytes: Distance between the places of consecutive blocks, where each batch has an arena of its own.
         arena_bytes: Size of such an arena.
         blocks: (num_tiles,) int64, the kernels' block table: byte offsets in the arena, -1 for missing chunks.
@@ -125,6 +126,7 @@ class CompressedSlices:
 
     data: npt.NDArray[np.uint8]
     compressed: npt.NDArray[Any]
+    block_chunk: npt.NDArray[np.int64]
     slot_bytes: int
     arena_bytes: int
     blocks: npt.NDArray[np.int64]
@@ -243,10 +245,15 @@ class ChunkReader:
         located.chunks["target"] = targets
         chosen = np.flatnonzero(wanted)
         requests, num_blocks, data_bytes = _lay_out(located.chunks[chosen])
-        if allocate is not None:
-            data = allocate(data_bytes, num_blocks, COMPRESSED_BLOCK_DTYPE)
-        else:
-            data = np.empty(data_bytes, np.uint8)
+        try:
+            if allocate is not None:
+                data = allocate(data_bytes, num_blocks, COMPRESSED_BLOCK_DTYPE)
+            else:
+                data = np.empty(data_bytes, np.uint8)
+        except BaseException:
+            if arena is not None:
+                arena.cancel()
+            raise
         compressed = np.zeros(num_blocks, COMPRESSED_BLOCK_DTYPE)
         results = np.zeros(len(requests), RESULT_DTYPE)
         kernels.host_library().gpuparse_read_chunks(
@@ -263,6 +270,7 @@ class ChunkReader:
         return CompressedSlices(
             data=data,
             compressed=compressed,
+            block_chunk=np.repeat(chosen, _num_blocks(requests["decoded_bytes"])),
             slot_bytes=slot_bytes,
             arena_bytes=num_blocks * slot_bytes if arena is None else 0,
             blocks=gathering.block_table(targets),
@@ -436,7 +444,7 @@ def decode_on_host(
         (arena_bytes,) uint8, the arena that the planes' block table points into.
 
     Raises:
-        ChunkCorruptError: A block is no LZ4 though its checksum holds: whoever wrote it made it so.
+        BlockError: A block is no LZ4 though its checksum holds: whoever wrote it made it so.
     """
     if arena is None:
         arena = np.empty(max(slices.arena_bytes, ALIGNMENT_BYTES), np.uint8)
@@ -456,7 +464,7 @@ def inflate_on_host(
         num_threads: Blocks decoded side by side.
 
     Raises:
-        ChunkCorruptError: A block is no LZ4.
+        BlockError: A block is no LZ4.
     """
     bad = kernels.host_library().gpuparse_inflate
     bad.restype = ctypes.c_int64
@@ -466,8 +474,9 @@ def inflate_on_host(
         *map(kernels.pointer, (data, compressed, arena)),
     )
     if first >= 0:
-        raise ChunkCorruptError(
+        raise BlockError(
             f"block {first} of a batch ({compressed['num_bytes'][first]} bytes) is no LZ4 block of "
             f"{compressed['decoded_bytes'][first]} bytes. Its checksum holds, so it was written like that: convert "
-            "these cases again."
+            "this case again.",
+            block=int(first),
         )

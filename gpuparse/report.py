@@ -36,7 +36,7 @@ class FailurePolicy:
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
             raise InputError(f"on_error is {self.on_error!r}; expected 'raise' or 'skip'.")
-        if not isinstance(self.max_failures, int) or self.max_failures < 0:
+        if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
             raise InputError(f"max_failures is {self.max_failures!r}; expected a whole number, 0 or more.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class CacheOptions:
         if self.cache is None and self.cache_gib is not None:
             raise InputError(f"cache_gib is {self.cache_gib!r} but cache is None; expected cache='device' or 'host'.")
         if self.cache is not None and not (
-            isinstance(self.cache_gib, int | float) and not isinstance(self.cache_gib, bool) and self.cache_gib > 0
+            isinstance(self.cache_gib, int | float)
+            and not isinstance(self.cache_gib, bool)
+            and 0 < self.cache_gib < math.inf
         ):
             raise InputError(f"cache_gib is {self.cache_gib!r}; cache={self.cache!r} needs its size in GiB, above 0.")
 
@@ -110,7 +113,7 @@ def _decoded_bytes(layout: ArrayLayout) -> int:
 def _compressed_bytes(layout: ArrayLayout) -> int:
     if layout.shard_bytes is not None:
         return sum(layout.shard_bytes.values())
-    return sum(path.stat().st_size for path in layout.path.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in (layout.path / "c").rglob("*") if path.is_file())
 
 
 class Caches:
@@ -151,12 +154,17 @@ class Caches:
     @contextlib.contextmanager
     def lend(self) -> Iterator[tuple[ChunkCache | None, PageCacheBudget | None]]:
         """The caches for one iteration; a second one at the same time goes without the cache of decoded chunks."""
-        mine = self._chunks is not None and self._chunks.acquire()
+        mine = self._chunks if self._chunks is not None and self._chunks.acquire() else None
+        failed = True
         try:
-            yield self._chunks if mine else None, self._budget
+            yield mine, self._budget
+            failed = False
+        except GeneratorExit:  # left early
+            failed = False
+            raise
         finally:
-            if mine and self._chunks is not None:
-                self._chunks.release()
+            if mine is not None:
+                mine.release(failed=failed)
 
     def status(self) -> CacheStatus | None:
         """How full the cache is, None without one."""

@@ -74,8 +74,8 @@ def check_recipe(recipe: str) -> Recipe:
     return recipe  # type: ignore[return-value]
 
 
-def check_size(size: Sequence[int]) -> tuple[int, int]:
-    """Returns `size` as (rows, columns).
+def check_size(size: Sequence[int], name: str = "size") -> tuple[int, int]:
+    """Returns `size`, which messages call `name`, as (rows, columns).
 
     Raises:
         InputError: It is not two whole numbers from 1 to 16384.
@@ -83,9 +83,9 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     try:
         height, width = (int(n) for n in size)
     except (TypeError, ValueError):
-        raise InputError(f"size is {size!r}; expected (rows, columns), such as (512, 512).") from None
+        raise InputError(f"{name} is {size!r}; expected (rows, columns), such as (512, 512).") from None
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise InputError(f"size is {size!r}; expected 1 to {MAX_SIDE} pixels a side.")
+        raise InputError(f"{name} is {size!r}; expected 1 to {MAX_SIDE} pixels a side.")
     return height, width
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from running import run
 
 import gpuparse
 
@@ -48,6 +49,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout. It serves every Python."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # A build folder of its own: the checkout's belongs to the editable install.
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist",
+        f"--config-setting=build-dir={folder / 'build'}", REPOSITORY,
+    )  # fmt: skip
+    (path,) = (folder / "dist").iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
 def sample_dir(tmp_path_factory) -> Path:
     """The generated sample data: SAMPLE_CT (semantic), SAMPLE_CELLS (instances, isotropic). Read it, do not write."""
     from gpuparse.sample_data import make_sample_data
@@ -77,6 +91,24 @@ def sample_stores(sample_dir, tmp_path_factory) -> dict[str, Path]:
     """Dataset name -> its store, for the sample data. Read them, do not write."""
     report = gpuparse.convert(sample_dir, out_dir=tmp_path_factory.mktemp("sample-stores"))
     return {dataset.name: dataset.store_path for dataset in report.datasets}
+
+
+@pytest.fixture(scope="session")
+def mixed_store(tmp_path_factory):
+    """A store of `small_stores.volumes`: all shapes, label widths and kinds of chunks. Read it, do not write."""
+    from small_stores import convert, volumes
+
+    return convert(tmp_path_factory.mktemp("mixed"), volumes())
+
+
+@pytest.fixture(scope="session")
+def mixture(mixed_store, sample_stores):
+    """Every kind of case, all views, label widths of 8, 16 and 32 bits, and a second dataset of other volumes."""
+    from torch.utils.data import ConcatDataset, Subset
+
+    mixed = gpuparse.SliceDataset(mixed_store.path.parent, img_size=(64, 64))
+    ct = gpuparse.SliceDataset(sample_stores["SAMPLE_CT"].parent, img_size=(64, 64))
+    return ConcatDataset([Subset(mixed, range(0, len(mixed), 9)), Subset(ct, range(0, 114, 12))])
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ class FatalReader(NpzReader):
 @pytest.mark.parametrize("on_error", ["skip", "stop"])
 def test_a_case_that_kills_its_process_is_a_bad_file(volumes, write_case, monkeypatch, on_error):
     write_case(np.zeros((3, 8, 8), np.uint8), name="c")
-    monkeypatch.setattr(sys.modules["gpuparse.convert"], "NpzReader", FatalReader)
+    monkeypatch.setattr(sys.modules["gpuparse.collect"], "NpzReader", FatalReader)
     message = r"b\.npz: the process that converted it ended early: it was ended by signal SIGKILL\. If memory ran out"
     if on_error == "stop":
         with pytest.raises(VolumeFormatError, match=message):
@@ -166,10 +166,10 @@ class WindowReader(NpzReader):
 
 
 def test_other_settings_of_the_reader_write_a_case_again(volumes, monkeypatch):
-    monkeypatch.setattr(sys.modules["gpuparse.convert"], "NpzReader", lambda max_bytes: WindowReader(max_bytes, 1))
+    monkeypatch.setattr(sys.modules["gpuparse.collect"], "NpzReader", lambda max_bytes: WindowReader(max_bytes, 1))
     assert set(states(volumes).values()) == {"written"}
     assert set(states(volumes).values()) == {"kept"}
-    monkeypatch.setattr(sys.modules["gpuparse.convert"], "NpzReader", lambda max_bytes: WindowReader(max_bytes, 2))
+    monkeypatch.setattr(sys.modules["gpuparse.collect"], "NpzReader", lambda max_bytes: WindowReader(max_bytes, 2))
     assert set(states(volumes).values()) == {"written"}
 
 

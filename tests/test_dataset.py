@@ -163,7 +163,13 @@ def test_corrupt_chunk_names_the_slice(sample_stores, tmp_path):
     [
         ({"num_prompts": 0}, "num_prompts is 0; expected a whole number of at least 1"),
         ({"transforms": lambda x: x}, "transforms is function; expected gpuparse.Augmentation"),
-        ({"img_size": (512,)}, "size is .512,.; expected .rows, columns."),
+        ({"img_size": (512,)}, "img_size is .512,.; expected .rows, columns."),
+        ({"root_dir": None}, "root_dir is None; expected a dataset's folder or a store"),
+        ({"name": 5}, "name is 5; expected a string"),
+        ({"all_class_masks": "yes"}, "all_class_masks is 'yes'; expected True or False"),
+        ({"num_prompts": True}, "num_prompts is True; expected a whole number"),
+        ({"views": 0}, "views is 0; expected 'auto' or axes"),
+        ({"views": ["z"]}, "views is .'z'.; expected 'auto' or axes"),
         ({"img_size": (0, 5)}, "expected 1 to 16384 pixels"),
         ({"recipe": "other"}, "recipe is 'other'"),
         ({"seed": -1}, "seed is -1"),
@@ -177,7 +183,7 @@ def test_corrupt_chunk_names_the_slice(sample_stores, tmp_path):
 )
 def test_arguments_are_refused_by_name(ct, arguments, message):
     with pytest.raises(InputError, match=message):
-        SliceDataset(ct.root_dir, **arguments)[0]
+        SliceDataset(**{"root_dir": ct.root_dir, **arguments})[0]
 
 
 def test_non_square_items_without_quarter_turns(ct):

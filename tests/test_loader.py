@@ -186,6 +186,8 @@ def test_stage_times_and_repr(ct):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+        ({"shuffle": "yes"}, "shuffle is 'yes'; expected True or False"),
+        ({"drop_last": 1}, "drop_last is 1; expected True or False"),
         ({"prefetch_depth": 0}, "prefetch_depth is 0"),
         ({"num_threads": 0}, "num_threads is 0"),
         ({"device": "xpu"}, "device is 'xpu'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),

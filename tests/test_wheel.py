@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
+from running import run
 
 import gpuparse
 from gpuparse import kernels
@@ -35,24 +34,6 @@ print(kernels.source_digest())
 """
 
 
-def run(*command, **options) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # A build folder of its own: the checkout's belongs to the editable install.
-    run(
-        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist",
-        f"--config-setting=build-dir={folder / 'build'}", REPOSITORY,
-    )  # fmt: skip
-    (path,) = (folder / "dist").iterdir()
-    return path
-
-
 def test_one_wheel_serves_every_python_and_holds_sources_and_libraries(wheel):
     assert wheel.name.startswith(f"gpuparse-{gpuparse.__version__}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
@@ -61,8 +42,8 @@ def test_one_wheel_serves_every_python_and_holds_sources_and_libraries(wheel):
     wanted = [p for p in (REPOSITORY / "kernels").iterdir() if p.suffix in (".cu", ".h", ".cpp")]
     assert sources == {p.name: p.read_bytes() for p in wanted}
     assert {n for n in names if n.startswith("gpuparse/_native/")} >= {"gpuparse/_native/libgpuparse_kernels.so"}
-    modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "gpuparse").rglob("*.py")}
-    assert modules | {"gpuparse/py.typed"} <= names
+    files = [p for pattern in ("*.py", "*.yaml") for p in (REPOSITORY / "gpuparse").rglob(pattern)]
+    assert {p.relative_to(REPOSITORY).as_posix() for p in files} | {"gpuparse/py.typed"} <= names
     assert {n.split("/")[0].split("-")[0] for n in names} == {"gpuparse"}  # no tests, no build files
 
 

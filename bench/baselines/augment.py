@@ -87,11 +87,17 @@ class ReferenceAugmentation:
 
 
 def to_tensors(
-    image: np.ndarray, mask: np.ndarray, class_ids: Sequence[int], random: np.random.RandomState
+    image: np.ndarray, mask: np.ndarray, class_ids: Sequence[int] | int, random: np.random.RandomState
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rest of an item: the channel swap, a mask per prompt, float32 (3, rows, columns) and int64 tensors."""
+    """The rest of an item: the channel swap, a mask per prompt, float32 (3, rows, columns) and int64 tensors.
+
+    In a dataset of instances `class_ids` is a number: the map of ids is repeated that often.
+    """
     if random.random_sample() < 0.5:
         image = image[:, :, [0, 2, 1]]
     planes = np.transpose(image, (2, 0, 1))
-    masks = np.stack([(1 * (mask == class_id)).astype(np.uint8) for class_id in class_ids])
+    if isinstance(class_ids, int):
+        masks = np.repeat(mask.astype(np.uint8)[None], class_ids, axis=0)
+    else:
+        masks = np.stack([(1 * (mask == class_id)).astype(np.uint8) for class_id in class_ids])
     return torch.tensor(planes.copy(), dtype=torch.float32), torch.tensor(masks.copy(), dtype=torch.long)

@@ -1,0 +1,38 @@
+"""Statistics that the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+
+
+def ratio_interval(
+    ours: np.ndarray, theirs: np.ndarray, statistic: Callable[..., np.ndarray], paired: bool
+) -> tuple[float, list[float]]:
+    """statistic(ours) / statistic(theirs) and its 95 % bootstrap interval over rounds."""
+    random = np.random.default_rng(0)
+    first = random.integers(0, len(ours), (NUM_RESAMPLES, len(ours)))
+    second = first if paired else random.integers(0, len(theirs), (NUM_RESAMPLES, len(theirs)))
+    ratios = statistic(ours[first], axis=1) / statistic(theirs[second], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(statistic(ours) / statistic(theirs)), [float(low), float(high)]
+
+
+def ratio_of_medians(ours: Any, theirs: Any) -> dict[str, Any]:
+    """The ratio of the medians of rounds that took turns, with its 95 % interval."""
+    ratio, interval = ratio_interval(np.asarray(ours), np.asarray(theirs), np.median, paired=True)
+    return {"ratio": ratio, "ratio_95": interval}
+
+
+def summary(values: Any) -> dict[str, Any]:
+    """Median, smallest, largest and all values of some rounds."""
+    values = np.asarray(values, float)
+    return {
+        "median": float(np.median(values)),
+        "range": [float(values.min()), float(values.max())],
+        "rounds": values.tolist(),
+    }

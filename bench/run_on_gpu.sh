@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, in one call: what the machine is, the tests that need a GPU, compute-sanitizer on a short
+# run of the loader, and bench_device.py. Goes on after a part that fails and says at the end which did; the whole ends
+# within nine minutes. Where gpuparse's CPU kernels are not built, bench/install_offline.sh builds them.
+#
+# Usage: bench/run_on_gpu.sh [PART ...]     PARTs: environment tests memcheck racecheck initcheck bench (default: all)
+#
+# Variables: OUT     where log and JSON go (bench/results)
+#            PYTHON  the interpreter (python3)
+#            DATA    volumes to measure with, in BiomedParse's layout (generated ones)
+#            LIMIT_SECONDS    for the whole (530)
+#            GPUPARSE_COMMIT  what to call this checkout where git cannot say
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=${PYTHON:-python3}
+out=${OUT:-bench/results}
+limit=${LIMIT_SECONDS:-530}
+all=(environment tests memcheck racecheck initcheck bench)
+parts=("$@")
+(($#)) || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+  if [[ " ${all[*]} " != *" $part "* ]]; then
+    echo "run_on_gpu.sh: part is '$part'; expected some of: ${all[*]}" >&2
+    exit 2
+  fi
+done
+mkdir -p "$out" || exit 1
+log=$out/run-on-gpu.log
+: >"$log"
+export PYTHONUNBUFFERED=1
+SECONDS=0
+passed=() failed=()
+
+say() { echo "$*" | tee -a "$log"; }
+
+# run NAME SECONDS COMMAND...: the command under its own limit and the whole's, whichever comes first.
+run() {
+  local name=$1 seconds=$2 status start=$SECONDS
+  shift 2
+  ((seconds > limit - SECONDS)) && seconds=$((limit - SECONDS))
+  say "=== $name: $*"
+  if ((seconds <= 0)); then
+    say "=== $name: no time left of $limit s"
+    failed+=("$name (no time left)")
+    return
+  fi
+  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log"
+  status=${PIPESTATUS[0]}
+  say "=== $name: status $status after $((SECONDS - start)) s"
+  case $status in
+    0) passed+=("$name") ;;
+    124 | 137) failed+=("$name (stopped after $seconds s)") ;;
+    *) failed+=("$name (status $status)") ;;
+  esac
+}
+
+# sanitize TOOL: the short run under one of compute-sanitizer's tools.
+sanitize() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [[ ! -x $sanitizer ]]; then
+    say "=== $1: compute-sanitizer is not installed"
+    failed+=("$1 (not installed)")
+    return
+  fi
+  # Each allocation by itself, not a piece of a pool: else a kernel that leaves its array stays inside the pool.
+  run "$1" 55 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 DALI_USE_DEVICE_MEM_POOL=0 DALI_USE_VMM=0 \
+    "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 "$python" bench/small_pipeline.py
+  say "=== $1: lines that name gpuparse's kernels: $(sed -n "/^=== $1: env/,/^=== $1: status/p" "$log" \
+    | grep -cE '^=========.*\b(encode|encode_mask|augment|place_blocks)\b')"
+}
+
+# The checkout itself is what runs, not a copy that was installed earlier.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if ! "$python" -c 'from gpuparse.kernels import host_library; host_library()' >>"$log" 2>&1; then
+  run install 60 bench/install_offline.sh
+fi
+
+for part in "${parts[@]}"; do
+  case $part in
+    environment)
+      run nvidia-smi 15 nvidia-smi
+      run environment 30 "$python" bench/bench_device.py --about --json "$out/environment.json"
+      ;;
+    tests)
+      mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+      run tests 140 env GPUPARSE_REQUIRE_GPU=1 "$python" -m pytest -m gpu -p no:cacheprovider --durations=8 "${files[@]}"
+      ;;
+    memcheck | racecheck | initcheck) sanitize "$part" ;;
+    bench) run bench 190 "$python" bench/bench_device.py --json "$out/device.json" ${DATA:+--data "$DATA"} ;;
+  esac
+done
+
+say "=== passed: ${passed[*]:-nothing}"
+if ((${#failed[@]})); then
+  say "=== FAILED: $(printf '%s; ' "${failed[@]}")"
+  exit 1
+fi

@@ -1,0 +1,233 @@
+"""Stand-ins for what a GPU has: DALI's GPU operators, CuPy and torch's streams, all on the host.
+
+They run the package's own code for CUDA devices without a device. Device memory is numpy's; DALI's copies are
+overwritten as soon as an operator returns, so that nobody can keep them. What only a device can show (races, launches,
+alignment) is not seen here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ctypes
+import struct
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from numcodecs import lz4
+
+from gpuparse import kernels
+
+DALI_STREAM = 77
+HOME_STREAM = 55
+GARBAGE = 0xEE
+
+
+def decoded_length(block: bytes) -> int:
+    """What a raw LZ4 block decodes to, in bytes; where it is damaged, what it says until then."""
+    place = length = 0
+
+    def read(count: int) -> int:
+        nonlocal place
+        while count >= 15:
+            count += block[place]
+            place += 1
+            if block[place - 1] != 255:
+                break
+        return count
+
+    with contextlib.suppress(IndexError):
+        while place < len(block):
+            token = block[place]
+            place += 1
+            literals = read(token >> 4)
+            length += literals
+            place += literals
+            if place >= len(block):
+                break
+            place += 2
+            length += read(token & 15) + 4
+    return length
+
+
+def inflate_as_dali(buffer, offsets, sizes, slot):
+    """(num_blocks, slot) uint8: each block by another LZ4 library, 0 behind it; a damaged one gives zeros alone."""
+    arena = np.zeros((len(offsets), int(slot[0])), np.uint8)
+    for row, start, size in zip(arena, offsets.tolist(), sizes.tolist(), strict=True):
+        block = buffer[start : start + size].tobytes()
+        with contextlib.suppress(RuntimeError):
+            decoded = lz4.decompress(struct.pack("<I", decoded_length(block)) + block)
+            row[: len(decoded)] = np.frombuffer(decoded, np.uint8)
+    return arena
+
+
+class Node:
+    """One output of an operator in a graph."""
+
+    def __init__(self, operator, inputs, options, number=0):
+        self.operator, self.inputs, self.options, self.number = operator, inputs, options, number
+
+    def gpu(self):
+        return Node("gpu", (self,), {})
+
+
+class StandInDali:
+    """DALI's graph, built by the package, and a pipeline that runs it `prefetch_queue_depth` batches ahead."""
+
+    def __init__(self):
+        self.pipelines = []
+        self.fail_at = None
+        dali = self
+
+        def operator(name):
+            return lambda *inputs, **options: Node(name, inputs, options)
+
+        def external_source(**options):
+            return tuple(Node("external_source", (), options, i) for i in range(options["num_outputs"]))
+
+        class Pipeline:
+            def __init__(self, **options):
+                self.options = options
+                self.output = None
+                self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="standin-dali")
+                self._under_way = []
+                self._num_fed = 0
+                dali.pipelines.append(self)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+            def set_outputs(self, output):
+                self.output = output
+
+            def build(self):
+                self.function = self.output.options["function"]
+                self.source = self.output.inputs[0].inputs[0].options["source"]
+
+            def run(self, stream=None):
+                assert stream == HOME_STREAM
+                while len(self._under_way) < self.options["prefetch_queue_depth"]:
+                    arrays = [array for (array,) in self.source(self._num_fed)]
+                    self._under_way.append(self._executor.submit(self._execute, self._num_fed, *arrays))
+                    self._num_fed += 1
+                self._under_way.pop(0).result()
+
+            def _execute(self, step, buffer, offsets, sizes, slot):
+                if step == dali.fail_at:
+                    raise RuntimeError("Critical error in pipeline: made to fail")
+                copy = buffer.copy()
+                inflated = inflate_as_dali(copy, offsets, sizes, slot)
+                (token,) = self.function([copy], [inflated])
+                assert token.nbytes == 4
+                copy[:] = GARBAGE
+                inflated[:] = GARBAGE
+
+            def end(self):
+                self._executor.shutdown(wait=True)
+
+            __del__ = end
+
+        fn = SimpleNamespace(
+            external_source=external_source,
+            python_function=operator("python_function"),
+            decoders=SimpleNamespace(inflate=operator("inflate")),
+        )
+        self.parts = (fn, SimpleNamespace(UINT8="UINT8"), Pipeline)
+
+
+class Event:
+    """Happens at once; notes who recorded it and who waited for it."""
+
+    def __init__(self, log):
+        self._log = log
+
+    def record(self, stream):
+        self._log.append(("record", stream.name))
+
+    def synchronize(self):
+        self._log.append(("synchronize",))
+
+
+class Stream:
+    def __init__(self, log, name, handle=0):
+        self._log, self.name, self.cuda_stream = log, name, handle
+
+    def wait_stream(self, other):
+        self._log.append((self.name, "waits for stream", other.name))
+
+    def wait_event(self, event):
+        self._log.append((self.name, "waits for event"))
+
+
+class StandInTorch:
+    """The part of torch that gpuparse.device uses, with memory on the host."""
+
+    def __init__(self, log):
+        self.log = log
+        self.allocated = []
+        self.free_bytes = None
+        self.cuda = SimpleNamespace(
+            Stream=lambda device: Stream(log, "home", HOME_STREAM),
+            ExternalStream=lambda handle, device: Stream(log, {DALI_STREAM: "dali"}[handle]),
+            Event=lambda: Event(log),
+            current_stream=lambda device: Stream(log, "user"),
+            device=contextlib.nullcontext,
+            stream=lambda stream: contextlib.nullcontext(log.append(("inside", stream.name))),
+            OutOfMemoryError=torch.cuda.OutOfMemoryError,
+            mem_get_info=lambda device: (2**30, 2**34),
+        )
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, shape, *, dtype, device):
+        assert device.type == "cuda"
+        tensor = torch.empty(shape, dtype=dtype)
+        if self.free_bytes is not None and tensor.nbytes > self.free_bytes:
+            raise torch.cuda.OutOfMemoryError("made to fail")
+        self.allocated.append(tensor.nbytes)
+        tensor.view(torch.uint8).fill_(GARBAGE)
+        return tensor
+
+
+class NoMemoryError(Exception):
+    """CuPy's error of that name."""
+
+
+def standin_cupy() -> ModuleType:
+    cupy = ModuleType("cupy")
+    cupy.asarray = lambda tensor: tensor.numpy()
+    cupy.cuda = SimpleNamespace(
+        get_current_stream=lambda: SimpleNamespace(ptr=DALI_STREAM),
+        memory=SimpleNamespace(OutOfMemoryError=NoMemoryError),
+    )
+    return cupy
+
+
+def launch_on_host(file_name, kernel, num_elements, arguments):
+    """`kernels.launch_on_device` by the host's build of the same body."""
+    assert (file_name, kernel) == ("place.cu", "place_blocks")
+    inflated, table, slot_bytes, slab = arguments
+    pointers = (kernels.pointer(inflated), kernels.pointer(table))
+    run = kernels.host_library().place_blocks_elements
+    run(ctypes.c_int64(num_elements), *pointers, ctypes.c_int64(slot_bytes), kernels.pointer(slab))
+
+
+def install(monkeypatch) -> SimpleNamespace:
+    """Makes `device="cuda"` run on the stand-ins; returns them."""
+    log = []
+    dali, stand_in = StandInDali(), StandInTorch(log)
+    monkeypatch.setitem(sys.modules, "cupy", standin_cupy())
+    monkeypatch.setattr("gpuparse.pipeline._import_dali", lambda: dali.parts)
+    monkeypatch.setattr("gpuparse.device.torch", stand_in)
+    monkeypatch.setattr("gpuparse.kernels.launch_on_device", launch_on_host)
+    monkeypatch.setattr("gpuparse.production.pinned_memory", lambda num_bytes: np.full(num_bytes, GARBAGE, np.uint8))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: log.append(("synchronize device", str(device))))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(("recorded for", stream.name)))
+    monkeypatch.setattr("gpuparse.loader.choose_device", lambda device: torch.device("cuda", 0))
+    return SimpleNamespace(log=log, dali=dali, torch=stand_in)

@@ -1,0 +1,138 @@
+"""Gathering: block table and planes pick exactly the slice that numpy picks, from chunks that are each listed once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracle import gather as pixels_of
+from oracle import neighbours, pad_as_reference, pad_to_square
+
+from gpuparse.errors import InputError
+from gpuparse.gather import SliceKey, gather
+from gpuparse.store import IMAGE_PATH, ArrayLayout
+from gpuparse.views import PLANE_DTYPE
+
+SIZE = (24, 20)
+
+
+class FakeStore:
+    """Cases of random voxels, cut into chunks in memory; some chunks were never written."""
+
+    def __init__(self, shapes, chunks, dtype, rng, missing=0.2):
+        self.name = "DATA"
+        self.cases = [SimpleNamespace(name=f"case{i}", shape=shape) for i, shape in enumerate(shapes)]
+        self._layouts, self.volumes, self.chunks = {}, {}, {}
+        for case, shape in enumerate(shapes):
+            for path, kind in ((IMAGE_PATH, np.uint8), ("labels", dtype)):
+                size = tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
+                counts = [-(-n // c) for n, c in zip(shape, size, strict=True)]
+                padded = tuple(c * k for c, k in zip(size, counts, strict=True))
+                layout = ArrayLayout(f"{case}/{path}", shape, np.dtype(kind), size, padded, None)
+                volume = np.zeros(padded, kind)
+                volume[tuple(slice(n) for n in shape)] = rng.integers(0, 2 ** (8 * volume.itemsize), shape)
+                for number, place in enumerate(np.ndindex(*counts)):
+                    box = tuple(slice(p * c, p * c + c) for p, c in zip(place, size, strict=True))
+                    if rng.random() < missing:
+                        volume[box] = 0
+                    else:
+                        self.chunks[layout, number] = volume[box].tobytes()
+                self._layouts[case, path == IMAGE_PATH] = layout
+                self.volumes[case, path == IMAGE_PATH] = volume[tuple(slice(n) for n in shape)]
+
+    def layout(self, case, path):
+        return self._layouts[case, path == IMAGE_PATH]
+
+
+def arena_of(store, gathering, rng):
+    """All chunks in one array, in any order and with gaps; and where each lies, -1 where it is missing."""
+    targets = np.full(len(gathering.chunk_number), -1, np.int64)
+    parts, used = [], 0
+    for i in rng.permutation(len(targets)).tolist():
+        key = (gathering.arrays[gathering.chunk_array[i]], int(gathering.chunk_number[i]))
+        if key in store.chunks:
+            data = store.chunks[key]
+            gap = int(rng.integers(0, 4)) * 4
+            parts += [bytes([0xEE]) * gap, data]
+            targets[i] = used + gap
+            used += gap + len(data)
+    return np.frombuffer(b"".join([*parts, bytes(16)]), np.uint8), targets
+
+
+SIDE = st.integers(1, 13)
+
+
+@given(
+    shapes=st.lists(st.tuples(SIDE, SIDE, SIDE), min_size=1, max_size=3),
+    chunks=st.tuples(*[st.integers(1, 7)] * 3),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.uint32]),
+    recipe=st.sampled_from(["corrected", "reference"]),
+    wanted=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 12)), min_size=1, max_size=6),
+)
+@example(shapes=[(1, 1, 1)], chunks=(5, 5, 5), dtype=np.uint32, recipe="reference", wanted=[(0, 1, 0)])
+def test_planes_pick_the_slices_that_numpy_picks(shapes, chunks, dtype, recipe, wanted):
+    wanted = [(case % len(shapes), axis, position) for case, axis, position in wanted]
+    rng = np.random.default_rng(len(wanted))
+    store = FakeStore(shapes, chunks, dtype, rng)
+    keys = [SliceKey(store, case, axis, position % shapes[case][axis], recipe) for case, axis, position in wanted]
+    gathering = gather(keys, SIZE)
+    arena, targets = arena_of(store, gathering, rng)
+    blocks = gathering.block_table(targets)
+    pad = pad_to_square if recipe == "corrected" else pad_as_reference
+    for i, key in enumerate(keys):
+        slices = np.moveaxis(store.volumes[key.case, True], key.axis, 0)
+        planes = gathering.image_planes[3 * i : 3 * i + 3]
+        for plane, j in zip(planes, neighbours(key.position, len(slices)), strict=True):
+            np.testing.assert_array_equal(pixels_of(arena, blocks, plane), slices[j])
+        plane = gathering.label_planes[i]
+        expected = np.moveaxis(store.volumes[key.case, False], key.axis, 0)[key.position]
+        np.testing.assert_array_equal(pixels_of(arena, blocks, plane), expected)
+        padded = pad(expected)
+        for each in [*planes, plane]:
+            assert (each["padded_height"], each["padded_width"]) == padded.shape
+            lengths = [gathering.lengths[each[name]] for name in ("row_table", "column_table")]
+            assert lengths == [(padded.shape[0], SIZE[0]), (padded.shape[1], SIZE[1])]
+    check_bookkeeping(gathering, keys)
+
+
+def check_bookkeeping(gathering, keys):
+    """Each chunk once and ascending, all of them needed, tables once, and `slices_of` as counted by hand."""
+    pairs = list(zip(gathering.chunk_array.tolist(), gathering.chunk_number.tolist(), strict=True))
+    assert pairs == sorted(set(pairs))
+    assert len(set(gathering.lengths)) == len(gathering.lengths)
+    assert len(set(gathering.arrays)) == len(gathering.arrays)
+    sizes = [gathering.arrays[a].chunk_bytes for a, _ in pairs]
+    np.testing.assert_array_equal(gathering.chunk_bytes, sizes)
+    users = {chunk: set() for chunk in range(len(pairs))}
+    for i in range(len(keys)):
+        for plane in [*gathering.image_planes[3 * i : 3 * i + 3], gathering.label_planes[i]]:
+            rows = -(-int(plane["height"]) // int(plane["block_height"]))
+            first = int(plane["first_block"])
+            for tile in range(first, first + rows * int(plane["blocks_per_row"])):
+                users[int(gathering.tile_chunk[tile])].add(i)
+    assert all(users.values())
+    for chunk, slices in users.items():
+        assert gathering.slices_of(chunk) == sorted(slices)
+
+
+def test_neighbours_share_chunks_and_planes_have_no_stray_values():
+    rng = np.random.default_rng(0)
+    store = FakeStore([(9, 6, 5)], (1, 6, 5), np.uint16, rng, missing=0)
+    gathering = gather([SliceKey(store, 0, 0, p) for p in (4, 5, 4)], SIZE)
+    assert repr(gathering) == "Gathering(3 slices from 6 chunks)"
+    layout = store.layout(0, IMAGE_PATH)
+    image = gathering.arrays.index(layout)
+    assert gathering.chunk_number[gathering.chunk_array == image].tolist() == [3, 4, 5, 6]
+    assert gathering.slices_of(int(np.flatnonzero(gathering.chunk_array == image)[-1])) == [1]
+    assert gathering.image_planes.dtype == gathering.label_planes.dtype == PLANE_DTYPE
+    assert not gathering.image_planes["reserved"].any()
+
+
+def test_a_position_outside_its_case_is_refused():
+    store = FakeStore([(9, 6, 5)], (1, 6, 5), np.uint8, np.random.default_rng(0))
+    for position in (-1, 6):
+        with pytest.raises(InputError, match=rf"slice position {position} is outside 0\.\.5"):
+            gather([SliceKey(store, 0, 1, position)], SIZE)
