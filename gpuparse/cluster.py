@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +92,19 @@ class DaskPool(TaskPool):
             return False
         now = time.monotonic()
         if now - self._counted_at >= _REFRESH_SECONDS:
-            self._num_threads, self._counted_at = sum(self._client.nthreads().values()), now
+            with self._connection():
+                self._num_threads, self._counted_at = sum(self._client.nthreads().values()), now
         return len(self._futures) < max(_TASKS_PER_THREAD * self._num_threads, _MIN_TASKS)
 
     def _submit(self, function: Callable[..., Any], number: int, task: Task) -> None:
         self._start(_Call(function, number, task.arguments))
 
     def _start(self, call: _Call) -> None:
-        from gpuparse import __version__
-
-        future = self._client.submit(
-            _make_call, call.function, call.arguments, self._required, __version__, pure=False,
-            key=f"gpuparse-{uuid.uuid4().hex}",
-        )  # fmt: skip
+        with self._connection():
+            future = self._client.submit(
+                _make_call, call.function, call.arguments, self._required, version("gpuparse"), pure=False,
+                key=f"gpuparse-{uuid.uuid4().hex}",
+            )  # fmt: skip
         self._futures[future] = call
         self._completed.add(future)
 
@@ -121,17 +122,12 @@ class DaskPool(TaskPool):
             self._suspects.append(call)
 
     def _outcome(self, future: Any) -> Any:
-        try:
+        with self._connection():
             error = future.exception()
             if error is None:
                 return future.result()
-        except (CancelledError, OSError, TimeoutError) as lost:
-            raise ClusterError(
-                f"scheduler {self._scheduler!r} was lost ({type(lost).__name__}). Start it and its workers again, and "
-                "run the command again: finished cases are kept."
-            ) from lost
         if isinstance(error, self._distributed.KilledWorker):
-            return Died(f"so did every worker that tried it ({error})")
+            return Died(f"all workers that tried it died ({error})")
         if isinstance(error, GpuparseError):
             raise error
         raise ClusterError(
@@ -139,8 +135,18 @@ class DaskPool(TaskPool):
             "Install the same gpuparse there as here."
         ) from error
 
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[None]:
+        try:
+            yield
+        except (CancelledError, OSError, RuntimeError, TimeoutError) as error:
+            raise ClusterError(
+                f"scheduler {self._scheduler!r} was lost ({type(error).__name__}: {error}). Start it and its workers "
+                "again, and run the command again: finished cases are kept."
+            ) from error
+
     def _give_up(self) -> None:
-        with contextlib.suppress(CancelledError, OSError, TimeoutError):  # the scheduler is gone
+        with contextlib.suppress(CancelledError, OSError, RuntimeError, TimeoutError):  # the scheduler is gone
             self._client.cancel(list(self._futures))
         self._futures.clear()
         self._suspects.clear()
@@ -150,13 +156,11 @@ class DaskPool(TaskPool):
         return self._distributed.as_completed(loop=self._client.loop)
 
 
-def _make_call(function: Callable[..., Any], arguments: Sequence[Any], required: Sequence[Path], version: str) -> Any:
+def _make_call(function: Callable[..., Any], arguments: Sequence[Any], required: Sequence[Path], wanted: str) -> Any:
     """Runs on a worker."""
-    from gpuparse import __version__
-
-    host = socket.gethostname()
-    if __version__ != version:
-        raise ClusterError(f"the worker on {host} has gpuparse {__version__}; expected {version}. Install it there.")
+    host, here = socket.gethostname(), version("gpuparse")
+    if here != wanted:
+        raise ClusterError(f"the worker on {host} has gpuparse {here}; expected {wanted}. Install it there.")
     for path in required:
         if not path.exists():
             raise ClusterError(f"{path}: the worker on {host} does not see it. Mount it there under the same path.")

@@ -6,8 +6,8 @@
 #include "host_augment.cpp"
 #include "host_encode.cpp"
 #include "host_inflate.cpp"
-#include "host_presence.cpp"
 #include "host_prepare.cpp"
+#include "host_presence.cpp"
 #include "host_read.cpp"
 #include "place.cu"
 
