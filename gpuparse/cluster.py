@@ -140,9 +140,10 @@ class DaskPool(TaskPool):
         try:
             yield
         except (CancelledError, OSError, RuntimeError, TimeoutError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ClusterError(
-                f"scheduler {self._scheduler!r} was lost ({type(error).__name__}: {error}). Start it and its workers "
-                "again, and run the command again: finished cases are kept."
+                f"scheduler {self._scheduler!r} was lost ({reason}). Start it and its workers again, and run the "
+                "command again: finished cases are kept."
             ) from error
 
     def _give_up(self) -> None:
