@@ -81,7 +81,7 @@ def footprint(flat: FlatDataset) -> Footprint:
     """
     cases: dict[Store, set[int]] = {}
     for part in flat.parts:
-        same = next((store for store in cases if store.path == part.store.path), part.store)
+        same = next((store for store in cases if store.place == part.store.place), part.store)
         cases.setdefault(same, set()).update(part.case_numbers.tolist())
     decoded = compressed = 0.0
     exact = True
@@ -91,6 +91,8 @@ def footprint(flat: FlatDataset) -> Footprint:
         if len(wanted) > _MAX_CASES_OPENED:
             exact = False
             opened = [wanted[i] for i in np.linspace(0, len(wanted) - 1, _MAX_CASES_OPENED).astype(int).tolist()]
+        for error in store.prepare(opened).values():
+            raise error
         layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
         share = _voxels(store, wanted) / max(1, _voxels(store, opened))
         decoded += share * sum(_decoded_bytes(layout) for layout in layouts)
