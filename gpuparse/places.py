@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from gpuparse.disk_cache import disk_cache
 from gpuparse.errors import InputError
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite, is_url
 
@@ -39,17 +40,20 @@ class Place(Protocol):
 
 
 def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None) -> Place:
-    """The place that a path or a URL names. Nothing is read.
+    """The place that a path or a URL names. Nothing is read; a cache's folder is made.
 
     Args:
         path: A path, or a URL of a scheme that `gpuparse.remote` knows.
         remote: How a URL is read; None takes the defaults.
 
     Raises:
-        InputError: `remote` is given with a path.
+        InputError: `remote` is given with a path, or its cache's folder cannot be written.
     """
     if is_url(path):
-        return RemotePath(RemoteSite(os.fspath(path).rstrip("/"), remote or RemoteOptions()))
+        options = remote or RemoteOptions()
+        if options.cache_dir is not None:
+            disk_cache(options.cache_dir, options.cache_bytes)
+        return RemotePath(RemoteSite(os.fspath(path).rstrip("/"), options))
     if remote is not None:
         raise InputError(f"remote is given but '{os.fspath(path)}' is no URL; expected one such as s3://bucket/data.")
     return Path(path)

@@ -14,6 +14,7 @@ import torch
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.remote import RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 
 __all__ = ["CacheOptions", "Caches", "Footprint", "footprint"]
@@ -112,7 +113,20 @@ def _decoded_bytes(layout: ArrayLayout) -> int:
 def _compressed_bytes(layout: ArrayLayout) -> int:
     if layout.shard_bytes is not None:
         return sum(layout.shard_bytes.values())
+    if isinstance(layout.place, RemotePath):
+        return _decoded_bytes(layout)  # whoever wrote it did not say; asking for each shard would take long
     return sum(path.stat().st_size for path in layout.path.rglob("*") if path.is_file())
+
+
+def _check_files(flat: FlatDataset) -> None:
+    """Refuses stores that leave nothing in the page cache."""
+    for part in flat.parts:
+        place = part.store.place
+        if isinstance(place, RemotePath) and place.site.options.cache_dir is None:
+            raise InputError(
+                f"cache='host' keeps files in the page cache, and '{place}' is read without any. Give its dataset "
+                "remote=RemoteOptions(cache_dir=..., cache_gib=...), or use cache='device'."
+            )
 
 
 class Caches:
@@ -130,6 +144,8 @@ class Caches:
         self._budget: PageCacheBudget | None = None
         if options.cache is None:
             return
+        if options.cache == "host":
+            _check_files(flat)
         needed = footprint(flat)
         if options.cache == "device":
             # No larger than what could ever be in it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import struct
 import threading
 from collections import deque
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-FAULTS = ("500", "reset", "cut", "slow")
+import boto3
+from moto.server import ThreadedMotoServer
+
+FAULTS = ("403", "500", "reset", "cut", "slow")
 
 
 class Door(BaseHTTPRequestHandler):
@@ -22,8 +26,8 @@ class Door(BaseHTTPRequestHandler):
         door: FaultyStore = self.server.owner
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = door.next_fault(self.command, self.path, self.headers.get("Range"))
-        if fault == "500":
-            self.answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
+        if fault in ("403", "500"):
+            self.answer(int(fault), {}, b"<Error><Code>InternalError</Code></Error>")
             return
         if fault == "reset":  # the peer gets RST, not an orderly end
             self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))
@@ -84,6 +88,9 @@ class FaultyStore:
         self.faults: deque[str] = deque()
         self.always: dict[str, str] = {}
         self.stopping = threading.Event()
+        self.objects = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                                    aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
+        self.objects.create_bucket(Bucket="bucket")
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), Door)
         self._server.owner = self
@@ -107,17 +114,20 @@ class FaultyStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Writes an object, past the door."""
-        self._call("PUT", key, data)
+        self.objects.put_object(Bucket="bucket", Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        """An object, past the door."""
+        return self.objects.get_object(Bucket="bucket", Key=key)["Body"].read()
 
     def delete(self, key: str) -> None:
         """Removes an object, past the door."""
-        self._call("DELETE", key, None)
+        self.objects.delete_object(Bucket="bucket", Key=key)
 
-    def _call(self, method: str, key: str, data: bytes | None) -> None:
-        connection = http.client.HTTPConnection(*self.behind)
-        connection.request(method, f"/bucket/{key}" if key else "/bucket", data)
-        assert connection.getresponse().status < 300
-        connection.close()
+    def keys(self, prefix: str = "") -> list[str]:
+        """All keys below a prefix, past the door."""
+        pages = self.objects.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
 
     def upload(self, folder: Path, prefix: str) -> None:
         """Puts all files of a folder below a prefix."""
@@ -133,12 +143,11 @@ class FaultyStore:
 
 def serve() -> Iterator[FaultyStore]:
     """Runs the servers while the caller uses them."""
-    from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     store = FaultyStore(server.get_host_and_port()[1])
-    store.put("", b"")
     try:
         yield store
     finally:
