@@ -18,6 +18,7 @@ from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError
 from gpuparse.foreign import ForeignFormat
 from gpuparse.pairs import FolderLayout
+from gpuparse.remote import RemoteOptions
 from gpuparse.sampling import Augmentation, sample_params
 from gpuparse.store import Store, open_store
 
@@ -42,6 +43,7 @@ __all__ = [
     "FolderLayout",
     "ForeignFormat",
     "GpuparseError",
+    "RemoteOptions",
     "SliceDataset",
     "Store",
     "VolumeDataset",

@@ -1,4 +1,4 @@
-"""Remote places: objects on S3, Google Cloud Storage, Azure or plain HTTP(S), read by byte ranges through obstore.
+"""Remote places: objects on S3, Google Cloud Storage, Azure or plain HTTP(S), through obstore.
 
 Every request has a time limit and is tried again with growing pauses; what then still fails is a `StorageError` that
 names the URL. obstore's own retries are off: they know nothing of bodies that end early, and what is tried how often
@@ -7,6 +7,7 @@ would depend on the kind of store.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -17,11 +18,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gpuparse.errors import InputError, MissingDependencyError, StorageError
 
-__all__ = ["Fetched", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
+__all__ = ["Fetched", "ObjectInfo", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
 
 Result = TypeVar("Result")
 
@@ -111,6 +113,20 @@ class Fetched(NamedTuple):
     offset: int
     object_bytes: int
     etag: str
+
+
+class ObjectInfo(NamedTuple):
+    """What a listing says of an object.
+
+    Attributes:
+        num_bytes: Its size.
+        modified_seconds: When it was last modified, seconds since 1970.
+        etag: Its version, None where the server does not tell.
+    """
+
+    num_bytes: int
+    modified_seconds: float
+    etag: str | None
 
 
 @dataclass(frozen=True)
@@ -235,7 +251,11 @@ class RemotePath:
             FileNotFoundError: There is none.
             StorageError: It cannot be read.
         """
-        return bytes(self._get({}, None).data)
+        return bytes(self.read_whole().data)
+
+    def read_whole(self) -> Fetched:
+        """The whole object with its version; raises what `read_bytes` does."""
+        return self._get({}, None)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole object as text; raises what `read_bytes` does."""
@@ -259,6 +279,66 @@ class RemotePath:
         """
         options: dict[str, Any] = {"range": (offset, offset + num_bytes)}
         return self._get({**options, "if_match": etag} if etag else options, num_bytes)
+
+    def write(self, data: bytes | Path) -> None:
+        """Makes the object, or replaces it whole.
+
+        Args:
+            data: Its bytes, or the file that holds them; large ones are sent in parts.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        self._put(data, {})
+
+    def write_new(self, data: bytes) -> str:
+        """Makes the object if there is none; returns its version.
+
+        Raises:
+            FileExistsError: There is one.
+            StorageError: It cannot be written.
+        """
+        return self._put(data, {"mode": "create"})
+
+    def write_over(self, data: bytes, etag: str) -> str:
+        """Replaces the object if it still is of a version; returns the new one.
+
+        Raises:
+            StorageError: It was changed meanwhile, is gone, or cannot be written.
+        """
+        return self._put(data, {"mode": {"e_tag": etag}})
+
+    def remove(self) -> None:
+        """Removes the object, if there is one.
+
+        Raises:
+            StorageError: It cannot be removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self.site.attempt(str(self), "cannot be removed", lambda obstore, store: obstore.delete(store, self.key))
+
+    def list_objects(self) -> dict[str, ObjectInfo]:
+        """All objects below, by their keys relative to here.
+
+        Raises:
+            StorageError: They cannot be listed.
+        """
+
+        def list_all(obstore: Any, store: Any) -> dict[str, ObjectInfo]:
+            skipped = len(self.key) + 1 if self.key else 0
+            return {
+                entry["path"][skipped:]: ObjectInfo(entry["size"], entry["last_modified"].timestamp(), entry["e_tag"])
+                for entries in obstore.list(store, self.key or None)
+                for entry in entries
+            }
+
+        return self.site.attempt(str(self), "cannot be listed", list_all)
+
+    def _put(self, data: bytes | Path, options: dict[str, Any]) -> str:
+        result = self.site.attempt(
+            str(self), "cannot be written", lambda obstore, store: obstore.put(store, self.key, data, **options)
+        )
+        return str(result["e_tag"] or "")
 
     def _get(self, options: dict[str, Any], num_bytes: int | None) -> Fetched:
         def get(obstore: Any, store: Any) -> Fetched:

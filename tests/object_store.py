@@ -124,7 +124,7 @@ class FaultyStore:
         """Removes an object, past the door."""
         self.objects.delete_object(Bucket="bucket", Key=key)
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def list_keys(self, prefix: str = "") -> list[str]:
         """All keys below a prefix, past the door."""
         pages = self.objects.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
