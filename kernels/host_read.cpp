@@ -1,4 +1,5 @@
-// Host only: chunks from files, or from memory where they came over a network, into one buffer, as raw LZ4 blocks that a decoder takes as they are.
+// Host only: chunks from files, or from memory where they came over a network, into one buffer, as raw LZ4 blocks that
+// a decoder takes as they are.
 //
 // A chunk is a blosc frame and a crc32c. Its blocks are taken out of the frame and laid at multiples of 16 bytes, which
 // decoders on a GPU want. A block that blosc stored uncompressed becomes an LZ4 block of literals: every block is LZ4

@@ -212,9 +212,7 @@ def test_a_cache_that_fills_its_disk_costs_speed_alone(server, options, expected
 def test_a_folder_that_cannot_be_written_is_refused(options, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     options = dataclasses.replace(options, cache_dir=str(tmp_path / "file/cache"))
-    with pytest.raises(
-        InputError, match=r"cache_dir '.*file/cache' cannot be written: .*Name a folder on a"
-    ):
+    with pytest.raises(InputError, match=r"cache_dir '.*file/cache' cannot be written: .*Name a folder on a"):
         gpuparse.open_store(URL, remote=options)
 
 
