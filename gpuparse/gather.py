@@ -163,7 +163,7 @@ class _Planes:
 def _prepare(keys: Sequence[SliceKey]) -> None:
     """Has the layouts of remote stores ready, for all cases at once instead of one after another."""
     failed: dict[int, str] = {}
-    for store in {key.store for key in keys}:
+    for store in {key.store for key in keys if key.store.is_remote}:
         errors = store.prepare(key.case for key in keys if key.store is store)
         failed |= {
             i: f"{key.describe()}: {errors[key.case]}"

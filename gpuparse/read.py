@@ -143,6 +143,7 @@ class _Located:
     present: npt.NDArray[np.bool_]
     shards: list[Shard | None]  # holds the files open
     errors: dict[int, str]
+    has_remote: bool = False
     lost: bool = False  # whether remote storage failed, rather than what it holds
 
 
@@ -212,8 +213,8 @@ class ChunkReader:
             data = np.empty(data_bytes, np.uint8)
         compressed = np.zeros(num_blocks, COMPRESSED_BLOCK_DTYPE)
         batch = _Batch(requests, data, compressed, np.zeros(len(requests), RESULT_DTYPE))
-        batch.unpack(np.arange(len(requests)), self.num_threads)
-        unread = self._fetch_remote(located, chosen, batch)
+        batch.unpack(slice(None), self.num_threads)
+        unread = self._fetch_remote(located, chosen, batch) if located.has_remote else {}
         results = batch.results
         for i in np.flatnonzero(results["status"]).tolist():
             chunk = int(chosen[i])
@@ -303,6 +304,7 @@ class ChunkReader:
                 message = f"'{layout.place / shard_key}' cannot be read: {shard}."
                 located.errors.update(dict.fromkeys(chunks, message))
             elif shard is not None:
+                located.has_remote |= isinstance(shard, RemoteShard)
                 _look_up(located, shard, chunks, entries)
         return located
 
@@ -336,11 +338,12 @@ class _Batch:
     compressed: npt.NDArray[Any]  # COMPRESSED_BLOCK_DTYPE
     results: npt.NDArray[Any]  # RESULT_DTYPE
 
-    def unpack(self, which: npt.NDArray[np.int64], num_threads: int) -> None:
+    def unpack(self, which: slice | npt.NDArray[np.int64], num_threads: int) -> None:
         """Reads some of the chunks, checks them, and lays their blocks into `data`."""
-        requests, results = self.requests[which], np.zeros(len(which), RESULT_DTYPE)
+        requests = self.requests[which]
+        results = np.zeros(len(requests), RESULT_DTYPE)
         kernels.host_library().gpuparse_read_chunks(
-            ctypes.c_int64(len(which)),
+            ctypes.c_int64(len(requests)),
             ctypes.c_int32(num_threads),
             *map(kernels.pointer, (requests, self.data, self.compressed, results)),
         )

@@ -343,11 +343,11 @@ class RemotePath:
     def _get(self, options: dict[str, Any], num_bytes: int | None) -> Fetched:
         def get(obstore: Any, store: Any) -> Fetched:
             result = obstore.get(store, self.key, options=options)
-            start, stop = result.range
+            (start, stop), meta = result.range, result.meta  # before the body: older versions drop them with it
             data = memoryview(result.bytes())
             if len(data) != stop - start or num_bytes not in (None, len(data)):
                 raise OSError(f"the answer has {len(data)} bytes; expected {num_bytes or stop - start}")
-            return Fetched(data, start, result.meta["size"], result.meta["e_tag"] or "")
+            return Fetched(data, start, meta["size"], meta["e_tag"] or "")
 
         return self.site.attempt(str(self), "cannot be read", get)
 

@@ -189,6 +189,7 @@ class Store:
 
     Attributes:
         place: The store's folder, local or remote.
+        is_remote: Whether that is a URL.
         name: The dataset's name.
         split: The folder it was made from, for example `train`.
         prompts: Classes, prompts and `instance_label`.
@@ -197,6 +198,7 @@ class Store:
 
     def __init__(self, place: Place, attributes: Mapping[str, Any]) -> None:
         self.place = place
+        self.is_remote = isinstance(place, RemotePath)
         self.attributes = attributes
         self.name: str = attributes["name"]
         self.split: str = attributes["split"]
@@ -211,7 +213,7 @@ class Store:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("place", "attributes", "name", "split", "prompts")
+        kept = ("place", "is_remote", "attributes", "name", "split", "prompts")
         return {**{key: self.__dict__[key] for key in kept}, "_layouts": {}, "_files": {}}
 
     @property
