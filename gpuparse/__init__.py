@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpuparse.foreign import ForeignFormat
     from gpuparse.loader import DataLoader
     from gpuparse.pairs import FolderLayout
+    from gpuparse.remote import RemoteOptions
     from gpuparse.sampling import Augmentation, sample_params
     from gpuparse.store import Store, open_store
 
@@ -36,6 +37,7 @@ _HOMES = {
     "FolderLayout": "gpuparse.pairs",
     "ForeignFormat": "gpuparse.foreign",
     "GpuparseError": "gpuparse.errors",
+    "RemoteOptions": "gpuparse.remote",
     "SliceDataset": "gpuparse.dataset",
     "Store": "gpuparse.store",
     "VolumeDataset": "gpuparse.evaluation.volumes",
@@ -55,6 +57,7 @@ __all__ = [
     "FolderLayout",
     "ForeignFormat",
     "GpuparseError",
+    "RemoteOptions",
     "SliceDataset",
     "Store",
     "VolumeDataset",

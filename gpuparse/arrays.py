@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 
+from gpuparse.places import Place
+
 __all__ = [
     "BLOSC_BLOCK_BYTES",
     "LEVELS",
@@ -169,7 +171,7 @@ def write_column(folder: Path, values: npt.NDArray[Any]) -> None:
         path.write_bytes(frame + struct.pack("<I", google_crc32c.value(frame)))
 
 
-def read_column(folder: Path) -> npt.NDArray[Any]:
+def read_column(folder: Place) -> npt.NDArray[Any]:
     """Reads an array that `write_column` wrote. As in any Zarr array, a chunk without a file holds zeros.
 
     Raises:
@@ -185,10 +187,10 @@ def read_column(folder: Path) -> npt.NDArray[Any]:
         raise ValueError(f"its zarr.json is incomplete ({type(error).__name__}: {error})") from error
     if codecs != ["bytes", "blosc", "crc32c"] or chunks != tuple(max(1, n) for n in shape) or dtype.kind not in "uif":
         raise ValueError(f"it is not one chunk of numbers: shape {shape}, chunks {chunks}, codecs {codecs}")
-    path = folder.joinpath("c", *("0" for _ in shape))
-    if not path.exists():
+    try:
+        raw = (folder / "/".join(["c", *("0" for _ in shape)])).read_bytes()
+    except FileNotFoundError:
         return np.zeros(shape, dtype)
-    raw = path.read_bytes()
     frame = raw[:-4]
     if len(raw) < 20 or google_crc32c.value(frame) != struct.unpack("<I", raw[-4:])[0]:
         raise ValueError("its chunk does not match its crc32c")

@@ -23,9 +23,11 @@ from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
 from gpuparse.memory import GIB, default_memory_bytes
 from gpuparse.publish import PublishTarget
+from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
+from gpuparse.transfer import Staging
 from gpuparse.volume import MAX_VOLUME_BYTES
 from gpuparse.workers import TaskPool, WorkerPool
 
@@ -50,6 +52,8 @@ def convert(
     val_split: ValSplit | None = None,
     foreign: ForeignFormat | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    remote: RemoteOptions | None = None,
 ) -> ConversionReport:
     """Converts BiomedParse's folder layout, or a foreign one, into one Zarr store per dataset.
 
@@ -58,8 +62,9 @@ def convert(
 
     Args:
         data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`, or datasets of the foreign format; or is
-            such a dataset itself.
-        out_dir: Where `DATASETn/<split>.zarr` goes; None puts `<split>.zarr` into the dataset's own folder.
+            such a dataset itself. What is at a URL is fetched to `work_dir` first.
+        out_dir: Where `DATASETn/<split>.zarr` goes; None puts `<split>.zarr` into the dataset's own folder. To a URL
+            each store is sent once it is whole in `work_dir`.
         datasets: Names of the datasets to convert; None takes all that have sources.
         split: The subfolder to read; also the store's name.
         level: `fast` compresses with LZ4, `high` with LZ4HC: smaller, many times slower to write, as fast to read.
@@ -80,6 +85,9 @@ def convert(
             reads them. None keeps what the store has, or sets none apart.
         foreign: How to find and read NIfTI or DICOM cases; None reads npz files.
         on_case: Called in this process after each file.
+        work_dir: A local folder for what is fetched and what is to be sent; needed with URLs. What an earlier run left
+            there need not be fetched or converted again.
+        remote: How URLs are used; None takes the defaults.
 
     Returns:
         What was done, per dataset.
@@ -92,6 +100,7 @@ def convert(
         MissingDependencyError: A package that the format or the executor needs is not installed.
         StoreWriteError: A store cannot be written, or another process is writing it. It is as it was, and finished
             cases are kept for the next run.
+        StorageError: Remote storage fails. The remote store is as it was.
     """
     if on_error not in ("stop", "skip"):
         raise InputError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
@@ -111,10 +120,14 @@ def convert(
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
     options = RunOptions(on_error, overwrite, dry_run, on_case)
-    sources = collect(Path(data_dir), datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
+    staging = Staging(data_dir, out_dir, work_dir, remote)
+    source_dir = staging.fetch(split if foreign is None else None, datasets)
+    sources = collect(source_dir, datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
     with _pool(num_jobs, None if dry_run else scheduler, memory_bytes) as pool:
         for found in sources:
-            store_path = (found.folder if out_dir is None else Path(out_dir) / found.name) / f"{split}.zarr"
+            store_path = (
+                staging.out_dir / found.name if staging.out_dir is not None else found.folder
+            ) / f"{split}.zarr"
             lock = StoreLock(store_path)
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
             with contextlib.nullcontext() if dry_run else lock:
@@ -123,6 +136,8 @@ def convert(
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
                 run = DatasetRun(target, found.cases, options, pool, store)
                 report = _writing(run)
+                if report is not None and not dry_run:
+                    staging.send(found.name, store_path)
             reports += [report] if report is not None else []
             failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)

@@ -21,9 +21,11 @@ from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
+from gpuparse.places import open_place
 from gpuparse.plan import check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
+from gpuparse.remote import RemoteOptions
 from gpuparse.render import Samples, render_on_host
 from gpuparse.sampling import (
     Augmentation,
@@ -35,7 +37,7 @@ from gpuparse.sampling import (
     redraw_foreground,
     words_for_training,
 )
-from gpuparse.store import Store, open_store, split_code
+from gpuparse.store import Store, read_store, split_code
 from gpuparse.views import Recipe, check_recipe, check_size
 
 __all__ = ["SliceDataset"]
@@ -59,7 +61,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
     dataset in the order of its prompts (one in all for instance datasets), each its first paraphrase.
 
     Args:
-        root_dir: A dataset's folder, holding `<split>.zarr` or a `train.zarr` with a validation part, or a store.
+        root_dir: A dataset's folder, holding `<split>.zarr` or a `train.zarr` with a validation part, or a store; or
+            the URL of either.
         split: `train` or `val`, whole volumes each, as conversion stored it.
         num_prompts: Prompts per sample.
         all_class_masks: One map of all classes, with one prompt for each, instead of a mask per prompt.
@@ -71,9 +74,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
         seed: 0 .. 2^64 - 1.
         present_fraction: Share of prompts drawn from the classes present in the slice; 0 draws from all classes.
         foreground_fraction: Share of samples redrawn from the slices that show any class; 0 takes slices as they come.
+        remote: How a URL is read, with how many attempts and which cache on disk; None takes the defaults.
 
     Raises:
         StoreFormatError: There is no readable store.
+        StorageError: Remote storage does not answer or refuses.
         InputError: An argument is out of range.
     """
 
@@ -92,6 +97,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         *,
         present_fraction: float = 0.0,
         foreground_fraction: float = 0.0,
+        remote: RemoteOptions | None = None,
     ) -> None:
         if not isinstance(root_dir, str | os.PathLike):
             raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
@@ -118,7 +124,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.present_fraction = check_fraction("present_fraction", present_fraction)
         self.foreground_fraction = check_fraction("foreground_fraction", foreground_fraction)
         self._mask_dir = os.path.join(self.root_dir, f"{split}_mask", "")
-        self.store = _open_split(self.root_dir, split)
+        self.store = _open_split(self.root_dir, split, remote)
         self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
         self._rows = self._select(views)
         present = np.diff(self.store.slices.class_indptr)[self._rows] > 0
@@ -256,7 +262,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         members = self.store.slices.split == split_code(self.split)
         if not members.any() and len(members):
             raise InputError(
-                f"'{self.store.path}' has no slices in split {self.split!r}. "
+                f"'{self.store.place}' has no slices in split {self.split!r}. "
                 "Convert with --val-fraction or --split-file to have a validation part."
             )
         if isinstance(views, str):
@@ -270,7 +276,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         there = sorted({int(axis) for axis in np.unique(axes[members])})
         missing = [view for view in wanted if view not in there]
         if missing or not wanted:
-            raise InputError(f"views is {tuple(views)}; '{self.store.path}' has slices along {tuple(there)}.")
+            raise InputError(f"views is {tuple(views)}; '{self.store.place}' has slices along {tuple(there)}.")
         return np.flatnonzero(members & np.isin(axes, wanted)).astype(np.int64)
 
     def _decide_mirror(self) -> bool:
@@ -289,15 +295,16 @@ class SliceDataset(Dataset[dict[str, Any]]):
         return prompt is None
 
 
-def _open_split(root_dir: str, split: str) -> Store:
+def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Store:
     split_code(split)
-    if root_dir.rstrip("/").endswith(".zarr"):
-        return open_store(root_dir)
-    own, shared = Path(root_dir) / f"{split}.zarr", Path(root_dir) / "train.zarr"
-    path = own if own.is_dir() else shared
-    if not path.is_dir():
+    root = open_place(root_dir, remote)
+    if root.name.endswith(".zarr"):
+        return read_store(root)
+    own, shared = root / f"{split}.zarr", root / "train.zarr"
+    place = own if own.is_dir() else shared
+    if not place.is_dir():
         raise StoreFormatError(
             f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. Make it with "
-            f"`gpuparse convert {Path(root_dir).parent}`, or name a .zarr folder."
+            f"`gpuparse convert {root.parent}`, or name a .zarr folder."
         )
-    return open_store(path)
+    return read_store(place)

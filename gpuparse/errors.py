@@ -18,6 +18,8 @@ __all__ = [
     "KernelError",
     "MissingDependencyError",
     "PipelineError",
+    "SliceReadError",
+    "StorageError",
     "StoreFormatError",
     "StoreWriteError",
     "VolumeFormatError",
@@ -44,8 +46,8 @@ class StoreWriteError(GpuparseError, OSError):
     """A store cannot be written: its disk is full, read-only or gone, or another run holds it."""
 
 
-class ChunkCorruptError(GpuparseError, OSError):
-    """Bytes of a chunk or of a shard index do not match their checksum or their declared sizes.
+class SliceReadError(GpuparseError, OSError):
+    """Slices cannot be read, for whatever reason.
 
     Attributes:
         failed: Index in the batch -> message, for each slice that cannot be read; empty where that is not known.
@@ -54,6 +56,10 @@ class ChunkCorruptError(GpuparseError, OSError):
     def __init__(self, message: str, *, failed: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
         self.failed: dict[int, str] = dict(failed or {})
+
+
+class ChunkCorruptError(SliceReadError):
+    """Bytes of a chunk or of a shard index do not match their checksum or their declared sizes, or are gone."""
 
 
 class BlockError(ChunkCorruptError):
@@ -66,6 +72,10 @@ class BlockError(ChunkCorruptError):
     def __init__(self, message: str, *, block: int = -1) -> None:
         super().__init__(message)
         self.block = block
+
+
+class StorageError(SliceReadError):
+    """Remote storage does not answer, refuses, or has changed what was being read; what was tried is in the message."""
 
 
 class KernelError(GpuparseError, RuntimeError):

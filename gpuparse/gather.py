@@ -1,6 +1,6 @@
 """Gathering: slices wanted -> the chunks that hold them, each once, and the planes that pick the slices out of them.
 
-Pure: no file is opened. `ChunkReader` reads the chunks; the kernels follow the planes (kernels/planes.h) from pixel to
+No voxel is read. `ChunkReader` reads the chunks; the kernels follow the planes (kernels/planes.h) from pixel to
 chunk, whatever the view, so that no volume is assembled or transposed.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.errors import StorageError
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
 
@@ -159,6 +160,20 @@ class _Planes:
         return planes, np.concatenate(self._tiles), np.repeat(np.array(self._offsets, np.int64), counts)
 
 
+def _prepare(keys: Sequence[SliceKey]) -> None:
+    """Has the layouts of remote stores ready, for all cases at once instead of one after another."""
+    failed: dict[int, str] = {}
+    for store in {key.store for key in keys if key.store.is_remote}:
+        errors = store.prepare(key.case for key in keys if key.store is store)
+        failed |= {
+            i: f"{key.describe()}: {errors[key.case]}"
+            for i, key in enumerate(keys)
+            if key.store is store and key.case in errors
+        }
+    if failed:
+        raise StorageError(failed[min(failed)], failed=dict(sorted(failed.items())))
+
+
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
     """Finds the chunks and the planes of some slices, each with the slices before and after it.
 
@@ -169,7 +184,9 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
     Raises:
         StoreFormatError: A case's arrays are not in the store's format.
         InputError: A position lies outside its case.
+        StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
     """
+    _prepare(keys)
     arrays: dict[ArrayLayout, int] = {}
     images, labels = _Planes(arrays), _Planes(arrays)
     for key in keys:

@@ -21,7 +21,7 @@ from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.batch import BufferPool, collate, host_tensors
 from gpuparse.cache import ChunkCache, PageCacheBudget
 from gpuparse.device import DeviceBatch, DeviceRenderer
-from gpuparse.errors import BlockError, ChunkCorruptError
+from gpuparse.errors import BlockError, ChunkCorruptError, SliceReadError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, Order
 from gpuparse.pack import PackedBatch, pack
@@ -202,7 +202,7 @@ class Supply:
             probes: Where to book the time.
 
         Raises:
-            ChunkCorruptError: A slice cannot be read and may not be replaced.
+            SliceReadError: A slice cannot be read and may not be replaced.
         """
         draws = self.order.draw(positions, epoch)
         for attempt in range(_MAX_ATTEMPTS):
@@ -220,7 +220,7 @@ class Supply:
                         arena=self.cache,
                         allocate=allocate,
                     )
-            except ChunkCorruptError as error:
+            except SliceReadError as error:
                 if self.failures.policy.on_error == "raise" or not error.failed:
                     raise
                 draws = self._replace(draws, positions, epoch, samples, error, attempt)
@@ -240,7 +240,7 @@ class Supply:
         positions: npt.NDArray[np.int64],
         epoch: int,
         samples: Samples,
-        error: ChunkCorruptError,
+        error: SliceReadError,
         attempt: int,
     ) -> Draws:
         """Other samples for those that failed: a function of seed, epoch, position and attempt alone."""

@@ -1,8 +1,9 @@
 """Reading: slices wanted -> compressed blocks in one buffer, and how to gather the slices once these are decoded.
 
-No zarr-python here: a chunk is found through its shard's index and read by one pread, its crc32c is checked, and its
-blosc frame is taken apart into raw LZ4 blocks (kernels/host_read.cpp). `ChunkReader.fetch` stops at compressed blocks,
-which is what a GPU is sent; `decode_on_host` is the CPU's decoder.
+No zarr-python here: a chunk is found through its shard's index and read by one pread, or by a request for a range of
+bytes where the store is remote (gpuparse/shards.py). Its crc32c is checked, and its blosc frame is taken apart into raw
+LZ4 blocks (kernels/host_read.cpp). `ChunkReader.fetch` stops at compressed blocks, which is what a GPU is sent;
+`decode_on_host` is the CPU's decoder.
 """
 
 from __future__ import annotations
@@ -10,23 +11,18 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import resource
-import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arrays import BLOSC_BLOCK_BYTES
-from gpuparse.errors import BlockError, ChunkCorruptError
+from gpuparse.errors import BlockError, ChunkCorruptError, SliceReadError, StorageError
 from gpuparse.gather import Gathering, SliceKey, gather
+from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable, fetch_parts
 from gpuparse.store import ArrayLayout
 
 __all__ = [
@@ -44,7 +40,6 @@ MISSING = 2**64 - 1  # both fields of a shard index entry whose chunk was not wr
 ALIGNMENT_BYTES = 16
 _READ_FAILED = 1  # the statuses of kernels/host_read.cpp, see _explain
 _MIN_FRAME_BYTES = 20  # blosc's header and the checksum
-_DAMAGED = "The file was changed or damaged after conversion: convert this case again."
 
 COMPRESSED_BLOCK_DTYPE = np.dtype(
     [("data_offset", "<i8"), ("target", "<i8"), ("num_bytes", "<i4"), ("decoded_bytes", "<i4")]
@@ -62,7 +57,7 @@ CHUNK_DTYPE = np.dtype(
         ("capacity", "<i8"),
         ("first_block", "<i8"),
         ("file", "<i4"),
-        ("reserved", "<i4"),
+        ("in_memory", "<i4"),
     ]
 )
 RESULT_DTYPE = np.dtype([("status", "<i4"), ("from_storage", "<i4"), ("detail", "<i8")])
@@ -142,53 +137,23 @@ class CompressedSlices:
         )
 
 
-class _Shard:
-    """An open shard file and its index."""
-
-    def __init__(self, path: str, num_chunks: int, recorded_bytes: int | None) -> None:
-        self.path = path
-        self.file = -1
-        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self.index = self._read_index(num_chunks, recorded_bytes)
-        except BaseException:
-            os.close(self.file)
-            self.file = -1
-            raise
-
-    def _read_index(self, num_chunks: int, recorded_bytes: int | None) -> npt.NDArray[np.uint64]:
-        self.num_bytes = os.fstat(self.file).st_size
-        index_bytes = 16 * num_chunks + 4
-        if self.num_bytes < index_bytes or (recorded_bytes is not None and recorded_bytes != self.num_bytes):
-            raise ChunkCorruptError(
-                f"'{self.path}' has {self.num_bytes} bytes; expected "
-                f"{recorded_bytes if recorded_bytes is not None else f'at least {index_bytes}'}. {_DAMAGED}"
-            )
-        raw = os.pread(self.file, index_bytes, self.num_bytes - index_bytes)
-        if google_crc32c.value(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
-            raise ChunkCorruptError(f"'{self.path}': the shard index does not match its crc32c. {_DAMAGED}")
-        return np.frombuffer(raw, "<u8", 2 * num_chunks).reshape(num_chunks, 2)
-
-    def __del__(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-
-
 @dataclass(eq=False)
 class _Located:
     """The chunks of a batch on their way: where each is stored, or why it cannot be read."""
 
     chunks: npt.NDArray[Any]  # CHUNK_DTYPE, one for each chunk of the gathering
     present: npt.NDArray[np.bool_]
-    shards: list[_Shard | None]  # holds the files open
+    shards: list[Shard | None]  # holds the files open
     errors: dict[int, str]
+    has_remote: bool = False
+    lost: bool = False  # whether remote storage failed, rather than what it holds
 
 
 class ChunkReader:
-    """Reads compressed chunks from local stores.
+    """Reads compressed chunks from stores, local or remote.
 
-    Shards stay open with their index in memory, as many as a quarter of the files that the process may open. Safe to
-    use from several threads; a copy in another process opens its own files.
+    Shards stay open with their index in memory. Safe to use from several threads; a copy in another process opens its
+    own files.
 
     Args:
         num_threads: Chunks read side by side.
@@ -196,9 +161,7 @@ class ChunkReader:
 
     def __init__(self, num_threads: int = 1) -> None:
         self.num_threads = num_threads
-        self._max_open = min(8192, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._shards: OrderedDict[str, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = ShardTable()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_threads": self.num_threads}
@@ -238,6 +201,7 @@ class ChunkReader:
         Raises:
             ChunkCorruptError: A file is gone, cut short, or a checksum does not hold; the message names the slice, and
                 `failed` lists all slices of the batch that cannot be read.
+            StorageError: Remote storage failed; `failed` is as above.
         """
         located = self._locate(gathering)
         slot_bytes = _slot_bytes(gathering)
@@ -255,18 +219,17 @@ class ChunkReader:
                 arena.cancel()
             raise
         compressed = np.zeros(num_blocks, COMPRESSED_BLOCK_DTYPE)
-        results = np.zeros(len(requests), RESULT_DTYPE)
-        kernels.host_library().gpuparse_read_chunks(
-            ctypes.c_int64(len(requests)),
-            ctypes.c_int32(self.num_threads),
-            *map(kernels.pointer, (requests, data, compressed, results)),
-        )
+        batch = _Batch(requests, data, compressed, np.zeros(len(requests), RESULT_DTYPE))
+        batch.unpack(slice(None), self.num_threads)
+        unread = self._fetch_remote(located, chosen, batch) if located.has_remote else {}
+        results = batch.results
         for i in np.flatnonzero(results["status"]).tolist():
-            located.errors[int(chosen[i])] = _explain(gathering, located, int(chosen[i]), results[i])
+            chunk = int(chosen[i])
+            located.errors[chunk] = unread.get(i) or _explain(gathering, located, chunk, results[i])
         if located.errors:
             if arena is not None:
                 arena.cancel()
-            _fail(keys, gathering, located.errors)
+            _fail(keys, gathering, located)
         return CompressedSlices(
             data=data,
             compressed=compressed,
@@ -283,17 +246,47 @@ class ChunkReader:
                 num_from_storage=int(results["from_storage"].sum()),
                 read_bytes=int(requests["num_bytes"].sum()),
                 extents=tuple(
-                    ChunkExtent(shard.path, offset, num_bytes)
+                    ChunkExtent(shard.file_path, offset, num_bytes)
                     for shard, offset, num_bytes in zip(
                         (located.shards[i] for i in chosen.tolist()),
                         requests["file_offset"].tolist(),
                         requests["num_bytes"].tolist(),
                         strict=True,
                     )
-                    if shard is not None
+                    if shard is not None and shard.file_path
                 ),
             ),
         )
+
+    def _fetch_remote(self, located: _Located, chosen: npt.NDArray[np.int64], batch: _Batch) -> dict[int, str]:
+        """Gets what no file holds, unpacks and keeps it; returns why some of it could not be had."""
+        shards = [located.shards[i] for i in chosen.tolist()]
+        wanted = [
+            (i, shard, int(batch.requests["file_offset"][i]), int(batch.requests["num_bytes"][i]))
+            for i in np.flatnonzero(batch.results["status"]).tolist()
+            if isinstance(shard := shards[i], RemoteShard)
+        ]
+        for shard in {id(shard): shard for shard in shards if isinstance(shard, RemoteShard)}.values():
+            shard.used()
+        if not wanted:
+            return {}
+        unread: dict[int, str] = {}
+        parts = fetch_parts(wanted)
+        offsets = batch.requests["file_offset"].copy()
+        for part in parts:
+            if part.data is None:
+                unread.update(dict.fromkeys(part.chunks, part.error or ""))
+                located.lost = True
+                continue
+            batch.requests["in_memory"][part.chunks] = 1
+            batch.requests["file_offset"][part.chunks] += part.data.ctypes.data - part.offset
+        batch.unpack(np.array([i for part in parts if part.data is not None for i in part.chunks], np.int64),
+                     self.num_threads)  # fmt: skip
+        batch.requests["file_offset"] = offsets
+        for part in parts:
+            if part.data is not None and not batch.results["status"][part.chunks].any():
+                part.shard.keep(part.data, part.offset)
+        return unread
 
     def _locate(self, gathering: Gathering) -> _Located:
         """Looks all chunks up in their shards' indexes."""
@@ -301,68 +294,77 @@ class ChunkReader:
         located = _Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(num_chunks, bool), [None] * num_chunks, {})
         located.chunks["decoded_bytes"] = gathering.chunk_bytes
         bounds = np.searchsorted(gathering.chunk_array, np.arange(len(gathering.arrays) + 1))
+        runs: list[tuple[ArrayLayout, str, range, npt.NDArray[np.int64]]] = []
         for layout, start, stop in zip(gathering.arrays, bounds[:-1], bounds[1:], strict=True):
             places, entries = layout.locate(gathering.chunk_number[start:stop])
             edges = np.flatnonzero(np.append(True, (np.diff(places, axis=0) != 0).any(axis=1)))
             for first, last in itertools.pairwise([*edges.tolist(), len(places)]):
                 # Chunks come in C order: those of one shard may come in several runs, each looked up by itself.
                 shard_key = "c/" + "/".join(map(str, places[first].tolist()))
-                self._look_up(located, layout, shard_key, range(start + first, start + last), entries[first:last])
+                runs.append((layout, shard_key, range(start + first, start + last), entries[first:last]))
+        shards = self._shards.open_all((layout, shard_key) for layout, shard_key, _, _ in runs)
+        for layout, shard_key, chunks, entries in runs:
+            shard = shards[layout, shard_key]
+            if isinstance(shard, SliceReadError):
+                located.errors.update(dict.fromkeys(chunks, str(shard)))
+                located.lost |= isinstance(shard, StorageError)
+            elif isinstance(shard, OSError):
+                message = f"'{layout.place / shard_key}' cannot be read: {shard}."
+                located.errors.update(dict.fromkeys(chunks, message))
+            elif shard is not None:
+                located.has_remote |= isinstance(shard, RemoteShard)
+                _look_up(located, shard, chunks, entries)
         return located
 
-    def _look_up(
-        self, located: _Located, layout: ArrayLayout, shard_key: str, chunks: range, entries: npt.NDArray[np.int64]
-    ) -> None:
-        part = slice(chunks.start, chunks.stop)
-        try:
-            shard = self._shard(layout, shard_key)
-        except OSError as error:
-            known = isinstance(error, ChunkCorruptError)
-            message = str(error) if known else f"'{layout.path / shard_key}' cannot be read: {error}."
-            located.errors.update(dict.fromkeys(chunks, message))
-            return
-        if shard is None:
-            return
-        rows = shard.index[entries]
-        missing = (rows == MISSING).all(axis=1)
-        inside = (rows[:, 0] <= shard.num_bytes) & (rows[:, 1] <= shard.num_bytes)
-        inside &= (rows[:, 0] + rows[:, 1] <= shard.num_bytes) & (rows[:, 1] >= _MIN_FRAME_BYTES)
-        for i in np.flatnonzero(~missing & ~inside).tolist():
-            located.errors[chunks[i]] = (
-                f"'{shard.path}': the index places chunk {entries[i]} at {rows[i, 0]} with {rows[i, 1]} bytes, "
-                f"the file has {shard.num_bytes}. {_DAMAGED}"
-            )
-        fine = ~missing & inside
-        located.present[part] = fine
-        located.chunks["file_offset"][part] = np.where(fine, rows[:, 0], 0)
-        located.chunks["num_bytes"][part] = np.where(fine, rows[:, 1], 0)
-        located.chunks["file"][part] = shard.file
-        located.shards[part] = [shard] * len(chunks)
 
-    def _shard(self, layout: ArrayLayout, shard_key: str) -> _Shard | None:
-        path = f"{layout.path}/{shard_key}"
-        with self._lock:
-            shard = self._shards.get(path)
-            if shard is not None:
-                self._shards.move_to_end(path)
-                return shard
-        recorded = layout.shard_bytes.get(shard_key) if layout.shard_bytes is not None else None
-        if recorded is None and not os.path.exists(path):
-            return None  # nothing but the fill value was ever in it
-        shard = _Shard(path, layout.chunks_per_shard, recorded)
-        with self._lock:
-            self._shards[path] = shard
-            while len(self._shards) > self._max_open:
-                self._shards.popitem(last=False)
-        return shard
+def _look_up(located: _Located, shard: Shard, chunks: range, entries: npt.NDArray[np.int64]) -> None:
+    """Notes where some chunks of a shard lie."""
+    part = slice(chunks.start, chunks.stop)
+    rows = shard.index[entries]
+    missing = (rows == MISSING).all(axis=1)
+    inside = (rows[:, 0] <= shard.num_bytes) & (rows[:, 1] <= shard.num_bytes)
+    inside &= (rows[:, 0] + rows[:, 1] <= shard.num_bytes) & (rows[:, 1] >= _MIN_FRAME_BYTES)
+    for i in np.flatnonzero(~missing & ~inside).tolist():
+        located.errors[chunks[i]] = (
+            f"'{shard.path}': the index places chunk {entries[i]} at {rows[i, 0]} with {rows[i, 1]} bytes, "
+            f"the file has {shard.num_bytes}. {DAMAGED}"
+        )
+    fine = ~missing & inside
+    located.present[part] = fine
+    located.chunks["file_offset"][part] = np.where(fine, rows[:, 0], 0)
+    located.chunks["num_bytes"][part] = np.where(fine, rows[:, 1], 0)
+    located.chunks["file"][part] = shard.file
+    located.shards[part] = [shard] * len(chunks)
 
 
-def _fail(keys: Sequence[SliceKey], gathering: Gathering, errors: dict[int, str]) -> None:
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The chunks of a batch in the form that the compiled code takes."""
+
+    requests: npt.NDArray[Any]  # CHUNK_DTYPE
+    data: npt.NDArray[np.uint8]
+    compressed: npt.NDArray[Any]  # COMPRESSED_BLOCK_DTYPE
+    results: npt.NDArray[Any]  # RESULT_DTYPE
+
+    def unpack(self, which: slice | npt.NDArray[np.int64], num_threads: int) -> None:
+        """Reads some of the chunks, checks them, and lays their blocks into `data`."""
+        requests = self.requests[which]
+        results = np.zeros(len(requests), RESULT_DTYPE)
+        kernels.host_library().gpuparse_read_chunks(
+            ctypes.c_int64(len(requests)),
+            ctypes.c_int32(num_threads),
+            *map(kernels.pointer, (requests, self.data, self.compressed, results)),
+        )
+        self.results[which] = results
+
+
+def _fail(keys: Sequence[SliceKey], gathering: Gathering, located: _Located) -> None:
     failed: dict[int, str] = {}
-    for chunk in sorted(errors):
+    for chunk in sorted(located.errors):
         for i in gathering.slices_of(chunk):
-            failed.setdefault(i, f"{keys[i].describe()}: {errors[chunk]}")
-    raise ChunkCorruptError(failed[min(failed)], failed=dict(sorted(failed.items())))
+            failed.setdefault(i, f"{keys[i].describe()}: {located.errors[chunk]}")
+    kind = StorageError if located.lost else ChunkCorruptError
+    raise kind(failed[min(failed)], failed=dict(sorted(failed.items())))
 
 
 def _slot_bytes(gathering: Gathering) -> int:
@@ -416,7 +418,7 @@ def _explain(gathering: Gathering, located: _Located, chunk: int, result: Any) -
     request, shard = located.chunks[chunk], located.shards[chunk]
     layout = gathering.arrays[gathering.chunk_array[chunk]]
     number = int(layout.locate(gathering.chunk_number[chunk : chunk + 1])[1][0])
-    path = shard.path if shard is not None else str(Path(layout.path))
+    path = shard.path if shard is not None else str(layout.place)
     if status == _READ_FAILED:
         wrong = f"cannot be read: {os.strerror(detail)}"
     else:
@@ -427,7 +429,7 @@ def _explain(gathering: Gathering, located: _Located, chunk: int, result: Any) -
             5: f"declares a frame of {detail} bytes; expected {request['num_bytes'] - 4}",
             6: "is no blosc frame of raw LZ4 blocks of 64 KiB",
         }[status]
-    return f"'{path}': chunk {number} {wrong}. {_DAMAGED}"
+    return f"'{path}': chunk {number} {wrong}. {DAMAGED}"
 
 
 def decode_on_host(

@@ -15,6 +15,7 @@ import torch
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.remote import RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 
 __all__ = ["CacheOptions", "Caches", "Footprint", "footprint"]
@@ -84,7 +85,7 @@ def footprint(flat: FlatDataset) -> Footprint:
     """
     cases: dict[Store, set[int]] = {}
     for part in flat.parts:
-        same = next((store for store in cases if store.path == part.store.path), part.store)
+        same = next((store for store in cases if store.place == part.store.place), part.store)
         cases.setdefault(same, set()).update(part.case_numbers.tolist())
     decoded = compressed = 0.0
     exact = True
@@ -94,6 +95,8 @@ def footprint(flat: FlatDataset) -> Footprint:
         if len(wanted) > _MAX_CASES_OPENED:
             exact = False
             opened = [wanted[i] for i in np.linspace(0, len(wanted) - 1, _MAX_CASES_OPENED).astype(int).tolist()]
+        for error in store.prepare(opened).values():
+            raise error
         layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
         share = _voxels(store, wanted) / max(1, _voxels(store, opened))
         decoded += share * sum(_decoded_bytes(layout) for layout in layouts)
@@ -113,7 +116,20 @@ def _decoded_bytes(layout: ArrayLayout) -> int:
 def _compressed_bytes(layout: ArrayLayout) -> int:
     if layout.shard_bytes is not None:
         return sum(layout.shard_bytes.values())
+    if isinstance(layout.place, RemotePath):
+        return _decoded_bytes(layout)  # whoever wrote it did not say; asking for each shard would take long
     return sum(path.stat().st_size for path in (layout.path / "c").rglob("*") if path.is_file())
+
+
+def _check_files(flat: FlatDataset) -> None:
+    """Refuses stores that leave nothing in the page cache."""
+    for part in flat.parts:
+        place = part.store.place
+        if isinstance(place, RemotePath) and place.site.options.cache_dir is None:
+            raise InputError(
+                f"cache='host' keeps files in the page cache, and '{place}' is read without any. Give its dataset "
+                "remote=RemoteOptions(cache_dir=..., cache_gib=...), or use cache='device'."
+            )
 
 
 class Caches:
@@ -131,6 +147,8 @@ class Caches:
         self._budget: PageCacheBudget | None = None
         if options.cache is None:
             return
+        if options.cache == "host":
+            _check_files(flat)
         needed = footprint(flat)
         if options.cache == "device":
             # No larger than what could ever be in it.

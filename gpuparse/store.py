@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arrays import BLOSC_BLOCK_BYTES, read_column
-from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.errors import InputError, StorageError, StoreFormatError
+from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
+from gpuparse.remote import RemoteOptions, RemotePath
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,6 +33,7 @@ __all__ = [
     "Store",
     "chunk_shape",
     "open_store",
+    "read_store",
     "shard_shape",
 ]
 
@@ -126,7 +129,7 @@ class ArrayLayout:
     """Where the chunks of one array lie.
 
     Attributes:
-        path: The array's folder.
+        place: The array's folder.
         shape: Voxels along z, y, x.
         dtype: uint8, uint16 or uint32, little-endian.
         chunks: Voxels of one inner chunk.
@@ -134,12 +137,21 @@ class ArrayLayout:
         shard_bytes: Shard key (`c/0/0/0`) -> size of its file as written, or None if the writer did not say.
     """
 
-    path: Path
+    place: Place
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     chunks: tuple[int, int, int]
     shards: tuple[int, int, int]
     shard_bytes: Mapping[str, int] | None
+
+    @property
+    def path(self) -> Path:
+        """The folder of an array that is local.
+
+        Raises:
+            InputError: It is remote.
+        """
+        return local_path(self.place)
 
     @functools.cached_property
     def chunk_bytes(self) -> int:
@@ -176,53 +188,67 @@ class Store:
     """An opened store. Reads metadata only; voxels are read by `SliceDataset` and `DataLoader`.
 
     Attributes:
-        path: The store's folder.
+        place: The store's folder, local or remote.
+        is_remote: Whether that is a URL.
         name: The dataset's name.
         split: The folder it was made from, for example `train`.
         prompts: Classes, prompts and `instance_label`.
         attributes: The root's `gpuparse` attributes as they are.
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, place: Place, attributes: Mapping[str, Any]) -> None:
+        self.place = place
+        self.is_remote = isinstance(place, RemotePath)
         self.attributes = attributes
         self.name: str = attributes["name"]
         self.split: str = attributes["split"]
-        self.prompts: ClassPrompts = parse_class_prompts(attributes["class_prompts"], f"{path}: class_prompts")
+        self.prompts: ClassPrompts = parse_class_prompts(attributes["class_prompts"], f"{place}: class_prompts")
         self._layouts: dict[tuple[int, str], ArrayLayout] = {}
+        self._files: dict[int, dict[str, int] | None] = {}
 
     def __repr__(self) -> str:
         return (
-            f"Store('{self.path}', {len(self.cases)} cases, {len(self.slices)} slices, "
+            f"Store('{self.place}', {len(self.cases)} cases, {len(self.slices)} slices, "
             f"{len(self.prompts.classes)} classes, instance_label={self.prompts.instance_label})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "attributes", "name", "split", "prompts")
-        return {**{key: self.__dict__[key] for key in kept}, "_layouts": {}}
+        kept = ("place", "is_remote", "attributes", "name", "split", "prompts")
+        return {**{key: self.__dict__[key] for key in kept}, "_layouts": {}, "_files": {}}
+
+    @property
+    def path(self) -> Path:
+        """The folder of a store that is local.
+
+        Raises:
+            InputError: It is remote.
+        """
+        return local_path(self.place)
 
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
         """The attributes of the slice index."""
-        path = self.path / self.attributes["index"]
+        path = self.place / self.attributes["index"]
         try:
             attributes = _read_json(path / "zarr.json").get("attributes")
         except StoreFormatError as error:
-            raise StoreFormatError(f"'{self.path}' has no readable slice index ({error}).") from error
+            raise StoreFormatError(f"'{self.place}' has no readable slice index ({error}).") from error
         if not isinstance(attributes, dict):
-            raise StoreFormatError(f"'{self.path}' has no readable slice index ({path} has no attributes). {_REMEDY}")
+            raise StoreFormatError(f"'{self.place}' has no readable slice index ({path} has no attributes). {_REMEDY}")
         return attributes
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         checksums = self._index.get("crc32c", {})
         try:
-            values = read_column(self.path / self.attributes["index"] / name)
+            values = read_column(self.place / self.attributes["index"] / name)
             # Zarr reads a file that is gone as zeros: only a checksum of the values tells.
             if checksums[name] != google_crc32c.value(values.tobytes()):
                 raise ValueError("its values do not match their crc32c")
+        except StorageError:
+            raise
         except (KeyError, ValueError, OSError) as error:
             raise StoreFormatError(
-                f"'{self.path}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
+                f"'{self.place}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
             ) from error
         return values
 
@@ -240,7 +266,7 @@ class Store:
         names: Any = self._index.get("case_names")
         folders: Any = self._index.get("case_folders")
         if names is None or folders is None:
-            raise StoreFormatError(f"'{self.path}': the slice index names no cases. {_REMEDY}")
+            raise StoreFormatError(f"'{self.place}': the slice index names no cases. {_REMEDY}")
         shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
         return tuple(
             CaseInfo(
@@ -254,8 +280,11 @@ class Store:
         )
 
     def case_path(self, case: int) -> Path:
-        """The folder of one case, itself an OME-Zarr image."""
+        """The folder of one case of a local store, itself an OME-Zarr image."""
         return self.path / "cases" / self.cases[case].folder
+
+    def _case_place(self, case: int) -> Place:
+        return self.place / "cases" / self.cases[case].folder
 
     def layout(self, case: int, array_path: str) -> ArrayLayout:
         """The chunk layout of one array of a case, checked and remembered.
@@ -269,8 +298,11 @@ class Store:
         """
         key = (case, array_path)
         if key not in self._layouts:
-            folder = self.case_path(case)
-            files = _read_json(folder / "zarr.json").get("attributes", {}).get("gpuparse", {}).get("files")
+            folder = self._case_place(case)
+            if case not in self._files:
+                attributes = _read_json(folder / "zarr.json").get("attributes", {})
+                self._files[case] = attributes.get("gpuparse", {}).get("files")
+            files = self._files[case]
             prefix = f"{array_path}/"
             own = (
                 {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)}
@@ -280,20 +312,51 @@ class Store:
             self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
         return self._layouts[key]
 
+    def prepare(self, cases: Iterable[int]) -> dict[int, StorageError]:
+        """Has the layouts of several cases ready, read side by side where the store is remote.
 
-def open_store(path: str | os.PathLike[str]) -> Store:
+        Returns:
+            Case -> why its layouts could not be had, where remote storage failed.
+
+        Raises:
+            StoreFormatError: As `layout`.
+        """
+        if not isinstance(self.place, RemotePath):
+            return {}
+        arrays = (IMAGE_PATH, LABELS_PATH)
+        missing = [case for case in dict.fromkeys(cases) if any((case, path) not in self._layouts for path in arrays)]
+        if not missing:
+            return {}
+        executor = self.place.site.executor
+        waiting = {case: executor.submit(lambda i: [self.layout(i, path) for path in arrays], case) for case in missing}
+        errors: dict[int, StorageError] = {}
+        for case, future in waiting.items():
+            try:
+                future.result()
+            except StorageError as error:
+                errors[case] = error
+        return errors
+
+
+def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = None) -> Store:
     """Opens a store for reading.
 
     Args:
-        path: A `.zarr` folder that `gpuparse convert` made.
+        path: A `.zarr` folder that `gpuparse convert` made, or its URL.
+        remote: How a URL is read; None takes the defaults.
 
     Returns:
         The store. Nothing but the root's attributes has been read; cases and slices are read when asked for.
 
     Raises:
         StoreFormatError: There is no store, or it has another format version.
+        StorageError: Remote storage does not answer or refuses.
     """
-    path = Path(path)
+    return read_store(open_place(path, remote))
+
+
+def read_store(path: Place) -> Store:
+    """Opens a store at a place; see `open_store`."""
     if not path.is_dir():
         raise StoreFormatError(f"'{path}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")
     attributes = _read_json(path / "zarr.json").get("attributes", {}).get("gpuparse")
@@ -323,11 +386,13 @@ def split_code(split: str) -> int:
     return _SPLITS.index(split)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StoreFormatError(f"'{path.parent}' is no Zarr v3 node: zarr.json is missing. {_REMEDY}") from error
+    except StorageError:
+        raise
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise StoreFormatError(f"'{path}' cannot be read as JSON: {error}. {_REMEDY}") from error
     if not isinstance(data, dict):
@@ -335,7 +400,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _parse_layout(path: Path, shape: tuple[int, int, int], shard_bytes: Mapping[str, int] | None) -> ArrayLayout:
+def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[str, int] | None) -> ArrayLayout:
     meta = _read_json(path / "zarr.json")
 
     def expect(what: str, got: Any, wanted: Any) -> None:

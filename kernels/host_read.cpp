@@ -1,4 +1,5 @@
-// Host only: chunks from files into one buffer, as raw LZ4 blocks that a decoder takes as they are.
+// Host only: chunks from files, or from memory where they came over a network, into one buffer, as raw LZ4 blocks that
+// a decoder takes as they are.
 //
 // A chunk is a blosc frame and a crc32c. Its blocks are taken out of the frame and laid at multiples of 16 bytes, which
 // decoders on a GPU want. A block that blosc stored uncompressed becomes an LZ4 block of literals: every block is LZ4
@@ -25,7 +26,7 @@ struct ChunkRequest {
   int64_t capacity;     // bytes kept free for them there
   int64_t first_block;  // its first entry in the list of blocks
   int32_t file;
-  int32_t reserved;
+  int32_t in_memory;  // 1: nothing is read; file_offset is the address of its bytes
 };
 
 // Mirrored by RESULT_DTYPE in gpuparse/read.py, 16 bytes.
@@ -183,17 +184,21 @@ extern "C" void gpuparse_read_chunks(int64_t num_chunks, int32_t num_threads, co
                                      CompressedBlock *blocks, ChunkResult *results) {
   parallel_for(num_chunks, num_threads, [&](int64_t i) {
     const ChunkRequest &chunk = chunks[i];
-    static thread_local std::vector<uint8_t> bytes;
-    if ((int64_t)bytes.size() < chunk.num_bytes) bytes.resize((size_t)chunk.num_bytes);
-    const ChunkResult read = read_file(chunk.file, chunk.file_offset, chunk.num_bytes, bytes.data());
-    results[i] = read;
-    if (read.status != kOk) return;
+    static thread_local std::vector<uint8_t> own_bytes;
+    const uint8_t *bytes = (const uint8_t *)(intptr_t)chunk.file_offset;
+    results[i] = {kOk, 1, 0};
+    if (!chunk.in_memory) {
+      if ((int64_t)own_bytes.size() < chunk.num_bytes) own_bytes.resize((size_t)chunk.num_bytes);
+      bytes = own_bytes.data();
+      results[i] = read_file(chunk.file, chunk.file_offset, chunk.num_bytes, own_bytes.data());
+      if (results[i].status != kOk) return;
+    }
     const int64_t frame_bytes = chunk.num_bytes - 4;
-    if (crc32c(bytes.data(), frame_bytes) != load_u32(bytes.data() + frame_bytes)) {
+    if (crc32c(bytes, frame_bytes) != load_u32(bytes + frame_bytes)) {
       results[i].status = kChecksum;
       return;
     }
-    const ChunkResult unpacked = unpack_frame(chunk, bytes.data(), frame_bytes, data, blocks);
+    const ChunkResult unpacked = unpack_frame(chunk, bytes, frame_bytes, data, blocks);
     results[i].status = unpacked.status;
     results[i].detail = unpacked.detail;
   });

@@ -174,7 +174,7 @@ def test_several_shards_and_few_open_files(sources, tmp_path, monkeypatch):
     assert counts["half"] > 4
     keys = keys_of(store)
     reader = ChunkReader(num_threads=2)
-    reader._max_open = 2
+    reader._shards.max_open = 2
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     assert_slices_are_the_sources(reader.fetch(keys, SIZE), keys, sources)
     assert len(reader._shards) <= 2

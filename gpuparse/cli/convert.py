@@ -26,6 +26,7 @@ from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
 from gpuparse.memory import GIB, default_memory_bytes
+from gpuparse.remote import is_url
 from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
 from gpuparse.volume import MAX_VOLUME_BYTES
@@ -35,10 +36,15 @@ __all__ = ["convert_command"]
 
 def convert_command(
     data_dir: Annotated[
-        Path, typer.Argument(help="Folder with class_prompts.json and datasets, such as DATASETn/train/*.npz.")
+        str, typer.Argument(help="Folder or URL with class_prompts.json and datasets, such as DATASETn/train/*.npz.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where DATASETn/train.zarr goes; default: beside the sources.")
+        str | None,
+        typer.Option("--out", help="Where DATASETn/train.zarr goes, also a URL; default: beside the sources."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option("--work-dir", help="With URLs: local folder for what is fetched and what is to be sent."),
     ] = None,
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Convert this dataset only; may be given several times.")
@@ -99,6 +105,8 @@ def convert_command(
 
     On a cluster: gpuparse convert data --out stores --executor dask --scheduler tcp://node1:8786
 
+    To and from object storage: gpuparse convert s3://bucket/data --out s3://bucket/stores --work-dir /scratch
+
     With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
     console = Console(quiet=quiet)
@@ -110,8 +118,10 @@ def convert_command(
             "--split-seed and --group-regex say how cases are set apart. Add --val-fraction or --split-file."
         )
     names = list(dict.fromkeys(dataset)) if dataset else None
+    if format_name is None and image_glob is None and is_url(data_dir):
+        format_name = "biomedparse"  # what is at a URL has to be fetched before it can be looked at
     foreign = foreign_format(
-        data_dir, split, format_name, window=window, orientation=orientation, image_glob=image_glob,
+        Path(data_dir), split, format_name, window=window, orientation=orientation, image_glob=image_glob,
         label_glob=label_glob, channel=channel,
     )  # fmt: skip
     num_jobs = jobs or (len(os.sched_getaffinity(0)) if executor == "local" else 1)
@@ -119,7 +129,8 @@ def convert_command(
         memory_gib = default_memory_bytes() / GIB
     if not dry_run and executor == "local":
         console.print(f"{num_jobs} processes, at most {memory_gib:.3g} GiB of volumes in work", highlight=False)
-    with _CaseProgress(console, list_cases(data_dir, names, split, foreign)) as progress:
+    cases = [] if is_url(data_dir) else list_cases(data_dir, names, split, foreign)
+    with _CaseProgress(console, cases) as progress:
         report = convert(
             data_dir,
             out_dir=out,
@@ -137,8 +148,11 @@ def convert_command(
             val_split=val_split,
             foreign=foreign,
             on_case=progress.advance,
+            work_dir=work_dir,
         )
     _print_report(console, report)
+    if out is not None and is_url(out) and report.datasets and not dry_run:
+        console.print(f"sent to {out}", highlight=False, soft_wrap=True)
     _print_failures(report)
     if report.failures:
         raise typer.Exit(1 if any(entry.num_cases for entry in report.datasets) else 2)

@@ -1,0 +1,114 @@
+"""Leases: one writer of a remote store at a time, as far as object storage can promise that.
+
+No server gives a lock up when its holder dies, so a lock is an object that says until when it holds, made only where
+there is none (a conditional put) and renewed while its holder works. One that has run out is taken over by another
+conditional put, which only one of several can win.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from types import TracebackType
+
+from gpuparse.errors import StorageError, StoreWriteError
+from gpuparse.remote import RemotePath
+
+__all__ = ["LEASE_SECONDS", "Lease"]
+
+LEASE_SECONDS = 300.0
+_LOG = logging.getLogger("gpuparse")
+
+
+class Lease:
+    """Holds a remote store for writing, as a context. `renew` has to be called while work goes on.
+
+    Args:
+        place: The store.
+
+    Raises:
+        StoreWriteError: On entry: another run holds it. On `renew`: another run has taken it over.
+        StorageError: Storage fails.
+    """
+
+    def __init__(self, place: RemotePath) -> None:
+        self._store = place
+        self.place = place / ".lock"
+        self._owner = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+        self._etag = ""
+        self._until = 0.0
+
+    def _content(self) -> bytes:
+        self._until = time.time() + LEASE_SECONDS
+        return json.dumps({"owner": self._owner, "until_seconds": self._until}).encode()
+
+    def __enter__(self) -> Lease:
+        try:
+            self._etag = self.place.write_new(self._content())
+        except FileExistsError as error:
+            self._take_over(error)
+        if not self._etag:
+            _LOG.warning("%s: this storage tells no versions, so nothing keeps two runs apart.", self.place)
+        return self
+
+    def _holder(self) -> tuple[str, float, str]:
+        """Whose the lock is, until when, and the version of its object."""
+        found = self.place.read_whole()
+        try:
+            held = json.loads(bytes(found.data))
+            return str(held["owner"]), float(held["until_seconds"]), found.etag
+        except (ValueError, KeyError, TypeError):
+            return "its owner is unknown", 0.0, found.etag
+
+    def _take_over(self, error: FileExistsError) -> None:
+        owner, until, etag = self._holder()
+        if owner == self._owner:  # the answer to a request that was tried again got lost
+            self._etag = etag
+            return
+        if until > time.time():
+            raise StoreWriteError(
+                f"'{self._store}': another conversion is writing this store ({owner}). Wait for it to end; one that "
+                f"died gives way in {until - time.time():.0f} s. Or write elsewhere."
+            ) from error
+        try:
+            # Without a version to compare, several may win at once: better than a lock forever.
+            data = self._content()
+            self._etag = self.place.write_over(data, etag) if etag else self._rewrite(data)
+        except StorageError as lost:
+            raise StoreWriteError(
+                f"'{self._store}': the lock of a run that died ({owner}) cannot be taken over: {lost} If no other "
+                f"conversion is running, remove '{self.place}'."
+            ) from lost
+
+    def _rewrite(self, data: bytes) -> str:
+        self.place.write(data)
+        return ""
+
+    def renew(self) -> None:
+        """Makes it hold for a while longer, if half of its time has passed."""
+        if not self._etag or time.time() < self._until - LEASE_SECONDS / 2:
+            return
+        try:
+            self._etag = self.place.write_over(self._content(), self._etag)
+        except StorageError as error:
+            owner, _, etag = self._holder()
+            if owner == self._owner:  # the answer got lost, not the request
+                self._etag = etag
+                return
+            raise StoreWriteError(
+                f"'{self._store}': this run paused for so long that another may be writing the store ({error}). "
+                "Nothing was published; run the command again."
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.renew()  # only what is still one's own is removed
+            self.place.remove()
+        except (StoreWriteError, StorageError, FileNotFoundError) as problem:
+            _LOG.warning("%s was left behind: %s", self.place, problem)

@@ -1,0 +1,73 @@
+"""Places: where a store's files are, a local folder or a URL. Reading code sees the few methods that both have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from gpuparse.disk_cache import disk_cache
+from gpuparse.errors import InputError
+from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite, is_url
+
+__all__ = ["Place", "local_path", "open_place"]
+
+
+class Place(Protocol):
+    """A file or a folder, here or far away: `pathlib.Path` and `gpuparse.remote.RemotePath` are places."""
+
+    @property
+    def name(self) -> str:
+        """Its last name."""
+
+    @property
+    def parent(self) -> Place:
+        """The folder it is in."""
+
+    def __truediv__(self, key: str, /) -> Place: ...
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder; of a URL, whether a Zarr node is there."""
+
+    def exists(self) -> bool:
+        """Whether it is there."""
+
+    def read_bytes(self) -> bytes:
+        """What the file holds."""
+
+    def read_text(self, encoding: str) -> str:
+        """What the file holds, as text."""
+
+
+def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None) -> Place:
+    """The place that a path or a URL names. Nothing is read; a cache's folder is made.
+
+    Args:
+        path: A path, or a URL of a scheme that `gpuparse.remote` knows.
+        remote: How a URL is read; None takes the defaults.
+
+    Raises:
+        InputError: `remote` is given with a path, or its cache's folder cannot be written.
+    """
+    if is_url(path):
+        options = remote or RemoteOptions()
+        if options.cache_dir is not None:
+            disk_cache(options.cache_dir, options.cache_bytes)
+        return RemotePath(RemoteSite(os.fspath(path).rstrip("/"), options))
+    if remote is not None:
+        raise InputError(f"remote is given but '{os.fspath(path)}' is no URL; expected one such as s3://bucket/data.")
+    return Path(path)
+
+
+def local_path(place: Place) -> Path:
+    """The place as a path.
+
+    Raises:
+        InputError: It is remote.
+    """
+    if isinstance(place, Path):
+        return place
+    raise InputError(
+        f"'{place}' is remote, and this needs a local folder. Training reads remote stores; for anything else copy the "
+        "store here first."
+    )

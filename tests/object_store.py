@@ -1,0 +1,158 @@
+"""An S3 server on loopback for tests: moto behind a door that counts requests and makes some of them fail."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+FAULTS = ("403", "500", "reset", "cut", "slow")
+
+
+class Door(BaseHTTPRequestHandler):
+    """Hands requests on to the server behind, or does what `fault` says: one of FAULTS."""
+
+    protocol_version = "HTTP/1.1"
+
+    def handle_one(self) -> None:
+        door: FaultyStore = self.server.owner
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = door.next_fault(self.command, self.path, self.headers.get("Range"))
+        if fault in ("403", "500"):
+            self.answer(int(fault), {}, b"<Error><Code>InternalError</Code></Error>")
+            return
+        if fault == "reset":  # the peer gets RST, not an orderly end
+            self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault == "slow":
+            door.stopping.wait(10)
+            self.close_connection = True
+            return
+        behind = http.client.HTTPConnection(*door.behind)
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection",)}
+        behind.request(self.command, self.path, body, headers)
+        reply = behind.getresponse()
+        data = reply.read()
+        kept = {k: v for k, v in reply.getheaders() if k.lower() not in ("connection", "transfer-encoding", "server")}
+        if fault == "cut":
+            self.answer(reply.status, {**kept, "Content-Length": str(len(data))}, data[: len(data) // 2])
+            self.close_connection = True
+            return
+        self.answer(reply.status, {**kept} if self.command == "HEAD" else {**kept, "Content-Length": str(len(data))},
+                    data)  # fmt: skip
+        behind.close()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
+
+    def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        pass  # connections that tests break
+
+
+class FaultyStore:
+    """S3 at `endpoint`, with a bucket `bucket`.
+
+    Attributes:
+        requests: (method, path, range header) of all requests so far.
+        faults: What happens to the next requests, "" for nothing.
+        always: What happens to every request whose path holds a key of it: part of a path -> fault.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.behind = ("127.0.0.1", port)
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.faults: deque[str] = deque()
+        self.always: dict[str, str] = {}
+        self.stopping = threading.Event()
+        self.objects = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                                    aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
+        self.objects.create_bucket(Bucket="bucket")
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), Door)
+        self._server.owner = self
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def next_fault(self, method: str, path: str, range_header: str | None) -> str:
+        with self._lock:
+            self.requests.append((method, path, range_header))
+            if self.faults:
+                return self.faults.popleft()
+            return next((fault for part, fault in self.always.items() if part in path), "")
+
+    def settle(self) -> None:
+        """Forgets requests and faults."""
+        self.stopping.set()
+        self.stopping = threading.Event()
+        self.requests.clear()
+        self.faults.clear()
+        self.always.clear()
+
+    def put(self, key: str, data: bytes) -> None:
+        """Writes an object, past the door."""
+        self.objects.put_object(Bucket="bucket", Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        """An object, past the door."""
+        return self.objects.get_object(Bucket="bucket", Key=key)["Body"].read()
+
+    def delete(self, key: str) -> None:
+        """Removes an object, past the door."""
+        self.objects.delete_object(Bucket="bucket", Key=key)
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """All keys below a prefix, past the door."""
+        pages = self.objects.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Puts all files of a folder below a prefix."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def close(self) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def serve() -> Iterator[FaultyStore]:
+    """Runs the servers while the caller uses them."""
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    store = FaultyStore(server.get_host_and_port()[1])
+    try:
+        yield store
+    finally:
+        store.close()
+        server.stop()
+
+
+__all__ = ["FAULTS", "FaultyStore", "serve"]

@@ -1,0 +1,240 @@
+"""Conversion from and to URLs: the remote store is the local one or what it was before, and nothing is sent twice."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gpuparse
+from gpuparse import lease
+from gpuparse.cli import app
+from gpuparse.errors import InputError, StorageError, StoreWriteError
+from gpuparse.lease import Lease
+from gpuparse.read import ChunkReader, SliceKey
+from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
+
+serve = pytest.importorskip("object_store", reason="needs moto[server]").serve
+pytest.importorskip("obstore")
+
+
+@pytest.fixture(scope="module")
+def running():
+    yield from serve()
+
+
+@pytest.fixture
+def server(running):
+    yield running
+    running.settle()
+    for key in running.list_keys():
+        running.delete(key)
+
+
+@pytest.fixture
+def options(server):
+    config = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region": "us-east-1"}
+    return RemoteOptions(num_attempts=2, backoff_seconds=0.0, config={**config, "endpoint": server.endpoint})
+
+
+@pytest.fixture
+def convert(options, tmp_path, data_dir):
+    def run(source=None, out="s3://bucket/stores", **arguments):
+        return gpuparse.convert(
+            source or data_dir, out_dir=out, work_dir=tmp_path / "work", remote=options, **arguments
+        )
+
+    return run
+
+
+def volume(seed, depth=5):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (depth, 24, 20), np.uint8), rng.integers(0, 2, (depth, 24, 20), np.uint8)
+
+
+def far_store(options):
+    return gpuparse.open_store("s3://bucket/stores/DATA/train.zarr", remote=options)
+
+
+def assert_same_voxels(far, local):
+    """Every chunk decodes to the same bytes, and the tables agree."""
+    assert [(c.name, c.shape, c.axes) for c in far.cases] == [(c.name, c.shape, c.axes) for c in local.cases]
+    for column, values in vars(local.slices).items():
+        np.testing.assert_array_equal(getattr(far.slices, column), values)
+    for case, info in enumerate(local.cases):
+        mine, expected = (
+            ChunkReader().fetch([SliceKey(store, case, 0, p) for p in range(info.shape[0])], (32, 32))
+            for store in (far, local)
+        )
+        np.testing.assert_array_equal(mine.compressed["num_bytes"], expected.compressed["num_bytes"])
+        for one, other in zip(mine.compressed, expected.compressed, strict=True):
+            spans = [slice(int(b["data_offset"]), int(b["data_offset"] + b["num_bytes"])) for b in (one, other)]
+            assert bytes(mine.data[spans[0]]) == bytes(expected.data[spans[1]])
+
+
+def puts(server):
+    return [path for method, path, _ in server.requests if method == "PUT" and ".lock" not in path]
+
+
+def test_a_store_is_sent_whole_with_its_root_last_and_never_twice(server, options, convert, write_case):
+    for name in "abc":
+        write_case(*volume(ord(name)), name=name)
+    report = convert()
+    assert_same_voxels(far_store(options), gpuparse.open_store(report.datasets[0].store_path))
+    sent = puts(server)
+    assert sent[-2].endswith("/stores/DATA/train.zarr/zarr.json")
+    assert sent[-1].endswith("/stores/DATA/report.json")
+    assert json.loads(server.get("stores/DATA/report.json")).keys() == {"train.zarr"}
+    assert not [key for key in server.list_keys() if key.endswith(".lock")]
+    server.requests.clear()
+    convert()
+    assert len(puts(server)) == 1  # the report
+    # A case more, one changed: only these are sent, and whoever has the old store open reads on.
+    before = far_store(options)
+    _ = before.slices, before.cases
+    write_case(*volume(9), name="b")
+    write_case(*volume(10), name="d")
+    server.requests.clear()
+    report = convert()
+    assert {path.split("/cases/")[1][0] for path in puts(server) if "/cases/" in path} == {"b", "d"}
+    after = far_store(options)
+    assert_same_voxels(after, gpuparse.open_store(report.datasets[0].store_path))
+    ChunkReader().fetch([SliceKey(before, 1, 0, 2)], (32, 32))
+    # Two indexes on, the old version of the case is gone.
+    write_case(*volume(11), name="e")
+    convert()
+    folders = {key.split("/cases/")[1].split("/")[0] for key in server.list_keys("stores/DATA/train.zarr/cases/")}
+    assert sorted(name[0] for name in folders - {"zarr.json"}) == ["a", "b", "c", "d", "e"]
+    assert len({key.split("/")[4] for key in server.list_keys("stores/DATA/train.zarr/index/")} - {"zarr.json"}) == 2
+
+
+def test_a_lost_work_dir_costs_no_second_upload(server, options, convert, write_case, tmp_path):
+    write_case(*volume(1))
+    convert()
+    (tmp_path / "work").rename(tmp_path / "gone")
+    server.requests.clear()
+    convert()
+    assert not [path for path in puts(server) if "/cases/" in path]
+
+
+def test_an_upload_that_fails_leaves_the_store_as_it_was_and_goes_on_later(server, options, convert, write_case):
+    write_case(*volume(1), name="a")
+    convert()
+    root = server.get("stores/DATA/train.zarr/zarr.json")
+    for name in "bcd":
+        write_case(*volume(ord(name)), name=name)
+    server.always["cases/c."] = "500"
+    with pytest.raises(
+        StorageError, match=r"'s3://bucket/stores/DATA/train.zarr/cases/c\..*' cannot be written: 2 att"
+    ):
+        convert()
+    assert server.get("stores/DATA/train.zarr/zarr.json") == root
+    assert [case.name for case in far_store(options).cases] == ["a"]
+    server.settle()
+    report = convert()
+    assert not [path for path in puts(server) if "/cases/b." in path]
+    assert_same_voxels(far_store(options), gpuparse.open_store(report.datasets[0].store_path))
+
+
+def test_faults_on_the_way_are_tried_again(server, options, convert, write_case):
+    write_case(*volume(1), name="a")
+    write_case(*volume(2), name="b")
+    server.faults.extend(["", "500", "", "", "reset", "", "", "500", "", "", "", "reset", "", "", "500"])
+    report = convert()
+    assert_same_voxels(far_store(options), gpuparse.open_store(report.datasets[0].store_path))
+
+
+def test_sources_at_a_url_are_fetched_and_only_what_changed_again(server, options, convert, write_case, data_dir):
+    for name in "ab":
+        write_case(*volume(ord(name)), name=name)
+    write_case(*volume(5), name="x", dataset="OTHER")
+    server.upload(data_dir, "sources")
+    server.put("sources/DATA/train/readme.txt", b"not a case")
+    report = convert("s3://bucket/sources", datasets=["DATA"])
+    local = gpuparse.convert(data_dir, datasets=["DATA"])
+    assert_same_voxels(far_store(options), gpuparse.open_store(local.datasets[0].store_path))
+    fetched = [path for method, path, _ in server.requests if method == "GET" and path.endswith(".npz")]
+    assert sorted(path.rpartition("/")[2] for path in fetched) == ["a.npz", "b.npz"]
+    server.requests.clear()
+    server.delete("sources/DATA/train/a.npz")
+    report = convert("s3://bucket/sources", datasets=["DATA"])
+    assert [path for method, path, _ in server.requests if method == "GET" and path.endswith(".npz")] == []
+    assert report.datasets[0].num_kept == 2  # a case whose source is gone stays, as it does locally
+
+
+def test_one_run_at_a_time_and_a_dead_one_gives_way(server, options, convert, write_case, monkeypatch):
+    write_case(*volume(1))
+    place = RemotePath(RemoteSite("s3://bucket/stores/DATA", options), "train.zarr")
+    with Lease(place):
+        with pytest.raises(StoreWriteError, match=r"train.zarr': another conversion is writing this store \(process"):
+            convert()
+        assert not [key for key in server.list_keys() if key.endswith("zarr.json")]
+    late = time.time() + 2 * lease.LEASE_SECONDS
+    with Lease(place) as dead:
+        monkeypatch.setattr(lease.time, "time", lambda: late)
+        convert()  # its time is over
+        assert far_store(options).cases
+        with Lease(place) as other, pytest.raises(StoreWriteError, match=r"paused for so long that another may be"):
+            dead.renew()
+        assert other is not dead
+        dead._etag = ""  # gone for good
+
+
+def test_a_lock_that_says_nothing_is_taken_over(server, options, convert, write_case):
+    write_case(*volume(1))
+    server.put("stores/DATA/train.zarr/.lock", b"{")
+    convert()
+    assert len(far_store(options).cases) == 1
+
+
+def test_a_lease_is_renewed_while_it_is_held(server, options, monkeypatch):
+    place = RemotePath(RemoteSite("s3://bucket/stores", options), "train.zarr")
+    with Lease(place) as held:
+        first = json.loads(server.get("stores/train.zarr/.lock"))["until_seconds"]
+        held.renew()
+        assert json.loads(server.get("stores/train.zarr/.lock"))["until_seconds"] == first
+        later = time.time() + 0.6 * lease.LEASE_SECONDS
+        monkeypatch.setattr(lease.time, "time", lambda: later)
+        held.renew()
+        assert json.loads(server.get("stores/train.zarr/.lock"))["until_seconds"] == later + lease.LEASE_SECONDS
+    assert server.list_keys() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data_dir": "s3://bucket/x", "out_dir": "y"}, "'s3://bucket/x' is a URL, and work_dir is not given"),
+        ({"data_dir": "x", "out_dir": "s3://bucket/y"}, "'s3://bucket/y' is a URL, and work_dir is not given"),
+        ({"data_dir": "s3://bucket/x", "work_dir": "w"}, "sources are at 's3://bucket/x', and out_dir is not given"),
+    ],
+)
+def test_urls_need_a_folder_to_work_in(arguments, message):
+    with pytest.raises(InputError, match=message):
+        gpuparse.convert(**arguments)
+
+
+def test_a_url_without_sources_is_refused(server, convert):
+    with pytest.raises(InputError, match=r"'s3://bucket/none' has no DATASETn/train/\*\.npz"):
+        convert("s3://bucket/none")
+
+
+def test_an_object_whose_name_leads_elsewhere_is_refused(server, convert):
+    server.put("sources/../../escaped.npz", b"")
+    with pytest.raises(StorageError, match=r"'s3://bucket/sources' cannot be listed: .*illegal character sequence"):
+        convert("s3://bucket/sources")
+
+
+def test_the_command_line_goes_from_bucket_to_bucket(server, write_case, data_dir, tmp_path, monkeypatch, options):
+    write_case(*volume(3))
+    server.upload(data_dir, "sources")
+    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_REGION", "us-east-1"),
+                        ("AWS_ENDPOINT_URL", server.endpoint)):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    arguments = ["convert", "s3://bucket/sources", "--out", "s3://bucket/stores", "--work-dir", str(tmp_path / "w")]
+    result = CliRunner().invoke(app, [*arguments, "--jobs", "1"])
+    assert result.exit_code == 0, result.output
+    assert "sent to s3://bucket/stores" in result.output
+    assert len(far_store(options).cases) == 1
