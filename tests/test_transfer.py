@@ -238,3 +238,28 @@ def test_the_command_line_goes_from_bucket_to_bucket(server, write_case, data_di
     assert result.exit_code == 0, result.output
     assert "sent to s3://bucket/stores" in result.output
     assert len(far_store(options).cases) == 1
+
+
+def test_a_work_dir_that_cannot_be_written_is_named(server, options, tmp_path):
+    server.put("sources/DATA/train/a.npz", b"x")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreWriteError, match=r"file/sources-.*: cannot be written: .*another folder with --work-dir"):
+        gpuparse.convert("s3://bucket/sources", out_dir=tmp_path, work_dir=tmp_path / "file", remote=options)
+
+
+def test_a_dead_lock_that_another_run_takes_first_is_left_to_it(server, options, monkeypatch):
+    place = RemotePath(RemoteSite("s3://bucket/stores", options), "train.zarr")
+    server.put("stores/train.zarr/.lock", b'{"owner": "dead", "until_seconds": 0}')
+    write_over = RemotePath.write_over
+
+    def too_late(self, data, etag):
+        server.put("stores/train.zarr/.lock", b'{"owner": "quick", "until_seconds": 9e9}')
+        return write_over(self, data, etag)
+
+    monkeypatch.setattr(RemotePath, "write_over", too_late)
+    with (
+        pytest.raises(StoreWriteError, match=r"a run that died \(dead\) cannot be taken over: .*\.lock'"),
+        Lease(place),
+    ):
+        pass
+    assert b"quick" in server.get("stores/train.zarr/.lock")
