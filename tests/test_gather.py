@@ -22,6 +22,8 @@ SIZE = (24, 20)
 class FakeStore:
     """Cases of random voxels, cut into chunks in memory; some chunks were never written."""
 
+    is_remote = False
+
     def __init__(self, shapes, chunks, dtype, rng, missing=0.2):
         self.name = "DATA"
         self.cases = [SimpleNamespace(name=f"case{i}", shape=shape) for i, shape in enumerate(shapes)]
