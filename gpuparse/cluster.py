@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gpuparse.errors import ClusterError, GpuparseError, MissingDependencyError
+from gpuparse.errors import ClusterError, GpuparseError
+from gpuparse.optional import import_optional
 from gpuparse.workers import Died, Task, TaskPool
 
 __all__ = ["DaskPool"]
@@ -52,13 +53,7 @@ class DaskPool(TaskPool):
 
     def __init__(self, scheduler: str, memory_bytes: int | None = None) -> None:
         super().__init__(memory_bytes)
-        try:
-            import distributed
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"distributed is needed for executor 'dask' and cannot be imported ({error}). "
-                'Run: pip install "gpuparse[dask]".'
-            ) from error
+        distributed = import_optional("distributed", "for executor 'dask'", "dask")
         self._distributed = distributed
         self._scheduler = scheduler
         self._required: tuple[Path, ...] = ()

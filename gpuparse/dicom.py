@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
 from gpuparse.nifti import nifti_stem
-from gpuparse.scan import Scan, import_format_package
+from gpuparse.optional import import_optional
+from gpuparse.scan import Scan
 
 __all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names", "series_bytes"]
 
@@ -59,7 +60,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         VolumeFormatError: There is no series, or several and no segmentation says which; or several label files.
         MissingDependencyError: pydicom is not installed.
     """
-    pydicom = import_format_package("pydicom", "to read DICOM")
+    pydicom = import_optional("pydicom", "to read DICOM", "formats")
     series: dict[str, list[Path]] = {}
     notes: dict[str, tuple[str, str]] = {}
     placed: set[str] = set()
@@ -120,7 +121,7 @@ def series_bytes(files: Sequence[Path]) -> int:
         VolumeFormatError: None of the files is one.
         MissingDependencyError: pydicom is not installed.
     """
-    pydicom = import_format_package("pydicom", "to read DICOM")
+    pydicom = import_optional("pydicom", "to read DICOM", "formats")
     tags = ["SOPClassUID", "Rows", "Columns", "BitsAllocated"]
     for path in files:
         with contextlib.suppress(Exception):  # damaged and foreign files make pydicom raise nearly anything
@@ -212,7 +213,7 @@ def segment_names(path: Path) -> Mapping[int, str]:
     Raises:
         VolumeFormatError: It cannot be read.
     """
-    pydicom = import_format_package("pydicom", "to read DICOM")
+    pydicom = import_optional("pydicom", "to read DICOM", "formats")
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
         return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence if s.SegmentNumber}
@@ -236,7 +237,7 @@ def _attribute(one: _Slice, name: str) -> Any:
 
 
 def _read_slice(path: Path) -> _Slice:
-    pydicom = import_format_package("pydicom", "to read DICOM")
+    pydicom = import_optional("pydicom", "to read DICOM", "formats")
     try:
         data = pydicom.dcmread(path)
         if int(data.get("NumberOfFrames") or 1) > 1:
@@ -330,7 +331,7 @@ def _damaged(path: Path, error: Exception) -> VolumeFormatError:
 
 
 def _open_segmentation(path: Path) -> Any:
-    highdicom = import_format_package("highdicom.seg", "to read DICOM segmentations")
+    highdicom = import_optional("highdicom.seg", "to read DICOM segmentations", "formats")
     try:
         return highdicom.segread(path)
     except Exception as error:

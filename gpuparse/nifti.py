@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, VolumeFormatError
-from gpuparse.scan import Scan, import_format_package, orientation_of
+from gpuparse.optional import import_optional
+from gpuparse.scan import Scan, orientation_of
 from gpuparse.volume import MAX_VOLUME_BYTES, too_large
 
 __all__ = ["NIFTI_SUFFIXES", "nifti_bytes", "nifti_stem", "read_nifti"]
@@ -93,7 +94,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]
 
     Whatever goes wrong within names the file.
     """
-    import_format_package("nibabel", "to read NIfTI")
+    import_optional("nibabel", "to read NIfTI", "formats")
     try:
         with contextlib.ExitStack() as stack:
             stream: Any = stack.enter_context(path.open("rb"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import random
 import threading
@@ -21,7 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gpuparse.errors import InputError, MissingDependencyError, StorageError
+from gpuparse.errors import InputError, StorageError
+from gpuparse.optional import import_optional
 
 __all__ = ["Fetched", "ObjectInfo", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
 
@@ -413,14 +413,9 @@ def import_obstore() -> Any:
     Raises:
         MissingDependencyError: It is not installed.
     """
-    try:
-        importlib.import_module("obstore.store")
-        importlib.import_module("obstore.exceptions")
-        return importlib.import_module("obstore")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'obstore is needed for URLs and cannot be imported ({error}). Run: pip install "gpuparse[remote]".'
-        ) from error
+    for name in ("obstore.store", "obstore.exceptions"):
+        import_optional(name, "for URLs", "remote")
+    return import_optional("obstore", "for URLs", "remote")
 
 
 def _reason(error: BaseException) -> str:

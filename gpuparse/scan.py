@@ -9,15 +9,15 @@ or front), S or I (head or feet). Affines map voxel indices (x, y, z) to millime
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import InputError, MissingDependencyError, VolumeFormatError
+from gpuparse.errors import InputError, VolumeFormatError
 from gpuparse.intensity import Window, to_uint8
+from gpuparse.optional import import_optional
 from gpuparse.source import SourceCase
 from gpuparse.volume import Volume, as_narrow_labels
 
@@ -25,7 +25,6 @@ __all__ = [
     "STORED",
     "Scan",
     "check_orientation",
-    "import_format_package",
     "lay_onto",
     "make_volume",
     "orientation_of",
@@ -65,25 +64,6 @@ class Scan:
         return (float(x), float(y), float(z))
 
 
-def import_format_package(name: str, purpose: str) -> Any:
-    """Imports a package of the extra `formats`.
-
-    Args:
-        name: Its module.
-        purpose: What needs it, for example `to read NIfTI`.
-
-    Raises:
-        MissingDependencyError: It is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name.partition('.')[0]} is needed {purpose} and cannot be imported ({error}). "
-            'Run: pip install "gpuparse[formats]".'
-        ) from error
-
-
 def check_orientation(text: str) -> str:
     """Returns an orientation in capitals, or `stored`.
 
@@ -106,7 +86,7 @@ def orientation_of(affine: npt.NDArray[np.float64]) -> str:
     Args:
         affine: (4, 4), voxel index to millimetres along R, A, S; not singular.
     """
-    nibabel = import_format_package("nibabel", "to find how a scan lies")
+    nibabel = import_optional("nibabel", "to find how a scan lies", "formats")
     return "".join(nibabel.aff2axcodes(affine))
 
 
@@ -121,7 +101,7 @@ def reorient(scan: Scan, orientation: str) -> Scan:
             f"{scan.what}: {scan.lost}, so left and right cannot be told apart. Set its orientation in the header, "
             f"or pass orientation '{STORED}' to keep the axes as they are."
         )
-    tools = import_format_package("nibabel.orientations", "to turn a scan")
+    tools = import_optional("nibabel.orientations", "to turn a scan", "formats")
     turn = tools.ornt_transform(tools.io_orientation(scan.affine), tools.axcodes2ornt(tuple(orientation)))
     values = tools.apply_orientation(scan.values, turn)
     affine = scan.affine @ tools.inv_ornt_aff(turn, scan.values.shape)

@@ -6,7 +6,6 @@ here is to say which class and which instance is compared with which.
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.errors import InputError
+from gpuparse.optional import import_optional
 from gpuparse.prompts import ClassPrompts
 
 __all__ = ["CaseScores", "ClassScores", "InstanceCounts", "MetricOptions", "import_metric_package", "score_case"]
@@ -243,18 +243,8 @@ def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> i
 
 
 def import_metric_package(name: str) -> Any:
-    """Imports a package of the extra `evaluation`.
-
-    Raises:
-        MissingDependencyError: It is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name} is needed to score predictions and cannot be imported ({error}). "
-            'Run: pip install "gpuparse[evaluation]".'
-        ) from error
+    """Imports a package that scores; the error names the extra `evaluation` where it is missing."""
+    return import_optional(name, "to score predictions", "evaluation")
 
 
 def _mean(values: list[float]) -> float:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gpuparse.arrays import serial_blosc, write_group, write_voxels
 from gpuparse.errors import InputError, StoreWriteError
 from gpuparse.folders import replace_folder
-from gpuparse.scan import import_format_package
+from gpuparse.optional import import_optional
 from gpuparse.store import LABELS_PATH, Store, shard_shape
 from gpuparse.volume import as_narrow_labels, check_name
 
@@ -86,7 +86,7 @@ def write_nifti(
                 f"{path}: the affine has shape {affine.shape} and voxels of {tuple(sizes.tolist())} mm (z, y, x); "
                 f"expected (4, 4) and spacing_mm, {tuple(spacing.tolist())}."
             )
-    nibabel = import_format_package("nibabel", "to write NIfTI")
+    nibabel = import_optional("nibabel", "to write NIfTI", "formats")
     image = nibabel.Nifti1Image(ids.T, affine)
     image.header.set_xyzt_units("mm")
     for set_form in (image.set_sform, image.set_qform):
