@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
-from gpuparse.read import ALIGNMENT_BYTES, ChunkExtent
+from gpuparse.read import ALIGNMENT_BYTES, ChunkExtent, aligned
 from gpuparse.store import ArrayLayout
 
 __all__ = ["CacheStatus", "ChunkCache", "PageCacheBudget"]
@@ -157,7 +157,7 @@ class ChunkCache:
                     if keys[i] in kept:  # a store that was opened twice: its array is in the batch twice
                         resident[i] = True
                         continue
-                    self._places[keys[i]] = self._find_room(-(-owners[i].chunk_bytes // ALIGNMENT_BYTES), kept)
+                    self._places[keys[i]] = self._find_room(int(aligned(owners[i].chunk_bytes)), kept)
                     kept.add(keys[i])
                     made.append(keys[i])
             except InputError:
@@ -180,8 +180,7 @@ class ChunkCache:
         """How full it is."""
         return CacheStatus(self.capacity_bytes, self._used_bytes, len(self._places), self._num_evicted)
 
-    def _find_room(self, num_units: int, kept: set[_ChunkKey]) -> _Place:
-        num_bytes = num_units * ALIGNMENT_BYTES
+    def _find_room(self, num_bytes: int, kept: set[_ChunkKey]) -> _Place:
         while (offset := self._free.take(num_bytes)) is None:
             oldest = next(iter(self._places), None)
             if oldest is None or oldest in kept:

@@ -113,7 +113,7 @@ class _Pattern:
 def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
     view = view_geometry(layout.shape, axis, recipe)
     rows, columns = (i for i in range(3) if i != axis)
-    grid = [-(-n // c) for n, c in zip(layout.shape, layout.chunks, strict=True)]
+    grid = layout.grid
     grid_steps = (grid[1] * grid[2], grid[2], 1)
     itemsize = layout.dtype.itemsize
     strides = (layout.chunks[1] * layout.chunks[2] * itemsize, layout.chunks[2] * itemsize, itemsize)

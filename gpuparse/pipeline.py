@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,11 +71,10 @@ class BatchPipeline:
         self._failures: dict[int, BaseException] = {}
         self._ahead: dict[int, concurrent.futures.Future[PackedBatch]] = {}
         # What DALI has been given and not yet rendered, in order; it works off its input in that order.
-        self._given: deque[tuple[int, PackedBatch | None]] = deque()
-        self._kept_inputs: deque[tuple[npt.NDArray[Any], ...]] = deque()
+        # With it go the arrays that DALI reads where they are, for as long as it may.
+        self._given: deque[tuple[int, PackedBatch | None, tuple[npt.NDArray[Any], ...]]] = deque()
         self._num_rendered = 0
         self._num_taken = 0
-        self._lock = threading.Lock()
         self._reading = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="gpuparse-fetch")
         self._closed = False
         self._pipeline: Any = pipeline_class(
@@ -158,12 +156,13 @@ class BatchPipeline:
 
     def _host_source(self, step: int) -> list[npt.NDArray[np.uint8]]:
         packed = self._next(step)
+        self._given.append((step, packed, ()))
         return [SPARE_BLOCK if packed is None else packed.buffer]
 
     def _device_source(self, step: int) -> list[list[npt.NDArray[Any]]]:
-        arrays = inflate_inputs(self._next(step))
-        with self._lock:  # DALI reads them where they are, until the batch is rendered
-            self._kept_inputs.append(arrays)
+        packed = self._next(step)
+        arrays = inflate_inputs(packed)
+        self._given.append((step, packed, arrays))
         return [[array] for array in arrays]
 
     def _next(self, step: int) -> PackedBatch | None:
@@ -183,7 +182,6 @@ class BatchPipeline:
                 packed = future.result()
             else:
                 self._failures[step] = failure
-        self._given.append((step, packed))
         return packed
 
     def _render_on_host(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -192,13 +190,11 @@ class BatchPipeline:
 
     def _render_on_device(self, buffers: list[Any], arenas: list[Any]) -> list[Any]:
         self._render_next(buffers[0], arenas[0].reshape(-1))
-        with self._lock:
-            self._kept_inputs.popleft()
         # Anything on the device will do; four bytes of what is there already.
         return [buffers[0][:4]]
 
     def _render_next(self, buffer: Any, arena: Any) -> None:
-        step, packed = self._given.popleft()
+        step, packed, _inputs = self._given.popleft()
         if packed is not None and not self._closed:
             try:
                 if buffer.nbytes != packed.buffer.nbytes:

@@ -80,14 +80,19 @@ class ReadCounts:
         num_resident: Of these, how many were still decoded from before.
         num_from_storage: Of the others, how many were not in the operating system's page cache as a whole.
         read_bytes: Bytes read, from wherever.
-        extents: Where they were read from.
+        list_extents: Says where they were read from; asked for only where somebody keeps an account of it.
     """
 
     num_chunks: int
     num_resident: int
     num_from_storage: int
     read_bytes: int
-    extents: tuple[ChunkExtent, ...] = ()
+    list_extents: Callable[[], tuple[ChunkExtent, ...]] = tuple
+
+    @property
+    def extents(self) -> tuple[ChunkExtent, ...]:
+        """Where chunks were read from."""
+        return self.list_extents()
 
 
 class Arena(Protocol):
@@ -245,16 +250,7 @@ class ChunkReader:
                 num_resident=int(located.present.sum()) - len(requests),
                 num_from_storage=int(results["from_storage"].sum()),
                 read_bytes=int(requests["num_bytes"].sum()),
-                extents=tuple(
-                    ChunkExtent(shard.file_path, offset, num_bytes)
-                    for shard, offset, num_bytes in zip(
-                        (located.shards[i] for i in chosen.tolist()),
-                        requests["file_offset"].tolist(),
-                        requests["num_bytes"].tolist(),
-                        strict=True,
-                    )
-                    if shard is not None and shard.file_path
-                ),
+                list_extents=lambda: _extents([located.shards[i] for i in chosen.tolist()], requests),
             ),
         )
 
@@ -370,10 +366,19 @@ def _fail(keys: Sequence[SliceKey], gathering: Gathering, located: _Located) -> 
 def _slot_bytes(gathering: Gathering) -> int:
     """The places of blocks in an arena: a blosc block each, or less where all chunks are shorter than that."""
     longest = int(gathering.chunk_bytes.max())
-    return min(BLOSC_BLOCK_BYTES, int(_aligned(longest)))
+    return min(BLOSC_BLOCK_BYTES, int(aligned(longest)))
 
 
-def _aligned(num_bytes: Any) -> Any:
+def _extents(shards: Sequence[Shard | None], requests: npt.NDArray[Any]) -> tuple[ChunkExtent, ...]:
+    """Where chunks were read from, those that came from a file."""
+    places = zip(shards, requests["file_offset"].tolist(), requests["num_bytes"].tolist(), strict=True)
+    return tuple(
+        ChunkExtent(shard.file_path, *place) for shard, *place in places if shard is not None and shard.file_path
+    )
+
+
+def aligned(num_bytes: Any) -> Any:
+    """A length, or an array of lengths, rounded up to where the next block may start."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -407,7 +412,7 @@ def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
     """Gives each chunk its entries in the list of blocks and its room in the buffer."""
     counts = _num_blocks(chunks["decoded_bytes"])
     # A stored block grows by a byte in 255 and two; each starts at an aligned place.
-    chunks["capacity"] = _aligned(chunks["num_bytes"] + chunks["num_bytes"] // 255 + (2 + ALIGNMENT_BYTES) * counts)
+    chunks["capacity"] = aligned(chunks["num_bytes"] + chunks["num_bytes"] // 255 + (2 + ALIGNMENT_BYTES) * counts)
     chunks["first_block"], num_blocks = _ends(counts)
     chunks["data_offset"], data_bytes = _ends(chunks["capacity"])
     return chunks, num_blocks, data_bytes

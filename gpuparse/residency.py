@@ -15,6 +15,7 @@ import torch
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.read import aligned
 from gpuparse.remote import RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 
@@ -109,8 +110,7 @@ def _voxels(store: Store, cases: list[int]) -> int:
 
 
 def _decoded_bytes(layout: ArrayLayout) -> int:
-    counts = [-(-n // c) for n, c in zip(layout.shape, layout.chunks, strict=True)]
-    return int(np.prod(counts, dtype=np.int64)) * (-(-layout.chunk_bytes // 16) * 16)
+    return int(np.prod(layout.grid, dtype=np.int64)) * int(aligned(layout.chunk_bytes))
 
 
 def _compressed_bytes(layout: ArrayLayout) -> int:

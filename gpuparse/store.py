@@ -159,15 +159,19 @@ class ArrayLayout:
         return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
 
     @functools.cached_property
-    def _grids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Chunks along each axis: of the array, and of a shard."""
-        pairs = list(zip(self.shape, self.chunks, self.shards, strict=True))
-        return tuple(-(-n // c) for n, c, _ in pairs), tuple(s // c for _, c, s in pairs)
+    def grid(self) -> tuple[int, int, int]:
+        """Chunks along each axis."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))  # type: ignore[return-value]
+
+    @functools.cached_property
+    def _shard_grid(self) -> tuple[int, ...]:
+        """Chunks of a shard along each axis."""
+        return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
     @property
     def chunks_per_shard(self) -> int:
         """Entries of a shard's index."""
-        return int(np.prod(self._grids[1], dtype=np.int64))
+        return int(np.prod(self._shard_grid, dtype=np.int64))
 
     def locate(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Where chunks lie.
@@ -178,8 +182,8 @@ class ArrayLayout:
         Returns:
             (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
         """
-        grid, inner = self._grids
-        places = np.stack(np.unravel_index(numbers, grid), axis=1)
+        inner = self._shard_grid
+        places = np.stack(np.unravel_index(numbers, self.grid), axis=1)
         shards = places // inner
         return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)
 
