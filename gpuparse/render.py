@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,12 @@ class Samples:
 
     def __repr__(self) -> str:
         return f"Samples({len(self)}, {self.labels.class_ids.shape[1]} prompts each)"
+
+    def __getitem__(self, part: slice) -> Samples:
+        """Some consecutive samples."""
+        mine = {name: getattr(self, name)[part] for name in self.__dataclass_fields__ if name != "labels"}
+        labels = replace(self.labels, class_ids=self.labels.class_ids[part], modes=self.labels.modes[part])
+        return Samples(labels=labels, **mine)
 
     @staticmethod
     def join(parts: Sequence[Samples], order: npt.NDArray[np.int64]) -> Samples:
