@@ -43,9 +43,8 @@ def cli_page() -> str:
         hints = typing.get_type_hints(inspect.unwrap(command.callback))
         options = [p for p in command.params if _is_option(p)]
         arguments = [p for p in command.params if not _is_option(p)]
-        usage = " ".join(
-            [f"gpuparse {name} [OPTIONS]", *(f"{p.name.upper()}{'...' * (p.nargs < 0)}" for p in arguments)]
-        )
+        names = [f"{p.name.upper()}{'...' * (p.nargs < 0)}" for p in arguments]
+        usage = " ".join([f"gpuparse {name} [OPTIONS]", *names])
         sections.append(f"## gpuparse {name}\n\n```console\n$ {usage}\n```\n")
         sections.append(_prose(command.help or ""))
         if arguments:
