@@ -1,0 +1,110 @@
+"""Code on the pages of docs/ runs as it stands.
+
+A block of bash or Python has a mark on the line before it: `<!-- run -->`, or `<!-- shown: why -->` where it cannot run
+here. A page's blocks run in order in one folder, and its Python blocks share their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuparse
+
+REPOSITORY = Path(__file__).parents[1]
+OTHERS = {  # pages whose code other tests run, in part
+    "biomedparse.md", "check.md", "cluster.md", "evaluation.md", "formats.md", "lightning.md", "loader.md",
+    "pytorch.md", "remote.md",
+}  # fmt: skip
+_BLOCK = re.compile(r"^(?:<!-- (?P<mark>run|shown: .+?) -->\n)?^```(?P<language>bash|python|yaml|json)\n(?P<code>.*?)^```",
+                    re.MULTILINE | re.DOTALL)  # fmt: skip
+
+
+def blocks(page):
+    return [match.groupdict() for match in _BLOCK.finditer((REPOSITORY / "docs" / page).read_text())]
+
+
+PAGES = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md") if path.name not in OTHERS)
+RUN = [page for page in PAGES if any(block["mark"] == "run" for block in blocks(page))]
+
+
+@pytest.fixture(scope="session")
+def desk(sample_dir, sample_stores, tmp_path_factory):
+    """What a reader of the pages has: volumes in both layouts, what the demo left, BiomedParse's folders of YAML files."""
+    desk = tmp_path_factory.mktemp("desk")
+    prompts = json.loads((sample_dir / "class_prompts.json").read_text())
+    (desk / "DATA_DIR/DATASET1").mkdir(parents=True)
+    shutil.copytree(sample_dir / "SAMPLE_CT/train", desk / "DATA_DIR/DATASET1/train")
+    (desk / "DATA_DIR/class_prompts.json").write_text(json.dumps({"DATASET1": prompts["SAMPLE_CT"]}))
+    shutil.copytree(sample_stores["SAMPLE_CT"].parents[1], desk / "gpuparse-demo/stores")
+    for folder in ("datasets/biomedparse", "dataloaders"):
+        (desk / "BiomedParse/configs/datamodule" / folder).mkdir(parents=True)
+    _write_nifti(desk / "liver")
+    (desk / "bin").mkdir()
+    script = desk / "bin/gpuparse"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gpuparse "$@"\n')
+    script.chmod(0o755)
+    return desk
+
+
+def _write_nifti(folder):
+    """Four small CTs in Hounsfield units, with a liver and a tumour."""
+    nibabel = pytest.importorskip("nibabel")
+    z, y, x = np.indices((12, 48, 48))
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number in range(1, 5):
+        body = (y - 24) ** 2 + (x - 24) ** 2 < 20**2
+        liver = (y - 20) ** 2 + (x - 16 - number) ** 2 + 4 * (z - 6) ** 2 < 10**2
+        tumour = (y - 20) ** 2 + (x - 16) ** 2 + 4 * (z - 6) ** 2 < 4**2
+        image = np.where(tumour, 20, np.where(liver, 60, np.where(body, 0, -1000))) + (x * y + z) % 7
+        labels = np.where(tumour & liver, 2, liver).astype(np.uint8)
+        affine = np.diag([-1.5, -1.5, 5.0, 1.0])
+        for kind, values in (("images", image.astype(np.int16)), ("masks", labels)):
+            nibabel.save(nibabel.Nifti1Image(values.T, affine), folder / kind / f"case_{number:03d}.nii.gz")
+
+
+def test_every_block_of_code_is_marked():
+    unmarked = [(page, block["code"]) for page in PAGES for block in blocks(page)
+                if block["language"] in ("bash", "python") and not block["mark"]]  # fmt: skip
+    assert not unmarked
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_is_only_shown_is_well_formed(page):
+    for block in blocks(page):
+        match block["language"]:
+            case "bash":
+                subprocess.run(["bash", "-n"], input=block["code"], text=True, check=True)
+            case "python":
+                compile(block["code"], page, "exec")
+            case "json":
+                json.loads(block["code"])
+            case "yaml":
+                pytest.importorskip("yaml").safe_load(block["code"])
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_code_runs(page, desk, tmp_path, monkeypatch):
+    work = tmp_path / "desk"
+    shutil.copytree(desk, work)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PATH", f"{work / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpuparse.__file__).parents[1]))
+    names = {"__name__": "page"}
+    for block in blocks(page):
+        if block["mark"] != "run":
+            continue
+        if block["language"] == "python":
+            exec(compile(block["code"], page, "exec"), names)
+            continue
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]], capture_output=True, text=True)
+        assert done.returncode == 0, f"{block['code']}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
