@@ -6,6 +6,7 @@ here. A page's blocks run in order in one folder, and its Python blocks share th
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -24,8 +25,8 @@ OTHERS = {  # pages whose code other tests run, in part
     "biomedparse.md", "check.md", "cluster.md", "evaluation.md", "formats.md", "lightning.md", "loader.md",
     "pytorch.md", "remote.md",
 }  # fmt: skip
-_BLOCK = re.compile(r"^(?:<!-- (?P<mark>run|shown: .+?) -->\n)?^```(?P<language>bash|python|yaml|json)\n(?P<code>.*?)^```",
-                    re.MULTILINE | re.DOTALL)  # fmt: skip
+_MARK = r"(?:<!-- (?P<mark>run|shown: .+?) -->\n)?"
+_BLOCK = re.compile(rf"^{_MARK}^```(?P<language>bash|python|yaml|json)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
@@ -38,7 +39,7 @@ RUN = [page for page in PAGES if any(block["mark"] == "run" for block in blocks(
 
 @pytest.fixture(scope="session")
 def desk(sample_dir, sample_stores, tmp_path_factory):
-    """What a reader of the pages has: volumes in both layouts, what the demo left, BiomedParse's folders of YAML files."""
+    """What a reader of the pages has: volumes in both layouts, what the demo left, and BiomedParse's folders."""
     desk = tmp_path_factory.mktemp("desk")
     prompts = json.loads((sample_dir / "class_prompts.json").read_text())
     (desk / "DATA_DIR/DATASET1").mkdir(parents=True)
@@ -97,7 +98,9 @@ def test_the_code_runs(page, desk, tmp_path, monkeypatch):
     work = tmp_path / "desk"
     shutil.copytree(desk, work)
     monkeypatch.chdir(work)
-    monkeypatch.setenv("PATH", f"{work / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(
+        "PATH", f"{work / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     monkeypatch.setenv("PYTHONPATH", str(Path(gpuparse.__file__).parents[1]))
     names = {"__name__": "page"}
     for block in blocks(page):
@@ -108,3 +111,21 @@ def test_the_code_runs(page, desk, tmp_path, monkeypatch):
             continue
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]], capture_output=True, text=True)
         assert done.returncode == 0, f"{block['code']}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("name", ["SliceDataset", "Augmentation", "RemoteOptions", "DataLoader", "VolumeDataset"])
+def test_the_page_on_yaml_has_every_key_with_its_default(name):
+    yaml = pytest.importorskip("yaml")
+    page = (REPOSITORY / "docs/configuration.md").read_text()
+    section = page.split(f"### `gpuparse.{name}`\n")[1].split("\n#")[0]
+    rows = {key: text.strip() for key, text in re.findall(r"^\| `(\w+)` \|(.*?)\|", section, re.MULTILINE)}
+    parameters = inspect.signature(getattr(gpuparse, name)).parameters
+    expected = {key: p.default for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert list(rows) == list(expected)
+    for key, default in expected.items():
+        text = rows[key].strip("`")
+        if text == "gpuparse.Augmentation":
+            assert default == gpuparse.Augmentation()
+        elif key != "config":
+            shown = yaml.safe_load(text) if text else inspect.Parameter.empty
+            assert (tuple(shown) if isinstance(shown, list) else shown) == default, key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 import typing
@@ -66,8 +67,13 @@ def _prose(text: str) -> str:
         if example:
             paragraphs.append(f"{example[1]}:\n\n```console\n$ {example[2]}\n```")
         else:
-            paragraphs.append(re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", line))
+            paragraphs.append(re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", _plain(line)))
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown that shows it as it is."""
+    return re.sub(r"([*|_])", r"\\\1", html.escape(text, quote=False))
 
 
 def _table(kind: str, parameters: list[Any], hints: dict[str, Any]) -> str:
@@ -83,7 +89,7 @@ def _table(kind: str, parameters: list[Any], hints: dict[str, Any]) -> str:
         value = "" if is_flag or not _is_option(parameter) else _value(hints[parameter.name])
         default = parameter.default
         shown = "" if is_flag or default is None or default == "" or callable(default) else f"`{default}`"
-        meaning = (getattr(parameter, "help", None) or "").replace("|", r"\|")
+        meaning = _plain(getattr(parameter, "help", None) or "")
         rows.append(f"| {names} | {value} | {shown} | {meaning} |".replace("  ", " "))
     return "\n".join(rows) + "\n"
 
