@@ -13,64 +13,31 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import gpuparse
 
 REPOSITORY = Path(__file__).parents[1]
-OTHERS = {  # pages whose code other tests run, in part
-    "biomedparse.md", "check.md", "cluster.md", "evaluation.md", "formats.md", "lightning.md", "loader.md",
-    "pytorch.md", "remote.md",
-}  # fmt: skip
-_MARK = r"(?:<!-- (?P<mark>run|shown: .+?) -->\n)?"
-_BLOCK = re.compile(rf"^{_MARK}^```(?P<language>bash|python|yaml|json)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+_MARK = r"(?:^ *<!-- (?P<mark>run|shown: .+?) -->\n)?"
+_BLOCK = re.compile(rf"{_MARK}^ *```(?P<language>bash|python|yaml|json)\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    return [match.groupdict() for match in _BLOCK.finditer((REPOSITORY / "docs" / page).read_text())]
+    found = [match.groupdict() for match in _BLOCK.finditer((REPOSITORY / "docs" / page).read_text())]
+    return [{**block, "code": textwrap.dedent(block["code"])} for block in found]
 
 
-PAGES = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md") if path.name not in OTHERS)
+PAGES = sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
 RUN = [page for page in PAGES if any(block["mark"] == "run" for block in blocks(page))]
 
 
 @pytest.fixture(scope="session")
 def desk(sample_dir, sample_stores, tmp_path_factory):
-    """What a reader of the pages has: volumes in both layouts, what the demo left, and BiomedParse's folders."""
-    desk = tmp_path_factory.mktemp("desk")
-    prompts = json.loads((sample_dir / "class_prompts.json").read_text())
-    (desk / "DATA_DIR/DATASET1").mkdir(parents=True)
-    shutil.copytree(sample_dir / "SAMPLE_CT/train", desk / "DATA_DIR/DATASET1/train")
-    (desk / "DATA_DIR/class_prompts.json").write_text(json.dumps({"DATASET1": prompts["SAMPLE_CT"]}))
-    shutil.copytree(sample_stores["SAMPLE_CT"].parents[1], desk / "gpuparse-demo/stores")
-    for folder in ("datasets/biomedparse", "dataloaders"):
-        (desk / "BiomedParse/configs/datamodule" / folder).mkdir(parents=True)
-    _write_nifti(desk / "liver")
-    (desk / "bin").mkdir()
-    script = desk / "bin/gpuparse"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gpuparse "$@"\n')
-    script.chmod(0o755)
-    return desk
-
-
-def _write_nifti(folder):
-    """Four small CTs in Hounsfield units, with a liver and a tumour."""
-    nibabel = pytest.importorskip("nibabel")
-    z, y, x = np.indices((12, 48, 48))
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True)
-    for number in range(1, 5):
-        body = (y - 24) ** 2 + (x - 24) ** 2 < 20**2
-        liver = (y - 20) ** 2 + (x - 16 - number) ** 2 + 4 * (z - 6) ** 2 < 10**2
-        tumour = (y - 20) ** 2 + (x - 16) ** 2 + 4 * (z - 6) ** 2 < 4**2
-        image = np.where(tumour, 20, np.where(liver, 60, np.where(body, 0, -1000))) + (x * y + z) % 7
-        labels = np.where(tumour & liver, 2, liver).astype(np.uint8)
-        affine = np.diag([-1.5, -1.5, 5.0, 1.0])
-        for kind, values in (("images", image.astype(np.int16)), ("masks", labels)):
-            nibabel.save(nibabel.Nifti1Image(values.T, affine), folder / kind / f"case_{number:03d}.nii.gz")
+    make_desk = pytest.importorskip("desk", reason="needs nibabel, pydicom and highdicom").make_desk
+    return make_desk(tmp_path_factory.mktemp("desk"), sample_dir, sample_stores["SAMPLE_CT"].parents[1])
 
 
 def test_every_block_of_code_is_marked():

@@ -46,7 +46,7 @@ def cli_page() -> str:
         arguments = [p for p in command.params if not _is_option(p)]
         names = [f"{p.name.upper()}{'...' * (p.nargs < 0)}" for p in arguments]
         usage = " ".join([f"gpuparse {name} [OPTIONS]", *names])
-        sections.append(f"## gpuparse {name}\n\n```console\n$ {usage}\n```\n")
+        sections.append(f"## gpuparse {name}\n\n```bash\n{usage}\n```\n")
         sections.append(_prose(command.help or ""))
         if arguments:
             sections.append(_table("Argument", arguments, hints))
@@ -65,7 +65,7 @@ def _prose(text: str) -> str:
         line = " ".join(paragraph.split())
         example = re.fullmatch(r"(.*?):? ?(gpuparse .*)", line) if re.match(r"[^.]*: gpuparse ", line) else None
         if example:
-            paragraphs.append(f"{example[1]}:\n\n```console\n$ {example[2]}\n```")
+            paragraphs.append(f"{example[1]}:\n\n```bash\n{example[2]}\n```")
         else:
             paragraphs.append(re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", _plain(line)))
     return "\n\n".join(paragraphs) + "\n"
