@@ -91,13 +91,15 @@ def encode(
     chosen = range(view.num_slices) if positions is None else [int(p) for p in positions]
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
 
-    def planes_of(array: Any, slices: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def planes_of(
+        array: Any, slices: Sequence[int] | npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         strides = [int(n) * array.itemsize for n in (array.shape[1] * array.shape[2], array.shape[2], 1)]
         rows, columns = (i for i in range(3) if i != axis)
         planes = array_planes(view, len(slices), (strides[rows], strides[columns]), array.itemsize)
         return planes, np.asarray(slices, np.int64) * strides[axis]
 
-    triplets = [p for position in chosen for p in channel_positions(position, view.num_slices)]
+    triplets = channel_positions(chosen, view.num_slices).reshape(-1)
     planes, blocks = planes_of(image, triplets)
     encoded = encode_planes(_bytes_of(image), blocks, planes, tables, (height, width), num_threads)
     mask = None

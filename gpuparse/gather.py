@@ -6,7 +6,7 @@ chunk, whatever the view, so that no volume is assembled or transposed.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ class Gathering:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pattern:
+class _Lane:
     """What all planes of one array along one axis have in common."""
 
     plane: npt.NDArray[Any]  # one PLANE_DTYPE row, its first block and tables left open
@@ -109,8 +109,21 @@ class _Pattern:
     plane_step: int  # bytes between planes inside a chunk
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
+# By array, for as long as its store keeps the array's layout.
+_lanes: weakref.WeakKeyDictionary[ArrayLayout, dict[tuple[int, Recipe], _Lane]] = weakref.WeakKeyDictionary()
+
+
+def _lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
+    known = _lanes.get(layout)
+    if known is None:
+        known = _lanes.setdefault(layout, {})
+    lane = known.get((axis, recipe))
+    if lane is None:
+        lane = known[axis, recipe] = _make_lane(layout, axis, recipe)
+    return lane
+
+
+def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
     view = view_geometry(layout.shape, axis, recipe)
     rows, columns = (i for i in range(3) if i != axis)
     grid = layout.grid
@@ -124,7 +137,7 @@ def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
     for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
         plane[name] = getattr(view, name)
     tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
-    return _Pattern(plane, tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
+    return _Lane(plane, tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
 
 
 class _Planes:
@@ -132,32 +145,54 @@ class _Planes:
 
     def __init__(self, arrays: dict[ArrayLayout, int]) -> None:
         self._arrays = arrays
-        self._numbers: dict[_Pattern, int] = {}
-        self._kinds: list[int] = []
-        self._tiles: list[npt.NDArray[np.int64]] = []
-        self._offsets: list[int] = []
+        self._numbers: dict[tuple[_Lane, int], int] = {}
+        self._lane_of: list[int] = []
 
-    def add(self, layout: ArrayLayout, key: SliceKey, positions: Sequence[int]) -> None:
-        pattern = _pattern(layout, key.axis, key.recipe)
-        kind = self._numbers.setdefault(pattern, len(self._numbers))
-        base = self._arrays.setdefault(layout, len(self._arrays)) << _NUMBER_BITS
-        for position in positions:
-            layer, inside = divmod(position, pattern.depth)
-            self._kinds.append(kind)
-            self._tiles.append(pattern.tiles + (base + layer * pattern.layer_step))
-            self._offsets.append(inside * pattern.plane_step)
+    def add(self, layout: ArrayLayout, key: SliceKey) -> None:
+        lane = _lane(layout, key.axis, key.recipe), self._arrays.setdefault(layout, len(self._arrays))
+        self._lane_of.append(self._numbers.setdefault(lane, len(self._numbers)))
 
     def finish(
-        self, first_tile: int, tables: dict[tuple[int, int], int], size: tuple[int, int]
+        self,
+        positions: npt.NDArray[np.int64],
+        first_tile: int,
+        tables: dict[tuple[int, int], int],
+        size: tuple[int, int],
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The planes, and for each tile its chunk (with the array's number) and its offset."""
-        patterns = np.concatenate([pattern.plane for pattern in self._numbers])
+        """The planes, and for each tile its chunk (with the array's number) and its offset.
+
+        Args:
+            positions: (num_slices, planes of a slice), where each plane stands along its axis.
+            first_tile: Tiles of other planes before these.
+            tables: (source, target) lengths -> number of the resampling table; grows.
+            size: Rows and columns that the planes will be encoded to.
+        """
+        lanes = [lane for lane, _ in self._numbers]
+        patterns = np.concatenate([lane.plane for lane in lanes])
         for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
             patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
-        planes = patterns[np.array(self._kinds)]
-        counts = np.array([len(tiles) for tiles in self._tiles])
-        planes["first_block"] = first_tile + np.cumsum(counts) - counts
-        return planes, np.concatenate(self._tiles), np.repeat(np.array(self._offsets, np.int64), counts)
+        steps = np.array(
+            [
+                (lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles), array << _NUMBER_BITS)
+                for lane, array in self._numbers
+            ],
+            np.int64,
+        )
+        of = np.repeat(np.array(self._lane_of), positions.shape[1])
+        depth, layer_step, plane_step, counts, base = steps[of].T
+        layers, inside = np.divmod(positions.reshape(-1), depth)
+        ends = np.cumsum(counts)
+        planes = patterns[of]
+        planes["first_block"] = first_tile + ends - counts
+        # Tile t of a plane is tile t of its lane, some layers further on.
+        starts = np.cumsum(steps[:, 3]) - steps[:, 3]
+        tiles = np.concatenate([lane.tiles for lane in lanes])
+        own = np.arange(ends[-1]) + np.repeat(starts[of] - (ends - counts), counts)
+        return (
+            planes,
+            tiles[own] + np.repeat(base + layers * layer_step, counts),
+            np.repeat(inside * plane_step, counts),
+        )
 
 
 def _prepare(keys: Sequence[SliceKey]) -> None:
@@ -189,13 +224,17 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
     _prepare(keys)
     arrays: dict[ArrayLayout, int] = {}
     images, labels = _Planes(arrays), _Planes(arrays)
+    num_slices = []
     for key in keys:
-        num_slices = key.store.cases[key.case].shape[key.axis]
-        images.add(key.store.layout(key.case, IMAGE_PATH), key, channel_positions(key.position, num_slices))
-        labels.add(key.store.layout(key.case, LABELS_PATH), key, (key.position,))
+        images.add(key.store.layout(key.case, IMAGE_PATH), key)
+        labels.add(key.store.layout(key.case, LABELS_PATH), key)
+        num_slices.append(key.store.cases[key.case].shape[key.axis])
+    positions = np.array([key.position for key in keys], np.int64)
     tables: dict[tuple[int, int], int] = {}
-    image_planes, image_tiles, image_offsets = images.finish(0, tables, size)
-    label_planes, label_tiles, label_offsets = labels.finish(len(image_tiles), tables, size)
+    image_planes, image_tiles, image_offsets = images.finish(
+        channel_positions(positions, np.array(num_slices)), 0, tables, size
+    )
+    label_planes, label_tiles, label_offsets = labels.finish(positions[:, None], len(image_tiles), tables, size)
     chunks, tile_chunk = np.unique(np.concatenate([image_tiles, label_tiles]), return_inverse=True)
     return Gathering(
         arrays=tuple(arrays),

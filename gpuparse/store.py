@@ -183,6 +183,8 @@ class ArrayLayout:
             (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
         """
         inner = self._shard_grid
+        if inner == self.grid:  # one shard, numbered as the array is
+            return np.zeros((len(numbers), 3), np.int64), numbers
         places = np.stack(np.unravel_index(numbers, self.grid), axis=1)
         shards = places // inner
         return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)

@@ -40,6 +40,7 @@ LAYERS = [
     ["check"],
     ["gather"],
     ["shards"],
+    ["locate"],
     ["read"],
     ["cache", "staging"],
     ["encode"],
