@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 LabelMode = Literal["prompts", "instances", "classes", "foreground"]
+# Side of the tiles that the GPU's faster kernel works in: kTileSide of kernels/augment_tiles.cu.
+TILE_SIDE = 32
+
 _MODES = {"prompts": 0, "instances": 1, "classes": 2, "foreground": 3}
 _IMAGE_TYPES = {"float32": (0, np.float32), "float16": (1, np.float16), "bfloat16": (2, np.uint16)}
 _LABEL_TYPES = {"int64": (0, np.int64), "uint8": (1, np.uint8)}
@@ -295,6 +298,11 @@ def prepare_finish(
     return FinishTables(params, *_crop_tables(params, *size), spec.class_ids, spec.modes)
 
 
+def device_kernel(height: int, width: int) -> str:
+    """The kernel that a GPU runs on slices of a size, which is the name of its file: both make the same bits."""
+    return "augment_tiles" if height % TILE_SIDE == 0 and width % TILE_SIDE == 0 else "augment"
+
+
 def launch_finish(
     images: Any,
     arena: Any,
@@ -320,8 +328,9 @@ def launch_finish(
                 *map(kernels.on_device, (finish.class_ids, finish.modes)), *(np.int32(n) for n in sizes),
                 out.image, out.labels,
             )  # fmt: skip
+            name = device_kernel(height, width)
             quads = -(-height * width // 4)
-            kernels.launch_on_device("augment.cu", "augment", num_samples * quads, arguments)
+            kernels.launch_on_device(f"{name}.cu", name, num_samples * quads, arguments)
         return
     p = kernels.pointer
     kernels.host_library().gpuparse_augment(

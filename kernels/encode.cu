@@ -16,10 +16,11 @@ GP_FN float cubic_vertical(float r0, float r1, float r2, float r3, float b0, flo
   return gp_add(gp_fma(r0, b0, gp_mul(r1, b1)), gp_fma(r2, b2, gp_mul(r3, b3)));
 }
 
+// Rounds half to even and saturates. At 2^23 a float's last bit is worth 1, so the sum is rounded as wanted and has the
+// whole number in its low bits; a GPU converts four times as slowly as it adds.
 GP_FN uint8_t saturate_uint8(float value) {
-  const float rounded = gp_round_even(value);
-  const float low = rounded > 0.0f ? rounded : 0.0f;
-  return (uint8_t)(int32_t)(low < 255.0f ? low : 255.0f);
+  const float low = value > 0.0f ? value : 0.0f;
+  return (uint8_t)gp_float_bits(gp_add(low < 255.0f ? low : 255.0f, 8388608.0f));
 }
 
 // Rows of output that one element makes, one below the other: neighbours share most of their source rows.
@@ -32,12 +33,6 @@ struct PlaneColumn {
   int64_t offset;
 };
 
-// A row of a plane: the first of the tiles it runs through (-1: padding), and its bytes into a tile.
-struct PlaneRow {
-  int64_t first_tile;
-  int64_t offset;
-};
-
 GP_FN PlaneColumn find_column(const Plane &plane, int32_t padded_x) {
   const int32_t x = padded_x - plane.pad_left;
   if (x < 0 || x >= plane.width) return {-1, 0};
@@ -45,18 +40,41 @@ GP_FN PlaneColumn find_column(const Plane &plane, int32_t padded_x) {
   return {tile, (x - tile * plane.block_width) * plane.column_stride};
 }
 
-GP_FN PlaneRow find_row(const Plane &plane, int32_t padded_y) {
-  const int32_t y = padded_y - plane.pad_top;
-  if (y < 0 || y >= plane.height) return {-1, 0};
+// Neighbouring columns of the padded slice that are read row by row: where each starts in the row of tiles at hand.
+template <int32_t kColumns>
+struct ColumnReader {
+  int32_t first_column;             // those outside the padded slice stand for its border
+  const uint8_t *starts[kColumns];  // null: 0
+  int32_t first_row, end_row;       // of the slice, the rows of that row of tiles
+};
+
+template <int32_t kColumns>
+GP_FN void enter_tiles(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
+                       int32_t y, ColumnReader<kColumns> &reader) {
   const int32_t tile = y < plane.block_height ? 0 : y / plane.block_height;
-  return {plane.first_block + (int64_t)tile * plane.blocks_per_row, (y - tile * plane.block_height) * plane.row_stride};
+  const int64_t first = plane.first_block + (int64_t)tile * plane.blocks_per_row;
+  reader.first_row = tile * plane.block_height;
+  reader.end_row = reader.first_row + plane.block_height;
+  GP_UNROLL for (int32_t i = 0; i < kColumns; ++i) {
+    const int32_t x = gp_min(gp_max(reader.first_column + i, 0), plane.padded_width - 1);
+    const PlaneColumn column = find_column(plane, x);
+    const int64_t start = column.tile < 0 ? -1 : blocks[first + column.tile];
+    reader.starts[i] = start < 0 ? nullptr : arena + start + column.offset;
+  }
 }
 
-GP_FN uint8_t load_pixel(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const PlaneRow &row,
-                         const PlaneColumn &column) {
-  if (row.first_tile < 0 || column.tile < 0) return 0;
-  const int64_t start = blocks[row.first_tile + column.tile];
-  return start < 0 ? 0 : arena[start + row.offset + column.offset];
+// The pixels of a row of the padded slice in the reader's columns.
+template <int32_t kColumns>
+GP_FN void read_row(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
+                    int32_t padded_y, ColumnReader<kColumns> &reader, uint8_t *pixels) {
+  const int32_t y = padded_y - plane.pad_top;
+  if (y < 0 || y >= plane.height) {
+    GP_UNROLL for (int32_t i = 0; i < kColumns; ++i) pixels[i] = 0;
+    return;
+  }
+  if (y < reader.first_row || y >= reader.end_row) enter_tiles(arena, blocks, plane, y, reader);
+  const int64_t offset = (y - reader.first_row) * plane.row_stride;
+  GP_UNROLL for (int32_t i = 0; i < kColumns; ++i) pixels[i] = reader.starts[i] ? reader.starts[i][offset] : 0;
 }
 
 GP_FN void encode_element(int64_t element, const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks,
@@ -69,29 +87,23 @@ GP_FN void encode_element(int64_t element, const uint8_t *GP_RESTRICT arena, con
   const int64_t number = gp_divide(strip, num_strips);
   const int32_t first_y = (int32_t)(strip - number * num_strips) * kStripRows;
   const int32_t end_y = gp_min(first_y + kStripRows, out_height);
-  const Plane plane = planes[number];
+  const Plane &plane = planes[number];
   out += (number * out_height + first_y) * out_width + out_x;
   if (plane.padded_height == out_height && plane.padded_width == out_width) {
-    const PlaneColumn column = find_column(plane, out_x);
-    for (int32_t y = first_y; y < end_y; ++y, out += out_width)
-      *out = load_pixel(arena, blocks, find_row(plane, y), column);
+    ColumnReader<1> reader = {out_x, {nullptr}, 0, 0};
+    for (int32_t y = first_y; y < end_y; ++y, out += out_width) read_row(arena, blocks, plane, y, reader, out);
     return;
   }
   const int64_t column_base = (int64_t)plane.column_table * table_length + out_x;
-  const int32_t tap_x = table_index[column_base] - 1;
   const float *weights = table_weights + (int64_t)plane.column_table * 4 * table_length + out_x;
-  PlaneColumn columns[4];
+  ColumnReader<4> reader = {table_index[column_base] - 1, {nullptr}, 0, 0};
   float column_weights[4];
-  for (int32_t i = 0; i < 4; ++i) {
-    columns[i] = find_column(plane, gp_min(gp_max(tap_x + i, 0), plane.padded_width - 1));
-    column_weights[i] = weights[(int64_t)i * table_length];
-  }
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) column_weights[i] = weights[(int64_t)i * table_length];
   const auto resampled = [&](int32_t y) {
-    const PlaneRow row = find_row(plane, gp_min(gp_max(y, 0), plane.padded_height - 1));
-    float taps[4];
-    for (int32_t i = 0; i < 4; ++i) taps[i] = (float)load_pixel(arena, blocks, row, columns[i]);
-    return cubic_horizontal(taps[0], taps[1], taps[2], taps[3], column_weights[0], column_weights[1], column_weights[2],
-                            column_weights[3]);
+    uint8_t taps[4];
+    read_row(arena, blocks, plane, gp_min(gp_max(y, 0), plane.padded_height - 1), reader, taps);
+    return cubic_horizontal((float)taps[0], (float)taps[1], (float)taps[2], (float)taps[3], column_weights[0],
+                            column_weights[1], column_weights[2], column_weights[3]);
   };
   const int32_t *row_index = table_index + (int64_t)plane.row_table * table_length;
   const float *row_weights = table_weights + (int64_t)plane.row_table * 4 * table_length;
