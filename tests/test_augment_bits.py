@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import augment_oracle
 import numpy as np
@@ -175,8 +174,9 @@ def test_sizes_of_whole_tiles_go_through_the_kernel_of_tiles():
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), columns=st.integers(1, 4), itemsize=st.sampled_from([1, 2, 4]),
-    labels=st.sampled_from(["prompts", "instances", "classes", "foreground"]), bytes_only=st.booleans(),
+    seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), columns=st.integers(1, 4),
+    itemsize=st.sampled_from([1, 2, 4]), bytes_only=st.booleans(),
+    labels=st.sampled_from(["prompts", "instances", "classes", "foreground"]),
 )  # fmt: skip
 def test_rows_equal_tiles(seed, rows, columns, itemsize, labels, bytes_only):
     rng = np.random.default_rng(seed)
