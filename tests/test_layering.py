@@ -59,7 +59,7 @@ LAYERS = [
     ["evaluation"],
     ["sample_data", "sheet"],
     ["integrations", "conf"],
-    ["demo"],
+    ["demo", "doctor"],
     ["cli"],
     ["__main__"],
 ]
