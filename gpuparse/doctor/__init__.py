@@ -7,6 +7,6 @@ end.
 from __future__ import annotations
 
 from gpuparse.doctor.checks import Check, Diagnosis
-from gpuparse.doctor.diagnose import diagnose
+from gpuparse.doctor.run import diagnose
 
 __all__ = ["Check", "Diagnosis", "diagnose"]
