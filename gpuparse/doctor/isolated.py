@@ -134,7 +134,7 @@ def serve(name: str, function: str, arguments: str, seconds: float) -> None:
         for check in getattr(importlib.import_module(module), called)(*json.loads(arguments)):
             say(check)
     except Exception as error:
-        say(Check(name, "error", describe(error), "Please report this: it is not foreseen."))
+        say(Check(name, "error", describe(error), "See the lines above; where they are all ok, please report this."))
     print(_DONE, file=out, flush=True)
     os._exit(0)  # libraries that crash while they are unloaded have no say
 

@@ -55,15 +55,15 @@ def _look(isolation: Isolation, store: str | None) -> Iterator[list[Check]]:
     everything = {check.name: check.values for checks in results for check in checks}
     gpus = [values for name, values in everything.items() if name.startswith("GPU ")]
     yield check_fit(everything, gpus)
-    yield from run_all(
-        isolation,
-        [
-            Probe("CPU kernels", f"{_HERE}.compiling:check_cpu_kernels", seconds=30, remedy="Install gpuparse again."),
-            Probe("kernel compiler", f"{_HERE}.compiling:check_compiler", seconds=_IMPORT_SECONDS),
-            Probe("GPUDirect Storage", f"{_HERE}.gpus:check_gds", seconds=30),
-            Probe("extras", f"{_HERE}.packages:check_extras", seconds=30),
-        ],
-    )
+    others = [
+        Probe("CPU kernels", f"{_HERE}.compiling:check_cpu_kernels", seconds=30, remedy="Install gpuparse again."),
+        Probe("kernel compiler", f"{_HERE}.compiling:check_compiler", seconds=_IMPORT_SECONDS),
+        Probe("GPUDirect Storage", f"{_HERE}.gpus:check_gds", seconds=30),
+        Probe("extras", f"{_HERE}.packages:check_extras", seconds=30),
+    ]
+    if "cuda_major" not in everything.get("CuPy", {}):  # it is not there, or cannot be imported: that line is enough
+        del others[1]
+    yield from run_all(isolation, others)
     for device in ("cpu", *(f"cuda:{number}" for number in range(len(gpus)))):
         yield isolation.run(
             Probe(
