@@ -157,7 +157,7 @@ def test_what_goes_wrong_there_is_a_line_behind_what_went_well(function, message
     assert before == ([] if function == "nothing" else [FIRST])
     assert (last.name, last.status) == ("probe", "error")
     assert re.fullmatch(message, last.found)
-    assert last.remedy == ("Do this." if function in ("crash", "leave") else "See the lines above; where they are all ok, please report this.")
+    assert last.remedy.startswith("Do this." if function in ("crash", "leave") else "See the lines above; where")
 
 
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
