@@ -59,7 +59,7 @@ LAYERS = [
     ["evaluation"],
     ["sample_data", "sheet"],
     ["integrations", "conf"],
-    ["demo", "doctor"],
+    ["demo", "doctor", "export"],
     ["cli"],
     ["__main__"],
 ]
