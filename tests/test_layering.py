@@ -60,7 +60,7 @@ LAYERS = [
     ["evaluation"],
     ["sample_data", "sheet"],
     ["integrations", "conf"],
-    ["demo"],
+    ["demo", "doctor", "export"],
     ["cli"],
     ["__main__"],
 ]
