@@ -276,25 +276,24 @@ def prepare_finish(
     size: tuple[int, int],
     types: OutputTypes,
 ) -> FinishTables:
-    """Checks a batch's parameters and makes the tables that go with them.
+    """Makes the tables that go with a batch's parameters.
 
     Args:
-        params: (batch,) PARAMS_DTYPE.
+        params: (batch,) PARAMS_DTYPE, drawn here or checked.
         spec: What labels to make.
         label_planes: (batch,) PLANE_DTYPE.
         size: Rows and columns of an encoded slice.
         types: Element types of the outputs.
 
     Raises:
-        InputError: The table does not fit the batch, or uint8 labels cannot hold the stored ids.
+        InputError: uint8 labels cannot hold the stored ids.
     """
-    params = _check_params(params, len(label_planes), *size)
-    raw_ids = np.isin(spec.modes, (_MODES["instances"], _MODES["classes"])) & (params["wrap_ids"] == 0)
-    too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
-    if types.labels == "uint8" and (
-        too_wide or (spec.modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any()
-    ):
-        raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
+    if types.labels == "uint8":
+        modes = spec.modes
+        raw_ids = ((modes == _MODES["instances"]) | (modes == _MODES["classes"])) & (params["wrap_ids"] == 0)
+        too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
+        if too_wide or (modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any():
+            raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
     return FinishTables(params, *_crop_tables(params, *size), spec.class_ids, spec.modes)
 
 
@@ -381,6 +380,7 @@ def finish_batch(
     num_samples, _, height, width = images.shape
     if len(label_planes) != num_samples:
         raise InputError(f"there are {num_samples} images and {len(label_planes)} label planes; expected one for each.")
+    params = _check_params(params, num_samples, height, width)
     finish = prepare_finish(params, spec, label_planes, (height, width), types)
     if out is None:
         labels_shape = (num_samples, *spec.class_ids.shape[1:] * spec.stacked, height, width)

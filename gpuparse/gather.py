@@ -102,25 +102,37 @@ class Gathering:
 class _Lane:
     """What all planes of one array along one axis have in common."""
 
-    plane: npt.NDArray[Any]  # one PLANE_DTYPE row, its first block and tables left open
+    layout: ArrayLayout
+    plane: bytes  # one PLANE_DTYPE, its first block and tables left open
     tiles: npt.NDArray[np.int64]  # chunk numbers under the plane in the first layer of chunks
     layer_step: int  # added to them from one layer of chunks to the next
     depth: int  # planes in a layer
     plane_step: int  # bytes between planes inside a chunk
 
 
-# By array, for as long as its store keeps the array's layout.
-_lanes: weakref.WeakKeyDictionary[ArrayLayout, dict[tuple[int, Recipe], _Lane]] = weakref.WeakKeyDictionary()
+class _View(NamedTuple):
+    """One axis of a case, as slices are read along it."""
+
+    num_slices: int
+    image: _Lane
+    labels: _Lane
 
 
-def _lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
-    known = _lanes.get(layout)
-    if known is None:
-        known = _lanes.setdefault(layout, {})
-    lane = known.get((axis, recipe))
-    if lane is None:
-        lane = known[axis, recipe] = _make_lane(layout, axis, recipe)
-    return lane
+# By store, for as long as it is there.
+_views: weakref.WeakKeyDictionary[Store, dict[tuple[int, int, Recipe], _View]] = weakref.WeakKeyDictionary()
+
+
+def _view_of(key: SliceKey) -> _View:
+    store, case, axis, _, recipe = key
+    views = _views.get(store)
+    if views is None:
+        views = _views.setdefault(store, {})
+    view = views.get((case, axis, recipe))
+    if view is None:
+        layouts = (store.layout(case, path) for path in (IMAGE_PATH, LABELS_PATH))
+        view = _View(store.cases[case].shape[axis], *(_make_lane(layout, axis, recipe) for layout in layouts))
+        views[case, axis, recipe] = view
+    return view
 
 
 def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
@@ -137,20 +149,17 @@ def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
     for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
         plane[name] = getattr(view, name)
     tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
-    return _Lane(plane, tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
+    return _Lane(layout, plane.tobytes(), tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
 
 
 class _Planes:
     """Planes of one kind, image or labels, on their way into arrays."""
 
-    def __init__(self, arrays: dict[ArrayLayout, int]) -> None:
-        self._arrays = arrays
-        self._numbers: dict[tuple[_Lane, int], int] = {}
-        self._lane_of: list[int] = []
-
-    def add(self, layout: ArrayLayout, key: SliceKey) -> None:
-        lane = _lane(layout, key.axis, key.recipe), self._arrays.setdefault(layout, len(self._arrays))
-        self._lane_of.append(self._numbers.setdefault(lane, len(self._numbers)))
+    def __init__(self, lanes: Sequence[_Lane], arrays: dict[ArrayLayout, int]) -> None:
+        numbers: dict[_Lane, int] = {}
+        self._lane_of = [numbers.setdefault(lane, len(numbers)) for lane in lanes]
+        self._lanes = list(numbers)
+        self._arrays = [arrays.setdefault(lane.layout, len(arrays)) for lane in self._lanes]
 
     def finish(
         self,
@@ -167,14 +176,14 @@ class _Planes:
             tables: (source, target) lengths -> number of the resampling table; grows.
             size: Rows and columns that the planes will be encoded to.
         """
-        lanes = [lane for lane, _ in self._numbers]
-        patterns = np.concatenate([lane.plane for lane in lanes])
+        lanes = self._lanes
+        patterns = np.frombuffer(bytearray().join(lane.plane for lane in lanes), PLANE_DTYPE)
         for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
             patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
         steps = np.array(
             [
                 (lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles), array << _NUMBER_BITS)
-                for lane, array in self._numbers
+                for lane, array in zip(lanes, self._arrays, strict=True)
             ],
             np.int64,
         )
@@ -222,18 +231,13 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
         StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
     """
     _prepare(keys)
+    views = [_view_of(key) for key in keys]
     arrays: dict[ArrayLayout, int] = {}
-    images, labels = _Planes(arrays), _Planes(arrays)
-    num_slices = []
-    for key in keys:
-        images.add(key.store.layout(key.case, IMAGE_PATH), key)
-        labels.add(key.store.layout(key.case, LABELS_PATH), key)
-        num_slices.append(key.store.cases[key.case].shape[key.axis])
+    images, labels = _Planes([view.image for view in views], arrays), _Planes([view.labels for view in views], arrays)
+    num_slices = np.array([view.num_slices for view in views], np.int64)
     positions = np.array([key.position for key in keys], np.int64)
     tables: dict[tuple[int, int], int] = {}
-    image_planes, image_tiles, image_offsets = images.finish(
-        channel_positions(positions, np.array(num_slices)), 0, tables, size
-    )
+    image_planes, image_tiles, image_offsets = images.finish(channel_positions(positions, num_slices), 0, tables, size)
     label_planes, label_tiles, label_offsets = labels.finish(positions[:, None], len(image_tiles), tables, size)
     chunks, tile_chunk = np.unique(np.concatenate([image_tiles, label_tiles]), return_inverse=True)
     return Gathering(

@@ -96,6 +96,8 @@ class _Run(NamedTuple):
 
 def _runs(layout: ArrayLayout, start: int, numbers: npt.NDArray[np.int64]) -> list[_Run]:
     """Some chunks of an array, those of each shard by themselves; `start` is the first one's place in the gathering."""
+    if layout.is_one_shard:
+        return [_Run(layout, "c/0/0/0", start, numbers)]
     places, entries = layout.locate(numbers)
     # Chunks come in C order: those of one shard may come in several runs, each looked up by itself.
     edges = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1

@@ -168,6 +168,11 @@ class ArrayLayout:
         """Chunks of a shard along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
+    @functools.cached_property
+    def is_one_shard(self) -> bool:
+        """Whether one shard holds the whole array, so that its index counts chunks as the array does."""
+        return self._shard_grid == self.grid
+
     @property
     def chunks_per_shard(self) -> int:
         """Entries of a shard's index."""
@@ -183,8 +188,6 @@ class ArrayLayout:
             (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
         """
         inner = self._shard_grid
-        if inner == self.grid:  # one shard, numbered as the array is
-            return np.zeros((len(numbers), 3), np.int64), numbers
         places = np.stack(np.unravel_index(numbers, self.grid), axis=1)
         shards = places // inner
         return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)

@@ -99,7 +99,8 @@ GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
 #define GP_UNWRAP(...) __VA_ARGS__
 #ifdef GPUPARSE_DEVICE
 #ifndef GP_MIN_BLOCKS
-#define GP_MIN_BLOCKS 1  // of 256 threads that must fit on a multiprocessor: what registers a kernel may use
+#define GP_MIN_BLOCKS \
+  4  // of 256 threads that fit on a multiprocessor: a few spilled registers cost less than idle units
 #endif
 #define GP_KERNEL(name, parameters, arguments)                                                                        \
   extern "C" __global__ void __launch_bounds__(256, GP_MIN_BLOCKS) name(int64_t num_elements, GP_UNWRAP parameters) { \
