@@ -28,7 +28,8 @@ from gpuparse.views import (
 
 __all__ = ["EncodedSlices", "encode", "encode_masks", "encode_planes"]
 
-STRIP_ROWS = 16  # output rows that one GPU thread makes: kStripRows of kernels/encode.cu
+# What one GPU thread makes: kStripRows and kStripColumns of kernels/encode.cu.
+_STRIP_ROWS, _STRIP_COLUMNS = 16, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,11 @@ def _bytes_of(array: Any) -> Any:
     return array.reshape(-1).view(np.uint8)
 
 
+def num_strips(num_planes: int, size: tuple[int, int]) -> int:
+    """Elements of the device's encoding: an element makes some rows of two columns."""
+    return num_planes * -(-size[0] // _STRIP_ROWS) * -(-size[1] // _STRIP_COLUMNS)
+
+
 def encode_planes(
     arena: Any,
     blocks: Any,
@@ -151,8 +157,8 @@ def encode_planes(
         (num_planes, rows, columns) uint8 on the arena's device.
     """
     if kernels.is_device_array(arena):
-        num_elements = len(planes) * -(-size[0] // STRIP_ROWS) * size[1]
         table_arrays = (tables.cubic_index, tables.cubic_weights)
+        num_elements = num_strips(len(planes), size)
         return _on_device(
             "encode", arena, blocks, planes, table_arrays, tables.length, size, num_elements, np.uint8, out
         )
