@@ -40,6 +40,7 @@ LAYERS = [
     ["check"],
     ["gather"],
     ["shards"],
+    ["locate"],
     ["read"],
     ["cache", "staging"],
     ["encode"],
@@ -59,7 +60,7 @@ LAYERS = [
     ["evaluation"],
     ["sample_data", "sheet"],
     ["integrations", "conf"],
-    ["demo"],
+    ["demo", "doctor", "export"],
     ["cli"],
     ["__main__"],
 ]
