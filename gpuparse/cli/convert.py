@@ -103,7 +103,7 @@ def convert_command(
     Run it again after an interruption, or when volumes were added: finished cases are kept. What became of each file
     is in report.json beside the store.
 
-    Exit status: 0 all done, 1 some files were skipped, 2 nothing was done or a bad file stopped the run, 130 interrupted.
+    Exit status: 0 all done, 1 some files were skipped, 2 nothing done or a bad file stopped the run, 130 interrupted.
 
     Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8 --on-error skip
 
