@@ -15,7 +15,7 @@ import numcodecs
 import numpy as np
 
 MISSING = 2**64 - 1
-BLOCK = 65536
+BLOCK = 16384
 
 
 class Damaged(Exception):
@@ -43,14 +43,16 @@ def lz4_block(raw: bytes, decoded: int) -> bytes:
 
 def blosc_frame(frame: bytes) -> bytes:
     version, lz4_version, flags, typesize, decoded, blocksize, length = struct.unpack("<BBBBIII", frame[:16])
-    assert (version, lz4_version, typesize) == (2, 1, 1)
-    assert flags & 5 == 0
-    assert flags >> 5 == 1
-    assert blocksize == min(BLOCK, decoded)
+    assert (version, lz4_version) == (2, 1)
+    assert typesize == typesize_of(decoded)
     assert length == len(frame)
+    assert flags & 5 == 0
     if flags & 2:  # R25
         assert length == 16 + decoded
         return frame[16:]
+    assert flags >> 5 == 1
+    assert typesize == 1 or flags & 16
+    assert blocksize == min(BLOCK, decoded)
     num_blocks = -(-decoded // BLOCK)
     parts = []
     for i, start in enumerate(struct.unpack(f"<{num_blocks}i", frame[16 : 16 + 4 * num_blocks])):  # R26
@@ -60,14 +62,18 @@ def blosc_frame(frame: bytes) -> bytes:
     return b"".join(parts)
 
 
-def check_codecs(codecs: list[dict], itemsize: int) -> None:
+def typesize_of(chunk_bytes: int) -> int:
+    return 32 if chunk_bytes > BLOCK else 1
+
+
+def check_codecs(codecs: list[dict], itemsize: int, chunk_bytes: int) -> None:
     """R17"""
     assert [codec["name"] for codec in codecs] == ["bytes", "blosc", "crc32c"]
     assert itemsize == 1 or codecs[0]["configuration"]["endian"] == "little"
     frame = dict(codecs[1]["configuration"])
     assert frame.pop("cname") in ("lz4", "lz4hc")
     frame.pop("clevel")
-    assert frame == {"typesize": 1, "shuffle": "noshuffle", "blocksize": BLOCK}
+    assert frame == {"typesize": typesize_of(chunk_bytes), "shuffle": "noshuffle", "blocksize": BLOCK}
 
 
 def read_column(folder: Path, checksum: int) -> np.ndarray:
@@ -75,7 +81,7 @@ def read_column(folder: Path, checksum: int) -> np.ndarray:
     meta = node(folder)
     shape, dtype = meta["shape"], np.dtype(meta["data_type"]).newbyteorder("<")
     assert meta["chunk_grid"]["configuration"]["chunk_shape"] == [max(1, n) for n in shape]
-    check_codecs(meta["codecs"], dtype.itemsize)
+    check_codecs(meta["codecs"], dtype.itemsize, int(np.prod(shape)) * dtype.itemsize)
     path = folder.joinpath("c", *("0" * len(shape)))
     data = blosc_frame(checked(path.read_bytes())) if path.exists() else bytes(int(np.prod(shape)) * dtype.itemsize)
     if google_crc32c.value(data) != checksum:
@@ -101,8 +107,8 @@ def read_array(folder: Path, files: dict[str, int] | None) -> np.ndarray:
     assert outer["name"] == "sharding_indexed"
     sharding = outer["configuration"]
     assert sharding["index_location"] == "end"
-    check_codecs(sharding["codecs"], dtype.itemsize)
     shape, chunk = meta["shape"], sharding["chunk_shape"]
+    check_codecs(sharding["codecs"], dtype.itemsize, int(np.prod(chunk)) * dtype.itemsize)
     shard = meta["chunk_grid"]["configuration"]["chunk_shape"]
     assert all(s % c == 0 for s, c in zip(shard, chunk, strict=True))  # R18
     inner = [s // c for s, c in zip(shard, chunk, strict=True)]
@@ -132,7 +138,7 @@ class FormatReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = node(path)["attributes"]["gpuparse"]
-        if self.root["format_version"] != 1:  # R4
+        if self.root["format_version"] != 2:  # R4
             raise Damaged("format_version")
         index = path / self.root["index"]  # R5
         attributes = node(index)["attributes"]
@@ -167,7 +173,8 @@ def with_crc(raw: bytes) -> bytes:
 
 
 def encode_frame(data: bytes, stored: bool) -> bytes:
-    head = struct.pack("<BBBBII", 2, 1, 0x22 if stored else 0x20, 1, len(data), min(BLOCK, len(data)))
+    flags, typesize = 0x32 if stored else 0x30, typesize_of(len(data))
+    head = struct.pack("<BBBBII", 2, 1, flags, typesize, len(data), min(BLOCK, len(data)))
     if stored:
         return head + struct.pack("<I", 16 + len(data)) + data
     blocks = [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
@@ -183,9 +190,15 @@ def encode_frame(data: bytes, stored: bool) -> bytes:
     return head + struct.pack("<I", 16 + len(starts_bytes) + len(body)) + starts_bytes + body
 
 
-def _codecs(itemsize: int) -> list[dict]:
+def _codecs(itemsize: int, chunk_bytes: int) -> list[dict]:
     order = {"name": "bytes"} if itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
-    frame = {"typesize": 1, "cname": "lz4", "clevel": 1, "shuffle": "noshuffle", "blocksize": BLOCK}
+    frame = {
+        "typesize": typesize_of(chunk_bytes),
+        "cname": "lz4",
+        "clevel": 1,
+        "shuffle": "noshuffle",
+        "blocksize": BLOCK,
+    }
     return [order, {"name": "blosc", "configuration": frame}, {"name": "crc32c"}]
 
 
@@ -198,9 +211,10 @@ def _array(folder: Path, values: np.ndarray, outer: list[int], codecs: list[dict
 
 
 def write_array(folder: Path, values: np.ndarray, chunk: list[int], shard: list[int]) -> None:
+    chunk_bytes = int(np.prod(chunk)) * values.dtype.itemsize
     index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     _array(folder, values, shard, [{"name": "sharding_indexed", "configuration": {
-        "chunk_shape": chunk, "codecs": _codecs(values.dtype.itemsize), "index_codecs": index_codecs,
+        "chunk_shape": chunk, "codecs": _codecs(values.dtype.itemsize, chunk_bytes), "index_codecs": index_codecs,
         "index_location": "end"}}])  # fmt: skip
     inner = [s // c for s, c in zip(shard, chunk, strict=True)]
     whole = np.zeros([-(-n // s) * s for n, s in zip(values.shape, shard, strict=True)], values.dtype)
@@ -253,7 +267,7 @@ def write_store(path: Path, cases: dict[str, tuple], prompts: dict, chunk: list[
     }  # fmt: skip
     index = path / "index/0123456789ab"
     for name, values in columns.items():
-        _array(index / name, values, [max(1, n) for n in values.shape], _codecs(values.dtype.itemsize))
+        _array(index / name, values, [max(1, n) for n in values.shape], _codecs(values.dtype.itemsize, values.nbytes))
         if values.any():
             file = (index / name).joinpath("c", *("0" * values.ndim))
             file.parent.mkdir(parents=True)
@@ -264,6 +278,6 @@ def write_store(path: Path, cases: dict[str, tuple], prompts: dict, chunk: list[
     for folder in ("cases", "index"):
         _group(path / folder, {})
     _group(path, {"gpuparse": {
-        "format_version": 1, "name": path.parent.name, "split": "train", "class_prompts": prompts,
+        "format_version": 2, "name": path.parent.name, "split": "train", "class_prompts": prompts,
         "instance_label": prompts["instance_label"], "settings": {}, "val_split": None, "num_cases": len(cases),
         "index": "index/0123456789ab", "num_slices": len(case), "something_new": 1}})  # fmt: skip
