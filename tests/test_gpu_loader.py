@@ -21,7 +21,7 @@ from gpuparse.errors import ChunkCorruptError, DeviceError
 from gpuparse.pack import pack
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
 from gpuparse.read import ChunkReader, inflate_on_host
-from gpuparse.residency import Footprint
+from gpuparse.footprint import Footprint
 from gpuparse.sampling import identity_params
 
 pytestmark = pytest.mark.gpu

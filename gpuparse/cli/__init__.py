@@ -17,6 +17,7 @@ from gpuparse.cli.check import check_command
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
 from gpuparse.cli.evaluate import evaluate_command
+from gpuparse.cli.info import info_command
 from gpuparse.errors import GpuparseError
 
 __all__ = ["app", "main"]
@@ -63,3 +64,4 @@ app.command("check")(check_command)
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)
 app.command("evaluate")(evaluate_command)
+app.command("info")(info_command)
