@@ -41,7 +41,7 @@ def find_stores(
     root = Path(path)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a store, a dataset's folder, or a folder of datasets.")
-    if root.suffix == ".zarr" or (root / "zarr.json").is_file():
+    if root.suffix == ".zarr":
         found = {root.absolute().parent.name: [root]}
     elif here := _stores_in(root):
         found = {root.absolute().name: here}

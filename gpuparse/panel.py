@@ -33,6 +33,8 @@ class Panel:
         prompts: The P prompts.
         caption: Where the sample comes from, such as "SAMPLE_CT / case_001 / axis 0 / slice 12".
         class_ids: For a class map only: the class of each prompt. Left out, prompt k stands for class k + 1.
+        colour_keys: One per prompt: masks of one key have one colour across a sheet where they can. Left out, the
+            prompts serve.
     """
 
     image: NDArray[Any]
@@ -40,12 +42,13 @@ class Panel:
     prompts: Sequence[str]
     caption: str
     class_ids: Sequence[int] | None = None
+    colour_keys: Sequence[str] | None = None
 
 
-def choose_slot(prompts: list[str], used: set[int], owners: dict[str, int]) -> int:
-    """Choose a colour slot for a mask: its prompts' own one if free in this panel, else the least taken one."""
+def choose_slot(keys: Sequence[str], used: set[int], owners: dict[str, int]) -> int:
+    """Choose a colour slot for a mask: its keys' own one if free in this panel, else the least taken one."""
     num_colours = len(COLOURS)
-    slot = next((owners[p] for p in prompts if p in owners and owners[p] not in used), None)
+    slot = next((owners[key] for key in keys if key in owners and owners[key] not in used), None)
     if slot is None:
         start = 0
         while all(start + c in used for c in range(num_colours)):
@@ -53,8 +56,8 @@ def choose_slot(prompts: list[str], used: set[int], owners: dict[str, int]) -> i
         taken = list(owners.values())
         free = [start + c for c in range(num_colours) if start + c not in used]
         slot = min(free, key=lambda s: (taken.count(s), s))
-    for prompt in prompts:
-        owners.setdefault(prompt, slot)
+    for key in keys:
+        owners.setdefault(key, slot)
     return slot
 
 
@@ -85,6 +88,11 @@ def check_panel(panel: Panel, where: str) -> tuple[NDArray[np.uint8], list[Layer
     if wrong is not None:
         raise InputError(f"{where}: prompts holds {wrong!r}; expected strings only. Pass the prompts' texts.")
 
+    if panel.colour_keys is not None and len(panel.colour_keys) != len(prompts):
+        raise InputError(
+            f"{where}: there are {len(panel.colour_keys)} colour_keys but {len(prompts)} prompts; expected one for "
+            "each. Pass as many of one as of the other."
+        )
     pixels = _checked_image(np.asarray(panel.image), where)
     labels = np.asarray(panel.labels)
     if labels.dtype == np.bool_:
@@ -150,10 +158,12 @@ def _split_class_map(labels: Layer, class_ids: Sequence[int] | None, num_prompts
 def contours(layer: Layer) -> list[tuple[int, list[NDArray[np.float64]]]]:
     """Outlines of every id in `layer` (H, W): (id, lines (N, 2) as x, y with pixel centres at whole numbers)."""
     rows, cols = np.nonzero(layer)
+    if not len(rows):
+        return []
     ids = layer[rows, cols]
     order = np.argsort(ids, kind="stable")
     rows, cols, ids = rows[order], cols[order], ids[order]
-    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, np.intp)
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
     found = []
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
         y, x = rows[start:stop], cols[start:stop]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,21 @@ def contact_sheet(
     if not isinstance(title, str | None):
         raise InputError(f"title is a {type(title).__name__}; expected str or None. Pass a short text.")
 
+    with warnings.catch_warnings():
+        # A prompt in a script that the font lacks is drawn as boxes; that is no reason to warn for each letter.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        _write(_drawn(panels, int(columns), title), target)
+    return target
+
+
+def _drawn(panels: Sequence[Panel], columns: int, title: str | None) -> Figure:
+    """The sheet, laid out and drawn."""
     small, large = _Type(15.5), _Type(27, "bold")
     owners: dict[str, int] = {}
     cards = [_card(panel, f"panel {i}", owners, small) for i, panel in enumerate(panels)]
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     card_px = _IMAGE_PX + 2 * _PAD_PX
-    num_columns = min(int(columns), len(cards))
+    num_columns = min(columns, len(cards))
     width_px = 2 * _MARGIN_PX + num_columns * card_px + (num_columns - 1) * _GAP_PX
     title_lines = large.wrap(title, width_px - 2 * _MARGIN_PX) if title else []
     title_px = len(title_lines) * large.line_px + 18 if title_lines else 0
@@ -157,8 +167,7 @@ def contact_sheet(
         for column, card in enumerate(row):
             _draw_card(figure, card, _MARGIN_PX + column * (card_px + _GAP_PX), top, card_px, tall_px, small)
         top -= tall_px + _GAP_PX
-    _write(figure, target)
-    return target
+    return figure
 
 
 def _write(figure: Figure, target: Path) -> None:
@@ -189,8 +198,9 @@ def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Car
     slots: dict[int, int] = {}
     for k in first.values():
         if num_ids[k] == 1:
-            texts = [text for text, same in zip(panel.prompts, same_as, strict=True) if same == k]
-            slots[k] = choose_slot(texts, set(slots.values()), owners)
+            keys = panel.colour_keys if panel.colour_keys is not None else panel.prompts
+            mine = [key for key, same in zip(keys, same_as, strict=True) if same == k]
+            slots[k] = choose_slot(mine, set(slots.values()), owners)
 
     entries: dict[tuple[str, int], _Entry] = {}
     for text, k in zip(panel.prompts, same_as, strict=True):

@@ -18,6 +18,7 @@ from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
 from gpuparse.cli.evaluate import evaluate_command
 from gpuparse.cli.info import info_command
+from gpuparse.cli.preview import preview_command
 from gpuparse.errors import GpuparseError
 
 __all__ = ["app", "main"]
@@ -65,3 +66,4 @@ app.command("convert")(convert_command)
 app.command("demo")(demo_command)
 app.command("evaluate")(evaluate_command)
 app.command("info")(info_command)
+app.command("preview")(preview_command)
