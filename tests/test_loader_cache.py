@@ -18,8 +18,8 @@ from torch.utils.data import ConcatDataset, Subset
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
-from gpuparse.production import HostMaker
 from gpuparse.footprint import store_footprint
+from gpuparse.production import HostMaker
 from gpuparse.residency import footprint
 
 OPTIONS = {"batch_size": 7, "shuffle": True, "seed": 4, "num_threads": 1, "device": "cpu"}

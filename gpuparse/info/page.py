@@ -11,7 +11,7 @@ from gpuparse import __version__
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 from gpuparse.info.model import AXES, Distribution, InfoReport, StoreInfo
-from gpuparse.info.text import CLASS_HEADS, VIEW_HEADS, class_row, facts_of, size_text, view_row
+from gpuparse.info.text import CLASS_HEADS, VIEW_HEADS, class_row, facts_of, number_text, size_text, view_row
 
 __all__ = ["check_page_path", "info_page", "write_info_page"]
 
@@ -84,14 +84,14 @@ def _section(store: StoreInfo, number: int) -> list[str]:
         *_classes(store),
         "<h3>Histograms</h3>",
         '<div class="plots">',
-        _counts_plot("classes in a slice", "slices", store.classes_per_slice),
-        _plot("share of a case's slices with foreground", "cases", store.foreground_share),
-        _plot("slices of a case, over its views", "cases", store.slices_per_case),
+        _counts_plot("classes in a slice", "slice", store.classes_per_slice),
+        _plot("share of a case's slices with foreground", "case", store.foreground_share),
+        _plot("slices of a case, over its views", "case", store.slices_per_case),
     ]
     for axis, spread in zip(AXES, store.shape, strict=True):
-        lines.append(_plot(f"voxels along {axis}", "cases", spread))
+        lines.append(_plot(f"voxels along {axis}", "case", spread))
     for axis, spread in zip(AXES, store.spacing_mm, strict=True):
-        lines.append(_plot(f"spacing along {axis}, mm", "cases", spread))
+        lines.append(_plot(f"spacing along {axis}, mm", "case", spread))
     return [*lines, "</div>", "</section>"]
 
 
@@ -125,7 +125,8 @@ def _classes(store: StoreInfo) -> list[str]:
 
 def _plot(title: str, unit: str, spread: Distribution) -> str:
     names = [f"{low:.4g} to {high:.4g}" for low, high in zip(spread.edges, spread.edges[1:], strict=False)]
-    ends = (f"{spread.edges[0]:.4g}", f"{spread.edges[-1]:.4g}")
+    # The last bin of whole numbers ends beyond them.
+    ends = (f"{spread.edges[0]:.4g}", f"{spread.edges[-1] if spread.edges[-1] <= 1 else spread.maximum:.4g}")
     return _figure(f"{title}: {spread}", unit, spread.counts, names, ends)
 
 
@@ -142,12 +143,12 @@ def _figure(title: str, unit: str, counts: Sequence[int], names: Sequence[str], 
         height = 0 if not count else max(1.5, (_BASE - 14) * count / most)
         bars.append(
             f'<rect x="{i * step + 0.5:.1f}" y="{_BASE - height:.1f}" width="{max(step - 1, 0.8):.1f}" '
-            f'height="{height:.1f}"><title>{html.escape(name)}: {count:,} {unit}</title></rect>'
+            f'height="{height:.1f}"><title>{html.escape(name)}: {number_text(count, unit)}</title></rect>'
         )
     caption = html.escape(title)
     return (
         f'<figure><figcaption>{caption}</figcaption><svg class="bars" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="Histogram: {caption}"><text x="0" y="10">{most:,} {unit}</text>{"".join(bars)}'
+        f'aria-label="Histogram: {caption}"><text x="0" y="10">{number_text(most, unit)}</text>{"".join(bars)}'
         f'<line x1="0" y1="{_BASE}" x2="{_WIDTH}" y2="{_BASE}"/><text x="0" y="{_HEIGHT - 4}">{ends[0]}</text>'
         f'<text x="{_WIDTH}" y="{_HEIGHT - 4}" text-anchor="end">{ends[1]}</text></svg></figure>'
     )

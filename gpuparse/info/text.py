@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from gpuparse.info.model import AXES, ClassInfo, StoreInfo, ViewInfo
 
-__all__ = ["class_row", "facts_of", "size_text", "text_of", "view_row"]
+__all__ = [
+    "CLASS_HEADS",
+    "SUMMARY_HEADS",
+    "VIEW_HEADS",
+    "class_row",
+    "facts_of",
+    "number_text",
+    "size_text",
+    "summary_row",
+    "text_of",
+    "view_row",
+]
 
 _MAX_CHUNK_SHAPES = 3
 
@@ -24,7 +35,8 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1e3:.1f} kB" if num_bytes >= 1e3 else f"{num_bytes:.0f} B"
 
 
-def _number(count: int, what: str) -> str:
+def number_text(count: int, what: str) -> str:
+    """A count of things: "1 case", "2,000 cases"."""
     return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
 
 
@@ -33,14 +45,15 @@ def facts_of(store: StoreInfo) -> list[tuple[str, str]]:
     about = "" if store.exact else "about "
     storage = store.storage
     parts = "; ".join(
-        f"{part.name}: {_number(part.num_cases, 'case')}, {_number(part.num_slices, 'slice')}" for part in store.parts
+        f"{part.name}: {number_text(part.num_cases, 'case')}, {number_text(part.num_slices, 'slice')}"
+        for part in store.parts
     )
     share = store.num_foreground_slices / max(1, store.num_slices)
     facts = [
         ("cases", f"{store.num_cases:,}"),
         ("slices", f"{store.num_slices:,}, {share:.0%} with foreground"),
         ("parts", parts or "none"),
-        ("labels", "instance ids" if store.instance_label else _number(len(store.classes), "class")),
+        ("labels", "instance ids" if store.instance_label else number_text(len(store.classes), "class")),
         ("shape", ", ".join(f"{axis} {spread}" for axis, spread in zip(AXES, store.shape, strict=True))),
         ("spacing", ", ".join(f"{axis} {spread}" for axis, spread in zip(AXES, store.spacing_mm, strict=True)) + " mm"),
         (
@@ -92,7 +105,7 @@ def _chunks(store: StoreInfo) -> str:
     ]
     more = len(store.storage.chunk_shapes) - _MAX_CHUNK_SHAPES
     text = ", ".join(shapes) + (f", {more} other shapes" if more > 0 else "") + _of_opened(store)
-    return f"{text}; {'' if store.exact else 'about '}{_number(store.storage.num_shards, 'shard')}"
+    return f"{text}; {'' if store.exact else 'about '}{number_text(store.storage.num_shards, 'shard')}"
 
 
 def view_row(view: ViewInfo) -> tuple[str, str, str, str, str, str]:
