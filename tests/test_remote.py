@@ -325,9 +325,9 @@ def test_info_and_preview_of_a_url_show_what_they_show_of_the_folder(server, opt
 
     url = "s3://bucket/data/SAMPLE_CELLS"
     local = sample_stores["SAMPLE_CELLS"].parent
-    for far, near in ((url, local), (f"{url}/train.zarr", local / "train.zarr")):
-        far_report = gpuparse.info(far, voxels=True, remote=options)
-        assert without_path(far_report) == without_path(gpuparse.info(near, voxels=True))
+    for far, near, voxels in ((url, local, True), (f"{url}/train.zarr", local / "train.zarr", False)):
+        far_report = gpuparse.info(far, voxels=voxels, remote=options)
+        assert without_path(far_report) == without_path(gpuparse.info(near, voxels=voxels))
         assert [store.path for store in far_report.stores] == [f"{url}/train.zarr"]
     with pytest.raises(InputError, match=r"no train\.zarr or val\.zarr or test\.zarr there"):
         gpuparse.info("s3://bucket/data", remote=options)

@@ -7,7 +7,6 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpuparse import __version__
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 from gpuparse.info.model import AXES, Distribution, InfoReport, StoreInfo
@@ -46,7 +45,7 @@ def info_page(report: InfoReport) -> str:
     """A report as the text of one HTML page."""
     stores = report.stores
     title = stores[0].name if len(stores) == 1 else f"{len(stores)} stores"
-    body = [f"<h1>gpuparse info: {html.escape(title)}</h1>", f'<p class="dim">gpuparse {__version__}</p>']
+    body = [f"<h1>gpuparse info: {html.escape(title)}</h1>"]
     body += [f'<p class="warning">cannot be read: {html.escape(reason)}</p>' for reason in report.failures.values()]
     if len(stores) > 1:
         links = (f'<a href="#s{i}">{html.escape(s.name)} ({html.escape(s.split)})</a>' for i, s in enumerate(stores))

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gpuparse import __version__
 from gpuparse.panel import COLOURS, choose_slot, contours, slot_colour
 from gpuparse.preview.choose import AXIS_NAMES
 from gpuparse.preview.samples import Picture, Sample
@@ -94,7 +93,6 @@ def preview_page(samples: Sequence[Sample], title: str, about: str, images: Imag
     values = {
         "title": html.escape(title),
         "about": html.escape(about),
-        "version": html.escape(__version__),
         "augmented": "true" if has_after else "false",
     }
     for name, value in values.items():
