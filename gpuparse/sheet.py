@@ -41,6 +41,7 @@ _GAP_PX = 22  # between cards
 _MARGIN_PX = 34  # around the sheet
 _SWATCH_PX = 26  # room for the swatch before a prompt
 _OUTLINE_PX = 2.5
+_PNG_LEVEL = 3  # noise does not get smaller at higher ones, only slower
 _MAX_SIDE_PX = 65_000  # Agg cannot draw 2**16 pixels or more
 
 
@@ -73,6 +74,7 @@ class _Type:
         self.line_px = round(size_px * 1.42)
         canvas: Any = FigureCanvasAgg(Figure(dpi=_DPI))  # matplotlib does not type its canvases
         self._renderer = canvas.get_renderer()
+        self._wrapped: dict[tuple[str, float], list[str]] = {}  # measuring is slow, and legends repeat
 
     def width_px(self, text: str) -> float:
         """Width of one line."""
@@ -80,6 +82,12 @@ class _Type:
 
     def wrap(self, text: str, width_px: float) -> list[str]:
         """Break `text` into lines no wider than `width_px`, inside a word only if it does not fit a line."""
+        key = (text, width_px)
+        if key not in self._wrapped:
+            self._wrapped[key] = self._wrap(text, width_px)
+        return list(self._wrapped[key])
+
+    def _wrap(self, text: str, width_px: float) -> list[str]:
         lines: list[str] = []
         line = ""
         for word in re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")):  # a no-break space stays whole
@@ -178,7 +186,7 @@ def _write(figure: Figure, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                canvas.print_png(file, metadata={"Software": None})
+                canvas.print_png(file, metadata={"Software": None}, pil_kwargs={"compress_level": _PNG_LEVEL})
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -16,17 +16,24 @@ import gpuparse
 from gpuparse.cli import app, main
 from gpuparse.errors import InputError
 from gpuparse.preview import DrawOptions, PreviewOptions, SliceChoice, preview
+from gpuparse.preview import run as run_module
 from gpuparse.preview.choose import choose_rows
-from gpuparse.preview.page import ImageFormat
+from gpuparse.preview.samples import make_samples, open_dataset
 from gpuparse.splits import ValSplit
 from gpuparse.store import open_store
 
 SIZE = (64, 64)
 
 
-def made(path, out, choice=None, images=None, **drawing):
-    options = PreviewOptions(choice or SliceChoice(), DrawOptions(size=SIZE, **drawing), images or ImageFormat())
-    return preview(path, out, options)
+def made(path, out, choice, **drawing):
+    return preview(path, out, PreviewOptions(choice, DrawOptions(size=SIZE, **drawing)))
+
+
+def samples_of(path, choice, **drawing):
+    """The samples alone, without page and sheets."""
+    options = DrawOptions(size=SIZE, **drawing)
+    dataset = open_dataset(path, choice.split, options)
+    return make_samples(dataset, choose_rows(dataset.store, choice), options)
 
 
 def places(store, rows):
@@ -107,13 +114,13 @@ def test_a_wrong_choice_is_refused(arguments, message):
         SliceChoice(**arguments)
 
 
-def test_a_wrong_way_of_drawing_is_refused(sample_stores, tmp_path):
+def test_a_wrong_way_of_drawing_is_refused(sample_stores):
     with pytest.raises(InputError, match="recipe is 'best'"):
         DrawOptions(recipe="best")
     with pytest.raises(InputError, match="size is"):
         DrawOptions(size=(0, 4))
     with pytest.raises(InputError, match="num_prompts is 0; expected a whole number of at least 1"):
-        made(sample_stores["SAMPLE_CT"], tmp_path, num_prompts=0)
+        samples_of(sample_stores["SAMPLE_CT"], SliceChoice(), num_prompts=0)
 
 
 def test_a_case_of_the_other_part_is_refused_with_its_part(write_case, data_dir):
@@ -128,13 +135,12 @@ def test_a_case_of_the_other_part_is_refused_with_its_part(write_case, data_dir)
 
 @pytest.mark.parametrize("recipe", ["corrected", "reference"])
 @pytest.mark.parametrize("name", ["SAMPLE_CT", "SAMPLE_CELLS", "mixed"])
-def test_pictures_are_those_of_the_oracle(sample_stores, mixed_store, tmp_path, name, recipe):
+def test_pictures_are_those_of_the_oracle(sample_stores, mixed_store, name, recipe):
     import zarr
 
     path = mixed_store.path if name == "mixed" else sample_stores[name]
     store = open_store(path)
-    result = made(path, tmp_path, SliceChoice(num_samples=9), augment=True, recipe=recipe, seed=5, epoch=3)
-    for sample in result.samples:
+    for sample in samples_of(path, SliceChoice(num_samples=9), augment=True, recipe=recipe, seed=5, epoch=3):
         folder = store.case_path(sample.key.case)
         image, labels = (zarr.open_array(folder / p, mode="r")[:] for p in ("0", "labels/gts/0"))
         pad = {"pad": pad_to_square} if recipe == "corrected" else {}
@@ -150,17 +156,17 @@ def test_pictures_are_those_of_the_oracle(sample_stores, mixed_store, tmp_path, 
 
 
 @pytest.mark.parametrize("num_prompts", [None, 3])
-def test_samples_are_training_s_own(sample_stores, tmp_path, num_prompts):
+def test_samples_are_training_s_own(sample_stores, num_prompts):
     path = sample_stores["SAMPLE_CT"]
     choice = SliceChoice(num_samples=5)
-    result = made(path.parent, tmp_path, choice, augment=True, seed=7, epoch=4, num_prompts=num_prompts)
+    samples = samples_of(path.parent, choice, augment=True, seed=7, epoch=4, num_prompts=num_prompts)
     trained = gpuparse.SliceDataset(
         path.parent, img_size=SIZE, seed=7, num_prompts=3, all_class_masks=num_prompts is None
     )
     trained.set_epoch(4)
     rows = choose_rows(trained.store, choice)
-    assert result.samples[0].dataset == trained.name
-    for sample, row in zip(result.samples, rows.tolist(), strict=True):
+    assert samples[0].dataset == trained.name
+    for sample, row in zip(samples, rows.tolist(), strict=True):
         item = trained[row]  # all slices are for training: the row is the index
         np.testing.assert_array_equal(sample.after.image, item["image"].numpy())
         ids = list(map(int, item["class_ids"].split("&")))
@@ -175,18 +181,17 @@ def test_samples_are_training_s_own(sample_stores, tmp_path, num_prompts):
         assert list(sample.prompts) == prompts
 
 
-def test_validation_is_shown_as_it_is_and_not_augmented(write_case, data_dir, tmp_path):
+def test_validation_is_shown_as_it_is_and_not_augmented(write_case, data_dir):
     labels = np.zeros((3, 8, 8), np.uint8)
     labels[1, 2:4] = 1
     for name in ("a", "b"):
         write_case(np.full((3, 8, 8), 7, np.uint8), labels, name=name, prompts={"1": ["first", "second"]})
     path = gpuparse.convert(data_dir, val_split=ValSplit(0.5)).datasets[0].store_path
-    result = made(path, tmp_path, SliceChoice(split="val", num_samples=1))
-    (sample,) = result.samples
+    (sample,) = samples_of(path, SliceChoice(split="val", num_samples=1))
     assert (sample.split, sample.prompts, sample.after) == ("val", ((1, "first"),), None)
     with pytest.raises(InputError, match="augment is on for split 'val'; validation is not augmented"):
-        made(path, tmp_path, SliceChoice(split="val"), augment=True)
-    assert made(path, tmp_path, SliceChoice(split="val"), augment=True, recipe="reference").samples[0].after
+        samples_of(path, SliceChoice(split="val"), augment=True)
+    assert samples_of(path, SliceChoice(split="val"), augment=True, recipe="reference")[0].after is not None
 
 
 def test_several_datasets_share_a_preview(sample_stores, tmp_path):
@@ -200,8 +205,9 @@ def test_several_datasets_share_a_preview(sample_stores, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_sheets_are_numbered_where_one_does_not_hold_all(sample_stores, tmp_path):
-    result = made(sample_stores["SAMPLE_CT"], tmp_path, SliceChoice(num_samples=13), augment=True)
+def test_sheets_are_numbered_where_one_does_not_hold_all(sample_stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_PANELS_PER_SHEET", 2)
+    result = made(sample_stores["SAMPLE_CT"], tmp_path, SliceChoice(num_samples=2), augment=True)
     assert [path.name for path in result.sheets] == ["contact_sheet.png", "contact_sheet_2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(p.name for p in result.sheets), "preview.html"]
 
@@ -212,16 +218,16 @@ def run(*arguments):
 
 def test_the_command_says_what_it_made(sample_stores, tmp_path):
     path, out = sample_stores["SAMPLE_CELLS"], tmp_path / "out"
-    arguments = (path, "--out", out, "--case", "case_001", "--view", "x", "--slice", "5", "--slice", "9", "--augment")
+    arguments = (path, "--out", out, "--case", "case_001", "--view", "x", "--slice", "5", "--augment")
     result = run(*arguments)
     assert result.exit_code == 0
-    assert "2 samples" in result.stdout
+    assert "1 sample\n" in result.stdout
     for file in ("preview.html", "contact_sheet.png"):
         assert str(out / file) in result.stdout
     data = json.loads(run(*arguments, "--json", "--jpeg").stdout)
     assert data["page"] == str(out / "preview.html")
     found = [(s["case"], s["axis"], s["position"]) for s in data["samples"]]
-    assert found == [("case_001", 2, 5), ("case_001", 2, 9)]
+    assert found == [("case_001", 2, 5)]
     for sample in data["samples"]:
         assert set(sample["parameters"]) == set(gpuparse.sample_params(None, [1], seed=0, epoch=0).dtype.names)
         assert sample["words"]

@@ -108,7 +108,7 @@ def preview_command(
     elif not quiet:
         console = Console(highlight=False, soft_wrap=True)
         size_mb = made.page.stat().st_size / 1e6
-        console.print(f"{len(made.samples)} samples")
+        console.print(f"{len(made.samples)} sample{'' if len(made.samples) == 1 else 's'}")
         console.print(f"page: {made.page} ({size_mb:.1f} MB)", markup=False)
         for sheet in made.sheets:
             console.print(f"sheet: {sheet}", markup=False)

@@ -46,7 +46,7 @@ class ImageFormat:
             # Channels are different slices: their colours are as important as their brightness.
             Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling=0)
         else:
-            Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+            Image.fromarray(pixels).save(buffer, "PNG")
         kind = "jpeg" if self.jpeg else "png"
         return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
