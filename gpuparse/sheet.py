@@ -88,6 +88,7 @@ class _Type:
         return list(self._wrapped[key])
 
     def _wrap(self, text: str, width_px: float) -> list[str]:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # halves of letters cannot be drawn
         lines: list[str] = []
         line = ""
         for word in re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")):  # a no-break space stays whole

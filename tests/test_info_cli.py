@@ -90,6 +90,13 @@ def test_prompts_are_printed_as_they_are(odd_store):
     assert "</td><script>alert(1)</script> (+1)" in run(odd_store).stdout
 
 
+def test_a_prompt_cannot_command_the_terminal(write_case, data_dir):
+    write_case(np.full((3, 8, 8), 7, np.uint8), prompts={"1": ["red \x1b[31m \ud800"]})
+    report = gpuparse.info(gpuparse.convert(data_dir).datasets[0].store_path)
+    assert "red \\x1b[31m \\ud800" in str(report)
+    assert "red \x1b[31m ?" in info_page(report)
+
+
 def test_the_page_has_what_the_text_has_and_nothing_from_elsewhere(sample_stores, tmp_path):
     path = tmp_path / "deep" / "info.html"
     result = run(sample_stores["SAMPLE_CT"].parents[1], "--html", path, "--voxels", "--jobs", "1")

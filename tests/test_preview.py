@@ -212,6 +212,14 @@ def test_sheets_are_numbered_where_one_does_not_hold_all(sample_stores, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(p.name for p in result.sheets), "preview.html"]
 
 
+def test_a_prompt_with_half_a_letter_is_no_obstacle(write_case, data_dir, tmp_path):
+    labels = np.ones((3, 8, 8), np.uint8)
+    write_case(np.full((3, 8, 8), 7, np.uint8), labels, prompts={"1": ["half \ud800 a letter"]})
+    path = gpuparse.convert(data_dir).datasets[0].store_path
+    result = made(path, tmp_path / "out", SliceChoice(num_samples=1))
+    assert "half ? a letter" in result.page.read_text(encoding="utf-8")
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["preview", *map(str, arguments)], env={"COLUMNS": "200"})
 

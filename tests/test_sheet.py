@@ -217,6 +217,25 @@ def test_long_prompts_stay_inside_their_card(tmp_path):
         assert near(below, colour).any()
 
 
+def test_a_prompt_in_letters_that_cannot_be_drawn_is_drawn_without_a_warning(tmp_path, recwarn):
+    prompts = ["\u65e5\u672c\u8a9e", "half a letter \ud800 and \x00"]
+    masks = np.stack([block(5, 30, 5, 30), block(50, 80, 5, 30)])
+    assert contact_sheet([Panel(grey(), masks, prompts, "a")], tmp_path / "a.png").exists()
+    assert not recwarn.list
+
+
+def test_masks_of_one_colour_key_have_one_colour_across_the_sheet():
+    owners: dict[str, int] = {}
+    font = sheet._Type(15.5)
+    masks = np.stack([block(10, 30, 10, 30), block(50, 70, 10, 30)])
+    keys = ["organ 1", "organ 2"]
+    one = sheet._card(Panel(grey(), masks, ["Liver", "Spleen"], "a", colour_keys=keys), "panel 0", owners, font)
+    two = sheet._card(
+        Panel(grey(), masks[::-1], ["The spleen", "The liver"], "b", colour_keys=keys[::-1]), "panel 1", owners, font
+    )
+    assert [entry.colour for entry, _ in one.entries] == [entry.colour for entry, _ in two.entries][::-1]
+
+
 def test_equal_input_gives_equal_bytes_whatever_the_users_matplotlib_settings(tmp_path):
     panel = Panel(grey(), block(10, 30, 10, 30)[None], ["Liver"], "a")
     first = contact_sheet([panel], tmp_path / "a.png", title="t").read_bytes()
@@ -284,6 +303,7 @@ GOOD = {"image": grey(), "labels": block(1, 3, 1, 3)[None], "prompts": ["Liver"]
         ({"labels": block(1, 3, 1, 3), "class_ids": [1, 2]}, "there are 2 class_ids but 1 prompts"),
         ({"prompts": "Liver[SEP]Spleen"}, r"prompts is a str; expected a sequence.*text\.split\('\[SEP\]'\)"),
         ({"prompts": [3]}, "prompts holds 3; expected strings only"),
+        ({"colour_keys": ["a", "b"]}, "there are 2 colour_keys but 1 prompts; expected one for each"),
         ({"caption": 7}, "panel 0: caption is a int; expected str"),
     ],
 )

@@ -54,7 +54,8 @@ def info_page(report: InfoReport) -> str:
         body += _section(store, number)
     template = importlib.resources.files("gpuparse.info").joinpath("page.html").read_text(encoding="utf-8")
     # The body last: what a prompt says is never looked at for marks.
-    return template.replace("{{title}}", html.escape(f"gpuparse info: {title}")).replace("{{body}}", "\n".join(body))
+    text = template.replace("{{title}}", html.escape(f"gpuparse info: {title}")).replace("{{body}}", "\n".join(body))
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of letters
 
 
 def _section(store: StoreInfo, number: int) -> list[str]:

@@ -125,11 +125,22 @@ VIEW_HEADS = ("view", "cases", "slices", "chunks/sample", "read/sample", "decode
 CLASS_HEADS = ("class", "prompt", "cases", "slices", "voxels")
 
 
+def _printable(text: str) -> str:
+    """A text that no terminal takes for a command: what is not printable is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def class_row(entry: ClassInfo) -> tuple[str, str, str, str, str]:
     """A class: id, first prompt with the number of others, cases, slices, voxels."""
     more = f" (+{len(entry.prompts) - 1})" if len(entry.prompts) > 1 else ""
     voxels = "-" if entry.num_voxels is None else f"{entry.num_voxels:,}"
-    return str(entry.class_id), entry.prompts[0] + more, f"{entry.num_cases:,}", f"{entry.num_slices:,}", voxels
+    return (
+        str(entry.class_id),
+        _printable(entry.prompts[0]) + more,
+        f"{entry.num_cases:,}",
+        f"{entry.num_slices:,}",
+        voxels,
+    )
 
 
 def summary_row(store: StoreInfo) -> tuple[str, ...]:

@@ -98,7 +98,8 @@ def preview_page(samples: Sequence[Sample], title: str, about: str, images: Imag
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", value)
     # Last, so that what a prompt says is never looked at for marks.
-    return template.replace("{{samples}}", "\n".join(articles))
+    text = template.replace("{{samples}}", "\n".join(articles))
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of letters
 
 
 def _article(sample: Sample, number: int, count: int, owners: dict[str, int], images: ImageFormat) -> str:
