@@ -148,10 +148,11 @@ def test_pictures_are_those_of_the_oracle(sample_stores, mixed_store, name, reci
         encoded, ids = encode_with_cv2(
             image, labels.astype(np.float64), axis=sample.key.axis, positions=[sample.key.position], size=SIZE, **pad
         )
-        assert np.abs(sample.before.image - encoded[0].astype(np.float32)).max() <= 1
+        before = sample.before.pixels.transpose(2, 0, 1)
+        assert np.abs(before.astype(int) - encoded[0]).max() <= 1
         np.testing.assert_array_equal(sample.before.labels, ids[0].astype(np.int64))
-        expected = augmented_image(sample.before.image.astype(np.uint8), sample.params)
-        np.testing.assert_allclose(sample.after.image, expected, atol=2e-3)
+        expected = np.clip(augmented_image(before, sample.params), 0, 255)
+        np.testing.assert_allclose(sample.after.pixels.transpose(2, 0, 1), expected, atol=0.5 + 2e-3)
         np.testing.assert_array_equal(sample.after.labels, augmented_mask(sample.before.labels, sample.params))
 
 
@@ -168,7 +169,8 @@ def test_samples_are_training_s_own(sample_stores, num_prompts):
     assert samples[0].dataset == trained.name
     for sample, row in zip(samples, rows.tolist(), strict=True):
         item = trained[row]  # all slices are for training: the row is the index
-        np.testing.assert_array_equal(sample.after.image, item["image"].numpy())
+        expected = np.rint(np.clip(item["image"].numpy(), 0, 255)).transpose(1, 2, 0)
+        np.testing.assert_array_equal(sample.after.pixels, expected)
         ids = list(map(int, item["class_ids"].split("&")))
         prompts = list(zip(ids, item["text"].split("[SEP]"), strict=True))
         if num_prompts is None:

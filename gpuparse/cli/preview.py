@@ -66,7 +66,7 @@ def preview_command(
 
     Example: gpuparse preview stores/AMOS --augment
 
-    Example: gpuparse preview stores/AMOS --case amos_0018 --view z --slice 30 --slice 31
+    Example: gpuparse preview stores/AMOS --case CT_AMOS_amos_0018 --view z --slice 30 --slice 31
     """
     from gpuparse.errors import InputError
     from gpuparse.preview import DrawOptions, PreviewOptions, SliceChoice, preview

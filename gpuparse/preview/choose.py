@@ -128,8 +128,8 @@ def _varied(store: Store, rows: npt.NDArray[np.int64], num_samples: int) -> npt.
     table = store.slices
     cases, axes, positions = (values[rows].astype(np.int64) for values in (table.case, table.axis, table.position))
     lengths = store.case_columns.shape[cases, axes]
-    view, view_of = np.unique(3 * cases + axes, return_inverse=True)
-    view_of = view_of.reshape(-1)
+    # Cases, axes and views, each counted from 0 for every row.
+    groups = [np.unique(values, return_inverse=True)[1].reshape(-1) for values in (cases, axes, 3 * cases + axes)]
     places = positions / np.maximum(lengths - 1, 1)
     starts, stops = table.class_indptr[rows], table.class_indptr[rows + 1]
     entry_row = np.repeat(np.arange(len(rows)), stops - starts)
@@ -137,31 +137,24 @@ def _varied(store: Store, rows: npt.NDArray[np.int64], num_samples: int) -> npt.
     classes, entry_class = np.unique(entries, return_inverse=True)
     entry_class = entry_class.reshape(-1)
     shown = np.zeros(len(classes))
-    shown_cases: dict[int, int] = dict.fromkeys(np.unique(cases).tolist(), 0)
-    shown_axes: dict[int, int] = dict.fromkeys(np.unique(axes).tolist(), 0)
-    shown_views = np.zeros(len(view))
+    taken = [np.zeros(group.max() + 1, np.int64) for group in groups]
     nearest = np.full(len(rows), 1.0)
     middle = 0.01 * (1 - 2 * np.abs(places - 0.5))
     chosen: list[int] = []
     for _ in range(min(num_samples, len(rows))):
         # Cases first, then axes, then views; among the rows that are left the richest in what was not shown yet.
-        rank = np.stack([
-            np.array([shown_cases[case] for case in cases.tolist()]),
-            np.array([shown_axes[axis] for axis in axes.tolist()]),
-            shown_views[view_of],
-        ])  # fmt: skip
         open_rows = np.ones(len(rows), bool)
         open_rows[chosen] = False
-        for level in rank:
+        for group, counts in zip(groups, taken, strict=True):
+            level = counts[group]
             open_rows &= level == level[open_rows].min()
         gain = np.bincount(entry_row, weights=1.0 / (1 + shown[entry_class]) ** 2, minlength=len(rows))
         score = gain * np.minimum(1, nearest / _NEAR) + middle + 0.1 * np.minimum(1, nearest / _NEAR)
         best = int(np.flatnonzero(open_rows)[np.argmax(score[open_rows])])
         chosen.append(best)
         shown[entry_class[entry_row == best]] += 1
-        shown_cases[int(cases[best])] += 1
-        shown_axes[int(axes[best])] += 1
-        shown_views[view_of[best]] += 1
-        same = view_of == view_of[best]
+        for group, counts in zip(groups, taken, strict=True):
+            counts[group[best]] += 1
+        same = groups[-1] == groups[-1][best]
         nearest[same] = np.minimum(nearest[same], np.abs(places[same] - places[best]))
     return rows[chosen]

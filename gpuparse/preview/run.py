@@ -145,14 +145,16 @@ def _shared_out(places: Sequence[Place], options: PreviewOptions) -> list[tuple[
 
 
 def _draw_sheets(samples: Sequence[Sample], folder: Path, title: str) -> tuple[Path, ...]:
-    panels = [panel for sample in samples for panel in _panels(sample)]
-    count = math.ceil(len(panels) / _PANELS_PER_SHEET)
+    """Draws the sheets one by one: masks of all samples at once may take gigabytes."""
+    per_sheet = _PANELS_PER_SHEET // (1 if samples[0].after is None else 2)
+    count = math.ceil(len(samples) / per_sheet)
     sheets = []
     for number in range(count):
-        part = panels[number * _PANELS_PER_SHEET : (number + 1) * _PANELS_PER_SHEET]
+        part = samples[number * per_sheet : (number + 1) * per_sheet]
+        panels = [panel for sample in part for panel in _panels(sample)]
         name = SHEET_FILE if number == 0 else SHEET_FILE.replace(".png", f"_{number + 1}.png")
         heading = title if count == 1 else f"{title} ({number + 1} of {count})"
-        sheets.append(contact_sheet(part, folder / name, columns=_COLUMNS, title=heading))
+        sheets.append(contact_sheet(panels, folder / name, columns=_COLUMNS, title=heading))
     return tuple(sheets)
 
 

@@ -54,21 +54,23 @@ class DrawOptions:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One image with its labels.
+    """One image with its labels, as small as they can be shown.
 
     Attributes:
-        image: (3, rows, columns) float32: the slice, the one before, the one after; augmentation may leave 0..255.
-        labels: (rows, columns) int64, ids as they are.
+        pixels: (rows, columns, 3) uint8: the slice, the one before, the one after; rounded and cut to 0..255, which
+            augmentation may leave.
+        labels: (rows, columns) unsigned, ids as they are.
     """
 
-    image: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.unsignedinteger[Any]]
 
-    @property
-    def pixels(self) -> npt.NDArray[np.uint8]:
-        """(rows, columns, 3) uint8, rounded and cut to 0..255."""
-        whole = np.rint(np.clip(self.image, 0, 255)).astype(np.uint8)
-        return np.ascontiguousarray(whole.transpose(1, 2, 0))
+    @staticmethod
+    def of(image: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Picture:
+        """The picture of a training sample: (3, rows, columns) and (rows, columns)."""
+        whole = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+        narrow = np.min_scalar_type(int(labels.max(initial=0)))
+        return Picture(np.ascontiguousarray(whole.transpose(1, 2, 0)), labels.astype(narrow))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +196,7 @@ def _sample(dataset: SliceDataset, reader: ChunkReader, index: int, row: int, op
     labels = LabelSpec(np.ones((num_pictures, 1), np.int32), np.full(num_pictures, _ID_MAP, np.int32), stacked=False)
     packed = pack(reader, [key] * num_pictures, params, labels, options.size, OutputTypes())
     made = render_on_host(packed, options.size, OutputTypes())
-    pictures = [Picture(made.image[i], made.labels[i]) for i in range(num_pictures)]
+    pictures = [Picture.of(made.image[i], made.labels[i]) for i in range(num_pictures)]
     view = view_geometry(store.case_columns.shape[key.case].tolist(), key.axis, options.recipe)
     return Sample(
         dataset=dataset.name,
