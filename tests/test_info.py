@@ -84,6 +84,16 @@ def test_counts_are_those_of_the_voxels(opened):
     assert found.voxels.num_instances == (num_ids if opened.prompts.instance_label else None)
 
 
+def test_ranks_are_found_by_table_and_by_search(monkeypatch):
+    from gpuparse.info import index
+
+    ids, values = np.array([2, 3, 900]), np.array([3, 2, 900, 7, 901, 3], np.int32)
+    expected = [1, 0, 2, 3, 3, 1]
+    assert index._ranks(values, ids).tolist() == expected
+    monkeypatch.setattr(index, "_MAX_TABLE_ID", 100)
+    assert index._ranks(values, ids).tolist() == expected
+
+
 def test_sizes_are_those_of_arrays_files_and_the_cache(opened):
     found = described(opened.path)
     arrays = [array for pair in volumes_of(opened) for array in pair]
