@@ -1,7 +1,7 @@
 """The command line: one module for each command, gathered here.
 
-Exit status: 0 all done, 1 some files were skipped (check: errors were found), 2 nothing was done or a bad file stopped
-the run, 130 interrupted.
+Exit status: 0 all done, 1 some files were skipped (check: errors were found; info: some stores cannot be read), 2
+nothing was done or a bad file stopped the run, 130 interrupted.
 """
 
 from __future__ import annotations

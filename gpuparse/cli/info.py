@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from gpuparse.cli.consoles import counting_progress, error_console, table_console
 
 # What reading stores needs is imported when it runs: the other commands start without it.
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from gpuparse.info import InfoReport, StoreInfo
 
 __all__ = ["info_command"]
-
-_PLAIN_WIDTH = 160  # where there is no terminal to ask
 
 
 def info_command(
@@ -61,8 +60,8 @@ def info_command(
 
     if html is not None:
         check_page_path(html)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    with _progress(errors, quiet=quiet) as progress:
+    errors = error_console()
+    with counting_progress(errors, quiet=quiet) as progress:
         task = progress.add_task("reading labels", total=None, visible=voxels)
         report = info(
             path,
@@ -84,24 +83,10 @@ def info_command(
         raise typer.Exit(1)
 
 
-def _progress(console: Console, *, quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-        transient=True,
-    )
-
-
 def _print(report: InfoReport, *, show_all: bool, page: Path | None) -> None:
     from gpuparse.info.text import SUMMARY_HEADS, summary_row
 
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
+    console = table_console()
     if len(report.stores) == 1 or show_all:
         for store in report.stores:
             _print_store(console, store)

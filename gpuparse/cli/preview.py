@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gpuparse.cli.consoles import counting_progress, error_console
 
 # What drawing needs is imported when it runs: the other commands start without it.
 
@@ -88,17 +89,7 @@ def preview_command(
         images=ImageFormat(jpeg=jpeg),
         datasets=tuple(dict.fromkeys(dataset or ())),
     )
-    errors = Console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        disable=quiet or not errors.is_terminal,
-        transient=True,
-    )
-    with progress:
+    with counting_progress(error_console(), quiet=quiet) as progress:
         task = progress.add_task("drawing", total=None)
         made = preview(
             path, out, options, on_sample=lambda done, total: progress.update(task, completed=done, total=total)
