@@ -18,7 +18,7 @@ from gpuparse.errors import StorageError
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
 
-__all__ = ["Gathering", "SliceKey", "gather"]
+__all__ = ["Gathering", "SliceKey", "gather", "gather_labels"]
 
 _NUMBER_BITS = 44  # of a chunk's number in its array, below the array's own
 
@@ -216,6 +216,34 @@ def _prepare(keys: Sequence[SliceKey]) -> None:
         }
     if failed:
         raise StorageError(failed[min(failed)], failed=dict(sorted(failed.items())))
+
+
+def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
+    """Finds the chunks that hold the labels of some slices, and no image.
+
+    Args:
+        keys: The slices, at least one.
+
+    Raises:
+        StoreFormatError: A case's arrays are not in the store's format.
+        StorageError: Remote storage failed.
+    """
+    _prepare(keys)
+    arrays: dict[ArrayLayout, int] = {}
+    labels = _Planes([_view_of(key).labels for key in keys], arrays)
+    positions = np.array([[key.position] for key in keys], np.int64)
+    label_planes, tiles, offsets = labels.finish(positions, 0, {}, (1, 1))
+    chunks, tile_chunk = np.unique(tiles, return_inverse=True)
+    return Gathering(
+        arrays=tuple(arrays),
+        chunk_array=chunks >> _NUMBER_BITS,
+        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
+        tile_chunk=tile_chunk.reshape(-1),
+        tile_offset=offsets,
+        image_planes=label_planes[:0],
+        label_planes=label_planes,
+        lengths=(),
+    )
 
 
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:

@@ -29,6 +29,7 @@ from gpuparse.remote import RemoteOptions, RemotePath
 __all__ = [
     "FORMAT_VERSION",
     "ArrayLayout",
+    "CaseColumns",
     "CaseInfo",
     "SliceTable",
     "Store",
@@ -123,6 +124,28 @@ class CaseInfo:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CaseColumns:
+    """All cases of a store as columns, in the order of the slice index; `Store.cases` has them one by one.
+
+    Attributes:
+        names: Their names.
+        folders: Their folders in `cases/`.
+        shape: (num_cases, 3) int32, voxels along z, y, x.
+        spacing_mm: (num_cases, 3) float64, voxel size along z, y, x.
+        axes: (num_cases,) uint8: bit i is set where axis i is used.
+    """
+
+    names: Sequence[str]
+    folders: Sequence[str]
+    shape: npt.NDArray[np.int32]
+    spacing_mm: npt.NDArray[np.float64]
+    axes: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: a store makes one per array
@@ -271,22 +294,32 @@ class Store:
         return table
 
     @functools.cached_property
-    def cases(self) -> tuple[CaseInfo, ...]:
-        """All cases, in the order that the slice index counts them."""
+    def case_columns(self) -> CaseColumns:
+        """All cases as columns, read when first asked for."""
         names: Any = self._index.get("case_names")
         folders: Any = self._index.get("case_folders")
         if names is None or folders is None:
             raise StoreFormatError(f"'{self.place}': the slice index names no cases. {_REMEDY}")
-        shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
+        shape, spacing, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
+        if len({len(names), len(folders), len(shape), len(spacing), len(axes)}) > 1:
+            raise StoreFormatError(f"'{self.place}': the columns of its cases differ in length. {_REMEDY}")
+        return CaseColumns(names, folders, shape, spacing, axes)
+
+    @functools.cached_property
+    def cases(self) -> tuple[CaseInfo, ...]:
+        """All cases, in the order that the slice index counts them."""
+        columns = self.case_columns
+        rows = zip(
+            columns.names,
+            columns.folders,
+            columns.shape.tolist(),
+            columns.spacing_mm.tolist(),
+            columns.axes.tolist(),
+            strict=True,
+        )
         return tuple(
-            CaseInfo(
-                name,
-                folder,
-                tuple(map(int, shape)),  # type: ignore[arg-type]
-                tuple(map(float, spacing)),  # type: ignore[arg-type]
-                tuple(i for i in range(3) if mask >> i & 1),
-            )
-            for name, folder, shape, spacing, mask in zip(names, folders, shapes, spacings, axes.tolist(), strict=True)
+            CaseInfo(name, folder, tuple(shape), tuple(spacing), tuple(i for i in range(3) if mask >> i & 1))
+            for name, folder, shape, spacing, mask in rows
         )
 
     def case_path(self, case: int) -> Path:
@@ -294,7 +327,7 @@ class Store:
         return self.path / "cases" / self.cases[case].folder
 
     def _case_place(self, case: int) -> Place:
-        return self.place / "cases" / self.cases[case].folder
+        return self.place / "cases" / self.case_columns.folders[case]
 
     def layout(self, case: int, array_path: str) -> ArrayLayout:
         """The chunk layout of one array of a case, checked and remembered.
@@ -319,7 +352,7 @@ class Store:
                 if files is not None
                 else None
             )
-            self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
+            self._layouts[key] = _parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
         return self._layouts[key]
 
     def prepare(self, cases: Iterable[int]) -> dict[int, StorageError]:

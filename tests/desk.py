@@ -17,20 +17,25 @@ NAMES = {1: "heart", 2: "liver", 3: "spleen"}
 PROMPTS = {"1": "heart", "2": ["liver", "the liver"], "3": "spleen", "instance_label": 0}
 
 
-def make_desk(folder: Path, sample_dir: Path, stores: Path) -> Path:
-    """Makes all of it; `stores` are those of the sample data."""
+def make_desk(folder: Path, sample_dir: Path) -> Path:
+    """Makes all of it, in part from the sample data."""
     prompts = json.loads((sample_dir / "class_prompts.json").read_text())["SAMPLE_CT"]
     for place, dataset, names in (
         ("DATA_DIR", "DATASET1", ("case_001", "case_002", "case_003")),
         ("DIR/data", "DATASET1", ("case_001", "case_002")),
         ("data", "AMOS", ("case",)),
+        ("gpuparse-demo/data", "SAMPLE_CT", ("case_001",)),
     ):
         (folder / place / dataset / "train").mkdir(parents=True)
         for name, source in zip(names, sorted((sample_dir / "SAMPLE_CT/train").iterdir()), strict=False):
             shutil.copy(source, folder / place / dataset / f"train/{name}.npz")
         (folder / place / "class_prompts.json").write_text(json.dumps({dataset: prompts}))
+    with np.load(folder / "data/AMOS/train/case.npz") as case:
+        thin = {key: case[key][:, ::4, ::4] for key in ("imgs", "gts")}
+        longer = {key: np.concatenate([values, values[-2::-1]]) for key, values in thin.items()}
+        np.savez(folder / "data/AMOS/train/CT_AMOS_amos_0018.npz", **longer, spacing=case["spacing"])
     gpuparse.convert(folder / "data", out_dir=folder / "stores")
-    shutil.copytree(stores / "SAMPLE_CT", folder / "gpuparse-demo/stores/SAMPLE_CT")
+    gpuparse.convert(folder / "gpuparse-demo/data", out_dir=folder / "gpuparse-demo/stores")
     for configs in ("configs/datamodule", "BiomedParse/configs/datamodule"):
         (folder / configs / "datasets/biomedparse").mkdir(parents=True)
         (folder / configs / "dataloaders").mkdir()

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import typer
 
 import gpuparse
+from gpuparse.cli import app
 
 REPOSITORY = Path(__file__).parents[1]
 _MARK = r"(?:^ *<!-- (?P<mark>run|shown: .+?) -->\n)?"
@@ -35,9 +38,9 @@ RUN = [page for page in PAGES if any(block["mark"] == "run" for block in blocks(
 
 
 @pytest.fixture(scope="session")
-def desk(sample_dir, sample_stores, tmp_path_factory):
+def desk(sample_dir, tmp_path_factory):
     make_desk = pytest.importorskip("desk", reason="needs nibabel, pydicom and highdicom").make_desk
-    return make_desk(tmp_path_factory.mktemp("desk"), sample_dir, sample_stores["SAMPLE_CT"].parents[1])
+    return make_desk(tmp_path_factory.mktemp("desk"), sample_dir)
 
 
 def test_every_block_of_code_is_marked():
@@ -58,6 +61,17 @@ def test_code_that_is_only_shown_is_well_formed(page):
                 json.loads(block["code"])
             case "yaml":
                 pytest.importorskip("yaml").safe_load(block["code"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_the_options_they_are_called_with(page):
+    """Those that are only shown, too."""
+    commands = typer.main.get_command(app).commands
+    for code in (block["code"] for block in blocks(page) if block["language"] == "bash"):
+        for line in re.findall(r"^\s*(?:srun )?gpuparse (.+)", code.replace("\\\n", " "), re.MULTILINE):
+            name, *words = shlex.split(line.partition("&&")[0], comments=True)
+            known = {option for p in commands[name].params for option in p.opts} | {"--help"}
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, line
 
 
 @pytest.mark.parametrize("page", RUN)
