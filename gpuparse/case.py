@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arrays import MAX_CHUNK_BYTES, Level, serial_blosc, write_group, write_voxels
+from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import replace_folder
 from gpuparse.presence import find_presence, label_pairs
@@ -64,7 +64,8 @@ def convert_case(case: SourceCase, work_path: Path, settings: CaseSettings) -> d
 
     Args:
         case: The source.
-        work_path: Receives the case as `cases/<name>`.
+        work_path: Receives the case as `cases/<name>`, by way of `incoming`; both folders must be there. They are not
+            made here: where a mount is lost, they would be made on the disk below it.
         settings: What it depends on beside its source.
 
     Returns:
@@ -168,28 +169,21 @@ def _write_case(
             "Cut the volume into parts, or downsample it."
         )
     try:
+        temporary.mkdir()
         summary["files"] = _write_arrays(temporary, volume, chunks, settings.level)
         ome: dict[str, Any] = {"version": "0.5", "multiscales": [_multiscale(volume, case.name)]}
         write_group(temporary, {"ome": ome, "gpuparse": summary})
-        target.parent.mkdir(parents=True, exist_ok=True)
         replace_folder(temporary, target)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # before anyone asks how much room there is
+        told = describe_write_error(error, work_path, num_bytes=summary["raw_bytes"])
         raise StoreWriteError(
-            f"{case.path}: its case could not be written into {work_path}: {error}. "
-            f"{_WRITE_REMEDIES.get(error.errno or 0, 'Check the disk and its mount')}, and run the command again: "
+            f"{case.path}: its case could not be written into {work_path}: {told}. Then run the command again: "
             "finished cases are kept."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {**summary, "place": str(target), "kept": False}
-
-
-_WRITE_REMEDIES = {
-    errno.ENOSPC: "Make room on the disk, or name another folder with --out",
-    errno.EDQUOT: "Make room in your quota, or name another folder with --out",
-    errno.EROFS: "Name a folder that can be written with --out",
-    errno.EACCES: "Name a folder that can be written with --out",
-}
 
 
 def _write_arrays(folder: Path, volume: Volume, chunks: tuple[int, int, int], level: Level) -> dict[str, int]:

@@ -84,13 +84,14 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
     }
     if store is None or not _is_published(store, attributes, cases, val_cases):
         old_folders = set() if store is None else {case.folder for case in store.cases}
-        (root_path / "cases").mkdir(parents=True, exist_ok=True)
         folders = [_settle(case, root_path, old_folders) for case in cases]
         columns = _slice_columns(cases, target.split, val_cases.chosen)
         index = f"index/{uuid.uuid4().hex[:12]}"
-        _write_index(work_path / "incoming" / index, columns, [case["name"] for case in cases], folders)
+        incoming = work_path / "incoming" / Path(index).name
+        incoming.mkdir()
+        _write_index(incoming, columns, [case["name"] for case in cases], folders)
         (root_path / "index").mkdir(exist_ok=True)
-        os.replace(work_path / "incoming" / index, root_path / index)
+        os.replace(incoming, root_path / index)
         group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         for folder in ("cases", "index"):
             replace_text(root_path / folder / "zarr.json", json.dumps(group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Callable, Generator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.case import convert_case, kept_case, stored_case
-from gpuparse.conversion_report import CaseResult, CaseState, DatasetReport, Failure, write_report
+from gpuparse.conversion_report import REPORT_FILE, CaseResult, CaseState, DatasetReport, Failure, write_report
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import discard_folder, remove_discarded
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
@@ -20,6 +21,8 @@ from gpuparse.store import Store
 from gpuparse.workers import Died, Task, TaskPool
 
 __all__ = ["DatasetRun", "RunOptions"]
+
+_LOG = logging.getLogger("gpuparse")
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,21 @@ class DatasetRun:
         self._clean()
         try:
             report = self._convert(start)
-        finally:
-            if report is None and self.options.overwrite:  # no later run would use what this one wrote
-                discard_folder(self.target.work_path)
-            _remove_if_empty(self.target.work_path)
+        finally:  # whatever fails here on a full or lost disk, what ended the run is the error to show
+            with contextlib.suppress(OSError):
+                if report is None and self.options.overwrite:  # no later run would use what this one wrote
+                    discard_folder(self.target.work_path)
+                _remove_if_empty(self.target.work_path)
             if self.options.on_error == "skip" or any(result.state != "failed" for result in self.results):
-                with contextlib.suppress(OSError):  # a full disk: what ended the run is the error to show
+                try:
                     write_report(self.target.store_path, report, self.results, self.failures)
+                except OSError as error:
+                    _LOG.warning("%s was not written: %s", self.target.store_path.with_name(REPORT_FILE), error)
         return report
 
     def _convert(self, start: float) -> DatasetReport | None:
+        for folder in (self.target.work_path, self.target.work_path / "incoming", self.target.work_path / "cases"):
+            folder.mkdir(exist_ok=True)
         extended = None if self.options.overwrite else self.store
         folders = _folders_of(extended)
         names = sorted({case.name for case in self.cases}.union(folders))
