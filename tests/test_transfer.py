@@ -244,7 +244,7 @@ def test_the_command_line_goes_from_bucket_to_bucket(server, write_case, data_di
 def test_a_work_dir_that_cannot_be_written_is_named(server, options, tmp_path):
     server.put("sources/DATA/train/a.npz", b"x")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreWriteError, match=r"file/sources-.*: cannot be written: .*another folder with --work-dir"):
+    with pytest.raises(StoreWriteError, match=r"file/sources-.*: cannot be written: .*with --work-dir"):
         gpuparse.convert("s3://bucket/sources", out_dir=tmp_path, work_dir=tmp_path / "file", remote=options)
 
 
