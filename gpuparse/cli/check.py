@@ -28,7 +28,7 @@ _PLAIN_WIDTH = 160  # where there is no terminal to ask
 
 def check_command(
     paths: Annotated[
-        list[Path], typer.Argument(help="Data folders, datasets, npz files, or stores.", show_default=False)
+        list[str], typer.Argument(help="Data folders, datasets, npz files, stores, or their URLs.", show_default=False)
     ],
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Check this dataset only; may be given several times.")
