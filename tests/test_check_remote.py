@@ -75,7 +75,9 @@ def as_seen(report, root):
         (f.severity, f.code, f.path.removeprefix(root), f.dataset, f.case, f.found.replace(root, ""))
         for f in report.findings
     ]
-    return sorted(findings), [(d.kind, d.name, d.path.removeprefix(root), d.num_cases, d.num_bad) for d in report.datasets]
+    return sorted(findings), [
+        (d.kind, d.name, d.path.removeprefix(root), d.num_cases, d.num_bad) for d in report.datasets
+    ]
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -71,7 +71,8 @@ def find_targets(
         if not targets:
             raise InputError(
                 f"{given}: nothing to check in it; expected npz files in DATASETn/{'|'.join(splits)}/, or .zarr "
-                "stores. Name the folder that holds the datasets, a dataset, a store, or a file; --split for other subfolders."
+                "stores. Name the folder that holds the datasets, a dataset, a store, or a file; --split for other "
+                "subfolders."
             )
         for target in targets:
             key = _absolute(target.path)
