@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gpuparse.case import convert_case, kept_case, stored_case
+from gpuparse.case import CaseRecord, convert_case, kept_case, stored_case
 from gpuparse.conversion_report import REPORT_FILE, CaseResult, CaseState, DatasetReport, Failure, write_report
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import discard_folder, remove_discarded
@@ -98,21 +97,21 @@ class DatasetRun:
         folders = _folders_of(extended)
         names = sorted({case.name for case in self.cases}.union(folders))
         val_cases = choose_val_cases(self.target, names, self.store)
-        done = [summary for summary in self._outcomes(folders) if summary is not None]
+        done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        done += self._orphans(folders, {str(case["name"]) for case in done})
-        publish(self.target, extended, sorted(done, key=lambda case: str(case["name"])), val_cases)
-        num_kept = sum(case["kept"] for case in done)
+        done += self._orphans(folders, {case.name for case in done})
+        publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)
+        num_kept = sum(case.kept for case in done)
         return DatasetReport(
             name=self.target.name,
             store_path=self.target.store_path,
             num_written=len(done) - num_kept,
             num_kept=num_kept,
-            num_slices=sum(case["shape"][axis] for case in done for axis in case["axes"]),
-            source_bytes=sum(case["source"]["bytes"] for case in done),
-            raw_bytes=sum(case["raw_bytes"] for case in done),
-            store_bytes=sum(sum(case["files"].values()) for case in done),
+            num_slices=sum(case.num_slices for case in done),
+            source_bytes=sum(case.source_bytes for case in done),
+            raw_bytes=sum(case.raw_bytes for case in done),
+            store_bytes=sum(case.store_bytes for case in done),
             seconds=time.perf_counter() - start,
         )
 
@@ -140,8 +139,8 @@ class DatasetRun:
             seconds=time.perf_counter() - start,
         )
 
-    def _outcomes(self, folders: dict[str, Path]) -> Generator[dict[str, Any] | None, None, None]:
-        """The summary of each source's case, None where it is bad and is to be skipped."""
+    def _outcomes(self, folders: dict[str, Path]) -> Generator[CaseRecord | None, None, None]:
+        """The record of each source's case, None where it is bad and is to be skipped."""
         kept = self._kept(folders)
         written = self._write([case for case in self.cases if case.name not in kept])
         with contextlib.closing(written):
@@ -168,20 +167,20 @@ class DatasetRun:
         if self.options.on_case is not None:
             self.options.on_case(result)
 
-    def _kept(self, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-        """Sources that need no work -> the summaries of their cases."""
+    def _kept(self, folders: dict[str, Path]) -> dict[str, CaseRecord]:
+        """Sources that need no work -> the records of their cases."""
         if self.options.overwrite:
             return {}
         stray = self._stray_folders(set(folders.values()))
-        kept: dict[str, dict[str, Any]] = {}
+        kept: dict[str, CaseRecord] = {}
         for case in self.cases:
             places = [self.target.work_path / "cases" / case.name, *stray.get(case.name, ())]
             if case.name in folders:
                 places.insert(0, folders[case.name])
             for place in places:
-                summary = kept_case(case, place, self.target.settings)
-                if summary is not None:
-                    kept[case.name] = summary
+                record = kept_case(case, place, self.target.settings)
+                if record is not None:
+                    kept[case.name] = record
                     break
         return kept
 
@@ -195,7 +194,7 @@ class DatasetRun:
                     found.setdefault(name, []).append(folder)
         return found
 
-    def _write(self, cases: list[SourceCase]) -> Generator[dict[str, Any] | GpuparseError, None, None]:
+    def _write(self, cases: list[SourceCase]) -> Generator[CaseRecord | GpuparseError, None, None]:
         alone = self.pool.runs_here(len(cases))
         tasks = (
             Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
@@ -212,7 +211,7 @@ class DatasetRun:
                 else:
                     yield result
 
-    def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[dict[str, Any]]:
+    def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[CaseRecord]:
         """Cases of the store without a usable source in this run. They stay: the store may be all that is left."""
         kept = []
         for name in sorted(set(folders) - names):
