@@ -83,6 +83,9 @@ class DatasetRun:
                 if report is None and self.options.overwrite:  # no later run would use what this one wrote
                     discard_folder(self.target.work_path)
                 _remove_if_empty(self.target.work_path)
+            order = {case.path: number for number, case in enumerate(self.cases)}
+            for listed in (self.results, self.failures):  # as they are found, whatever was done first
+                listed.sort(key=lambda entry: order.get(entry.path, len(order)))
             if self.options.on_error == "skip" or any(result.state != "failed" for result in self.results):
                 try:
                     write_report(self.target.store_path, report, self.results, self.failures)
@@ -140,16 +143,14 @@ class DatasetRun:
         )
 
     def _outcomes(self, folders: dict[str, Path]) -> Generator[CaseRecord | None, None, None]:
-        """The record of each source's case, None where it is bad and is to be skipped."""
+        """The record of each source's case, None where it is bad and is to be skipped; kept ones first."""
         kept = self._kept(folders)
-        written = self._write([case for case in self.cases if case.name not in kept])
-        with contextlib.closing(written):
-            for case in self.cases:
-                if case.name in kept:
-                    self._tell(case, "kept")
-                    yield kept[case.name]
-                    continue
-                outcome = next(written)
+        for case in self.cases:
+            if case.name in kept:
+                self._tell(case, "kept")
+                yield kept[case.name]
+        with contextlib.closing(self._write([case for case in self.cases if case.name not in kept])) as written:
+            for case, outcome in written:
                 if not isinstance(outcome, GpuparseError):
                     self._tell(case, "written")
                     yield outcome
@@ -194,8 +195,10 @@ class DatasetRun:
                     found.setdefault(name, []).append(folder)
         return found
 
-    def _write(self, cases: list[SourceCase]) -> Generator[CaseRecord | GpuparseError, None, None]:
+    def _write(self, cases: list[SourceCase]) -> Generator[tuple[SourceCase, CaseRecord | GpuparseError], None, None]:
         alone = self.pool.runs_here(len(cases))
+        if not alone:  # the largest first: at the end, nobody waits long for another
+            cases = sorted(cases, key=lambda case: -case.num_bytes)
         tasks = (
             Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
             for case in cases
@@ -204,12 +207,11 @@ class DatasetRun:
         with contextlib.closing(results):
             for case, result in zip(cases, results, strict=True):
                 if isinstance(result, Died):
-                    yield VolumeFormatError(
+                    result = VolumeFormatError(
                         f"{case.path}: the process that converted it ended early: {result.reason}. If memory ran out, "
                         "lower --jobs or --memory-gib."
                     )
-                else:
-                    yield result
+                yield case, result
 
     def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[CaseRecord]:
         """Cases of the store without a usable source in this run. They stay: the store may be all that is left."""

@@ -286,7 +286,7 @@ def test_a_destination_that_fails_midway(sources, undisturbed, tmp_path, failing
 
 @pytest.mark.parametrize(
     ("number", "after"),
-    [(errno.EIO, 45), (errno.ESTALE, 60), (errno.ESTALE, 0)],
+    [(errno.EIO, 44), (errno.ESTALE, 46), (errno.ESTALE, 0)],
     ids=["EIO", "ESTALE", "ESTALE at once"],
 )
 def test_a_source_that_fails_midway(sources, undisturbed, tmp_path, failing, number, after):
