@@ -28,14 +28,16 @@ class StoreLock:
 
     Args:
         store_path: The store; it need not exist.
+        holder: What another process does that holds it, in words.
 
     Raises:
         StoreWriteError: On entry: another process holds it, or its folder cannot be written.
     """
 
-    def __init__(self, store_path: Path) -> None:
+    def __init__(self, store_path: Path, holder: str = "conversion is writing this store") -> None:
         self.path = store_path.with_name(f".{store_path.name}.lock")
         self._store_path = store_path
+        self._what = holder
         self._handle = -1
         self._new_folder = False
 
@@ -47,7 +49,7 @@ class StoreLock:
             while not self._try():
                 if time.monotonic() > deadline:
                     raise StoreWriteError(
-                        f"{self._store_path}: another conversion is writing this store ({self._holder()}). "
+                        f"{self._store_path}: another {self._what} ({self._holder()}). "
                         "Wait for it to end, or write elsewhere with --out."
                     )
                 time.sleep(0.02)
@@ -75,7 +77,7 @@ class StoreLock:
                 raise
             warnings.warn(
                 f"{self.path.parent}: this file system has no locks ({error}); "
-                "make sure that no other conversion writes the store.",
+                "make sure that no other process writes there.",
                 stacklevel=2,
             )
         os.ftruncate(handle, 0)

@@ -191,6 +191,11 @@ class ArrayLayout:
         """Chunks of a shard along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
+    @functools.cached_property
+    def is_one_shard(self) -> bool:
+        """Whether one shard holds the whole array, so that its index counts chunks as the array does."""
+        return self._shard_grid == self.grid
+
     @property
     def chunks_per_shard(self) -> int:
         """Entries of a shard's index."""

@@ -41,6 +41,7 @@ LAYERS = [
     ["check"],
     ["gather"],
     ["shards"],
+    ["locate"],
     ["read"],
     ["footprint"],
     ["info"],
@@ -64,7 +65,7 @@ LAYERS = [
     ["sheet"],
     ["preview"],
     ["integrations", "conf"],
-    ["demo"],
+    ["demo", "doctor", "export"],
     ["cli"],
     ["__main__"],
 ]

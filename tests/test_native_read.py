@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numcodecs import lz4
 
 from gpuparse import kernels
-from gpuparse.read import CHUNK_DTYPE, COMPRESSED_BLOCK_DTYPE, RESULT_DTYPE
+from gpuparse.locate import CHUNK_DTYPE
+from gpuparse.read import COMPRESSED_BLOCK_DTYPE, RESULT_DTYPE
 
 VARIANTS = ["baseline", "avx2"] if kernels.host_library("baseline").gpuparse_supports_avx2() else ["baseline"]
 GUARD = 0xA5

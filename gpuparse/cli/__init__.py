@@ -16,7 +16,9 @@ from gpuparse import __version__
 from gpuparse.cli.check import check_command
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
+from gpuparse.cli.doctor import doctor_command
 from gpuparse.cli.evaluate import evaluate_command
+from gpuparse.cli.export import export_command
 from gpuparse.cli.info import info_command
 from gpuparse.cli.preview import preview_command
 from gpuparse.errors import GpuparseError
@@ -64,6 +66,8 @@ def _root(
 app.command("check")(check_command)
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)
+app.command("doctor")(doctor_command)
 app.command("evaluate")(evaluate_command)
+app.command("export")(export_command)
 app.command("info")(info_command)
 app.command("preview")(preview_command)

@@ -1,0 +1,442 @@
+"""Stores back to files: the tree of PNG files that BiomedParse trains on, or npz volumes.
+
+The PNG tree is what BiomedParse's own preprocessing makes of the volumes, its padding by the floor and its ids cut to 8
+bits included: whoever goes back finds what was there. It grows in a hidden folder beside its place; each of its parts
+appears by a rename, the JSON file that lists it last. An npz file appears by a rename, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.encode import encode
+from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
+from gpuparse.evaluation.cases import StoredCase
+from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
+from gpuparse.lock import StoreLock
+from gpuparse.memory import default_memory_bytes
+from gpuparse.store import Store, open_store
+from gpuparse.volume import read_arrays
+from gpuparse.workers import Died, Task, WorkerPool
+
+__all__ = ["CaseExport", "ExportReport", "export_store"]
+
+ExportFormat = Literal["png", "npz"]
+SIZE = (512, 512)
+_FORMATS = ("png", "npz")
+_SLICES_AT_ONCE = 16
+_PNG_LEVEL = 3
+_WORK_BYTES = _SLICES_AT_ONCE * 8 * SIZE[0] * SIZE[1]
+_MAX_BYTE_ID = 255
+
+
+@dataclass(frozen=True)
+class CaseExport:
+    """What became of one case.
+
+    Attributes:
+        name: Its name.
+        state: `written`, or `kept` where an earlier run had written it.
+        num_slices: PNG files made of its slices, masks not counted; 0 for npz.
+        num_cut: Slices whose ids do not fit into 8 bits, and wrap as in the reference's masks.
+    """
+
+    name: str
+    state: Literal["written", "kept"]
+    num_slices: int = 0
+    num_cut: int = 0
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        dataset: The dataset's name.
+        format: `png` or `npz`.
+        cases: Each case.
+        folders: What was made: the folders that hold JSON files, or npz files.
+    """
+
+    dataset: str
+    format: ExportFormat
+    cases: tuple[CaseExport, ...]
+    folders: tuple[Path, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`."""
+        return {**asdict(self), "folders": [str(folder) for folder in self.folders]}
+
+
+def export_store(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str] | None = None,
+    *,
+    format: ExportFormat = "png",
+    splits: Sequence[str] | None = None,
+    num_jobs: int = 1,
+    overwrite: bool = False,
+    on_case: Callable[[CaseExport, int], None] = lambda *_: None,
+) -> ExportReport:
+    """Writes a store's cases back to files.
+
+    Args:
+        path: A store, or a dataset's folder with `train.zarr`.
+        out_dir: Where `<dataset>/` goes; None takes the folder that the dataset's folder is in.
+        format: `png`: `processed/`, `processed_view1/` and `processed_view2/`, each with `<split>/`, `<split>_mask/`
+            and `<split>.json`. `npz`: `<split>/<case>.npz` and the dataset's entry in `class_prompts.json`.
+        splits: Which parts of the store: `val`, and its own name, `train` as a rule; None takes all it has.
+        num_jobs: Processes.
+        overwrite: Replaces what is there.
+        on_case: Called after each case, with the number of all.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: An argument is out of range, or files are in the way.
+        StoreFormatError: There is no readable store.
+        ChunkCorruptError: A case of it cannot be read. Finished cases stay for the next run.
+        StoreWriteError: The files cannot be written.
+    """
+    if format not in _FORMATS:
+        raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
+    store = open_store(_store_path(Path(path)))
+    parts = _parts(store, splits)
+    root = Path(out_dir) if out_dir is not None else store.path.parent.parent
+    chosen = [number for number in range(len(store.cases)) if number in parts]
+    export = (_PngExport if format == "png" else _NpzExport)(store, root / store.name, parts, overwrite)
+    try:
+        with StoreLock(export.work, "export is writing these files"):
+            export.prepare()
+            done = []
+            for number, result in _run(export, store, chosen, num_jobs):
+                case = export.finished(number, result)
+                done.append(case)
+                on_case(case, len(chosen))
+            folders = export.publish()
+    except OSError as error:
+        if isinstance(error, GpuparseError):
+            raise
+        raise _cannot_write(root / store.name, error) from error
+    return ExportReport(store.name, format, tuple(done), tuple(folders))
+
+
+def _store_path(path: Path) -> Path:
+    return path / "train.zarr" if not path.name.endswith(".zarr") and (path / "train.zarr").is_dir() else path
+
+
+def _parts(store: Store, splits: Sequence[str] | None) -> dict[int, str]:
+    """Number of a case -> the name of the part of the store that it is in, for the cases wanted."""
+    names = (store.split, "val")
+    first = np.unique(store.slices.case, return_index=True)
+    of_case = {int(case): names[int(store.slices.split[row])] for case, row in zip(*first, strict=True)}
+    there = sorted(set(of_case.values()))
+    missing = sorted(set(splits or ()) - set(there))
+    if missing:
+        raise InputError(f"'{store.path}' has no part {', '.join(missing)}; it has {', '.join(there) or 'no cases'}.")
+    return {number: part for number, part in of_case.items() if splits is None or part in splits}
+
+
+def _run(
+    export: _PngExport | _NpzExport, store: Store, cases: Sequence[int], num_jobs: int
+) -> Iterator[tuple[int, Any]]:
+    """Number and result of each case; the first error ends it."""
+    wanted = [number for number in cases if not export.is_done(number)]
+    yield from ((number, None) for number in cases if number not in set(wanted))
+    with WorkerPool(num_jobs, default_memory_bytes()) as pool:
+        tasks = (
+            Task(export.task(number), 6 * int(np.prod(store.cases[number].shape, dtype=np.int64)) + _WORK_BYTES)
+            for number in wanted
+        )
+        results = pool.run(type(export).write, tasks, here=pool.runs_here(len(wanted)))
+        for number, result in zip(wanted, results, strict=True):
+            if isinstance(result, Died):
+                raise VolumeFormatError(
+                    f"case {store.cases[number].name!r}: the process that exported it ended early: {result.reason}. If "
+                    "memory ran out, lower --jobs."
+                )
+            if isinstance(result, GpuparseError):
+                raise result
+            yield number, result
+
+
+def _cannot_write(path: Path, error: OSError) -> StoreWriteError:
+    return StoreWriteError(f"{path}: cannot be written: {error}. Name a folder with room that can be written in --out.")
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path) -> Store:
+    return open_store(path)
+
+
+class _PngExport:
+    """The reference's tree.
+
+    Args:
+        store: The store.
+        target: The dataset's folder.
+        parts: Number of a case -> its part.
+        overwrite: Whether to replace what is there.
+    """
+
+    def __init__(self, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
+        self.store, self.target, self.parts, self.overwrite = store, target, parts, overwrite
+        self.work = target / f".processed-{store.split}.partial"
+        # The store may have changed since a run that was ended: then nothing of it can be used.
+        self._settings = json.dumps([str(store.path.resolve()), store.attributes["index"], sorted(parts.items())])
+
+    def prepare(self) -> None:
+        """Refuses what is in the way, and keeps what an earlier run has finished.
+
+        Raises:
+            InputError: There is a tree already.
+        """
+        remove_discarded(self.target, self.work.name)
+        settings = self.work / "settings.json"
+        is_continued = settings.is_file() and settings.read_text(encoding="utf-8") == self._settings
+        if not (is_continued and (self.work / "publishing").is_file()) and not self.overwrite:
+            for path in (p for axis in range(3) for part in set(self.parts.values()) for p in self._places(axis, part)):
+                if path.exists():
+                    raise InputError(f"'{path}' exists. Pass --overwrite to replace it, or another folder with --out.")
+        if not is_continued:
+            discard_folder(self.work)
+            (self.work / "done").mkdir(parents=True)
+            replace_text(settings, self._settings)
+
+    def _places(self, axis: int, part: str) -> tuple[Path, Path, Path]:
+        folder = self.target / f"processed{_view(axis)}"
+        return folder / f"{part}.json", folder / part, folder / f"{part}_mask"
+
+    def _done_path(self, number: int) -> Path:
+        return self.work / "done" / f"{number}.json"
+
+    def is_done(self, number: int) -> bool:
+        """Whether a case's files are there."""
+        return self._done_path(number).is_file()
+
+    def task(self, number: int) -> tuple[Any, ...]:
+        """The arguments of `write` for a case."""
+        return self.store.path, number, self.parts[number], self.work, self._done_path(number)
+
+    @staticmethod
+    def write(path: Path, number: int, part: str, work: Path, done_path: Path) -> GpuparseError | Literal["written"]:
+        """Makes a case's files; runs in a worker."""
+        try:
+            summary = _write_pngs(_opened(path), number, part, work)
+            replace_text(done_path, json.dumps(summary))
+        except GpuparseError as error:
+            return error
+        except OSError as error:
+            return _cannot_write(work, error)
+        return "written"
+
+    def finished(self, number: int, result: str | None) -> CaseExport:
+        """What became of a case."""
+        summary = self._summary(number)
+        num_slices = sum(map(len, summary["views"].values()))
+        state: Literal["written", "kept"] = "kept" if result is None else "written"
+        return CaseExport(self.store.cases[number].name, state, num_slices, summary["num_cut"])
+
+    def _summary(self, number: int) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads(self._done_path(number).read_text(encoding="utf-8"))
+        return summary
+
+    def publish(self) -> list[Path]:
+        """Renames the tree's parts into place; returns the folders that hold a JSON file."""
+        prompts = self.store.attributes["class_prompts"]
+        replace_text(self.work / "publishing", "")
+        folders = []
+        for part in sorted(set(self.parts.values())):
+            views: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
+            for number in sorted(n for n, own in self.parts.items() if own == part):
+                for axis, entries in self._summary(number)["views"].items():
+                    views[int(axis)] += entries
+            for axis, entries in views.items():
+                listing, *places = self._places(axis, part)
+                if self.overwrite:
+                    listing.unlink(missing_ok=True)  # it must not list what is about to go
+                for place in places:
+                    made = self.work / f"processed{_view(axis)}" / place.name
+                    if made.is_dir():
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        replace_folder(made, place)
+                    elif self.overwrite and not entries:
+                        discard_folder(place)
+                if entries or axis == 0:  # the reference always has that one
+                    for place in (listing.parent, *places):
+                        place.mkdir(parents=True, exist_ok=True)
+                    replace_text(listing, json.dumps({"class_prompts": prompts, "annotations": entries}, indent=4))
+                    folders.append(listing.parent)
+        discard_folder(self.work)
+        return list(dict.fromkeys(folders))
+
+
+def _view(axis: int) -> str:
+    return f"_view{axis}" if axis else ""
+
+
+def _write_pngs(store: Store, number: int, part: str, work: Path) -> dict[str, Any]:
+    """Makes the PNG files of a case, and what the JSON files are to say of them."""
+    case, info = StoredCase(store, number), store.cases[number]
+    image, ids = case.image(), case.labels()
+    labels = ids.astype(np.uint8)  # as the reference, before it resamples
+    views: dict[int, list[dict[str, Any]]] = {}
+    num_cut = 0
+    for axis in info.axes:
+        folder = work / f"processed{_view(axis)}"
+        for name in (part, f"{part}_mask"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if ids.dtype != np.uint8:
+            others = tuple(i for i in range(3) if i != axis)
+            num_cut += int((ids.max(axis=others) > _MAX_BYTE_ID).sum())
+        entries = views.setdefault(axis, [])
+        for start in range(0, info.shape[axis], _SLICES_AT_ONCE):
+            positions = range(start, min(start + _SLICES_AT_ONCE, info.shape[axis]))
+            encoded = encode(
+                image, labels, positions=positions, axis=axis, size=SIZE, recipe="reference", num_threads=1
+            )
+            masks: Any = encoded.mask
+            for position, channels, mask in zip(positions, encoded.image, masks, strict=True):
+                name = f"{info.name}{_view(axis)}_{position:03d}.png"
+                # cv2 reads the colours of a file backwards: this is how it gets slice, before, after.
+                _write_png(folder / part / name, np.ascontiguousarray(channels[::-1].transpose(1, 2, 0)))
+                _write_png(folder / f"{part}_mask" / name, mask)
+                entries.append(_annotation(store, name, part, mask))
+    return {"views": views, "num_cut": num_cut}
+
+
+def _annotation(store: Store, name: str, part: str, mask: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    instance_label = store.prompts.instance_label
+    found = np.unique(mask)
+    # The reference drops the lowest id for the background, whether it is or not.
+    class_ids = [1] * bool(found[-1]) if instance_label else [int(i) for i in found[1:]]
+    return {
+        "mask_file": name,
+        "file_name": name,
+        "split": part,
+        "class_ids": class_ids,
+        "instance_label": instance_label,
+    }
+
+
+def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png", compress_level=_PNG_LEVEL)
+    path.write_bytes(buffer.getbuffer())
+
+
+class _NpzExport:
+    """Volumes in BiomedParse's layout; the arguments are those of `_PngExport`."""
+
+    def __init__(self, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
+        self.store, self.target, self.parts, self.overwrite = store, target, parts, overwrite
+        self.work = target / f".{store.split}.npz"  # only its lock is ever there
+
+    def prepare(self) -> None:
+        """Refuses prompts that are other ones, and removes what runs that were killed left.
+
+        Raises:
+            InputError: class_prompts.json has another entry for the dataset, or cannot be read.
+        """
+        self._prompts()
+        for part in set(self.parts.values()):
+            for leftover in (self.target / part).glob(".*.new"):
+                leftover.unlink(missing_ok=True)
+
+    def is_done(self, number: int) -> bool:
+        """False: what is there is compared where it is written."""
+        return False
+
+    def task(self, number: int) -> tuple[Any, ...]:
+        """The arguments of `write` for a case."""
+        name = f"{self.store.cases[number].name}.npz"
+        return self.store.path, number, self.target / self.parts[number] / name, self.overwrite
+
+    @staticmethod
+    def write(path: Path, number: int, target: Path, overwrite: bool) -> GpuparseError | Literal["written", "kept"]:
+        """Makes a case's file; runs in a worker."""
+        try:
+            case = StoredCase(_opened(path), number)
+            spacing = np.array(case.spacing_mm()[::-1], np.float64)
+            arrays: dict[str, npt.NDArray[Any]] = {"imgs": case.image(), "gts": case.labels(), "spacing": spacing}
+            if target.exists():
+                if _holds(target, arrays):
+                    return "kept"
+                if not overwrite:
+                    return InputError(
+                        f"'{target}' exists with other content. Pass --overwrite to replace it, or another folder with "
+                        "--out."
+                    )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+            try:
+                with temporary.open("wb") as file:
+                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except GpuparseError as error:
+            return error
+        except OSError as error:
+            return _cannot_write(target, error)
+        return "written"
+
+    def finished(self, number: int, result: Literal["written", "kept"]) -> CaseExport:
+        """What became of a case."""
+        return CaseExport(self.store.cases[number].name, result)
+
+    def publish(self) -> list[Path]:
+        """Adds the dataset to class_prompts.json; returns the folders with npz files."""
+        path = self._prompts_path
+        entries = self._prompts()
+        if self.store.name not in entries or self.overwrite:
+            entries[self.store.name] = self.store.attributes["class_prompts"]
+            replace_text(path, json.dumps(entries, indent=4) + "\n")
+        return [self.target / part for part in sorted(set(self.parts.values()))]
+
+    @property
+    def _prompts_path(self) -> Path:
+        return self.target.parent / "class_prompts.json"
+
+    def _prompts(self) -> dict[str, Any]:
+        path = self._prompts_path
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise InputError(
+                f"'{path}' is no JSON ({error}). Correct it, or name another folder with --out."
+            ) from error
+        if not isinstance(entries, dict):
+            raise InputError(
+                f"'{path}' holds a {type(entries).__name__}; expected an object with an entry per dataset."
+            )
+        mine = self.store.attributes["class_prompts"]
+        if entries.get(self.store.name, mine) != mine and not self.overwrite:
+            raise InputError(
+                f"'{path}' has other prompts for {self.store.name!r} than the store. Pass --overwrite to replace them, "
+                "or another folder with --out."
+            )
+        return entries
+
+
+def _holds(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> bool:
+    """Whether an npz file has these arrays, to the bit."""
+    try:
+        found = read_arrays(path, list(arrays))
+    except (VolumeFormatError, StoreFormatError):
+        return False
+    return all(found[key].dtype == value.dtype and np.array_equal(found[key], value) for key, value in arrays.items())
