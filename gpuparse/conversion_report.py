@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,16 @@ class ConversionReport:
     datasets: tuple[DatasetReport, ...]
     failures: tuple[Failure, ...] = ()
     dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`."""
+        return {
+            "dry_run": self.dry_run,
+            "datasets": [
+                {**asdict(d), "store_path": str(d.store_path), "num_cases": d.num_cases} for d in self.datasets
+            ],
+            "failures": [{"path": str(failure.path), "reason": failure.reason} for failure in self.failures],
+        }
 
     def __str__(self) -> str:
         lines = []

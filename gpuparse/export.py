@@ -26,6 +26,7 @@ from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
+from gpuparse.prompts import parse_class_prompts
 from gpuparse.store import Store, open_store
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
@@ -424,8 +425,9 @@ class _NpzExport:
             raise InputError(
                 f"'{path}' holds a {type(entries).__name__}; expected an object with an entry per dataset."
             )
-        mine = self.store.attributes["class_prompts"]
-        if entries.get(self.store.name, mine) != mine and not self.overwrite:
+        entry = entries.get(self.store.name)
+        is_other = entry is not None and parse_class_prompts(entry, f"{path}: {self.store.name}") != self.store.prompts
+        if is_other and not self.overwrite:
             raise InputError(
                 f"'{path}' has other prompts for {self.store.name!r} than the store. Pass --overwrite to replace them, "
                 "or another folder with --out."

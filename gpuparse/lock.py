@@ -77,7 +77,7 @@ class StoreLock:
                 raise
             warnings.warn(
                 f"{self.path.parent}: this file system has no locks ({error}); "
-                "make sure that no other process writes there.",
+                "make sure that no other conversion writes the store.",
                 stacklevel=2,
             )
         os.ftruncate(handle, 0)

@@ -357,7 +357,7 @@ def _explain(gathering: Gathering, located: Located, chunk: int, result: Any) ->
             3: "does not match its crc32c",
             4: f"declares {detail} bytes; expected {request['decoded_bytes']}",
             5: f"declares a frame of {detail} bytes; expected {request['num_bytes'] - 4}",
-            6: "is no blosc frame of raw LZ4 blocks of 64 KiB",
+            6: "is no blosc frame of raw LZ4 blocks of 16 KiB",
         }[status]
     return f"'{path}': chunk {number} {wrong}. {DAMAGED}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arrays import BLOSC_BLOCK_BYTES, read_column
+from gpuparse.arrays import BLOSC_BLOCK_BYTES, blosc_typesize, read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
@@ -38,7 +39,7 @@ __all__ = [
     "shard_shape",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IMAGE_PATH = "0"
 LABELS_PATH = "labels/gts/0"
 CUBIC_CHUNK_SIDE = 40
@@ -468,7 +469,6 @@ def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping
         if blosc["cname"] not in ("lz4", "lz4hc"):
             expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
         expect("blosc shuffle", blosc["shuffle"], "noshuffle")
-        expect("blosc typesize", blosc["typesize"], 1)
         expect("blosc blocksize", blosc["blocksize"], BLOSC_BLOCK_BYTES)
         expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
         chunks = tuple(int(n) for n in sharding["chunk_shape"])
@@ -476,6 +476,7 @@ def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping
         expect("ranks of chunk and shard", (len(chunks), len(shards)), (3, 3))
         expect("remainder of shard by chunk", [s % c for s, c in zip(shards, chunks, strict=True)], [0, 0, 0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        expect("blosc typesize", blosc["typesize"], blosc_typesize(math.prod(chunks) * dtype.itemsize))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, StoreFormatError):
             raise

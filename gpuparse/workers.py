@@ -190,9 +190,12 @@ class WorkerPool(TaskPool):
         self._stop(self._busy)
 
     def _submit(self, function: Callable[..., Any], number: int, task: Task) -> None:
-        worker = self._idle.pop() if self._idle else _start()
+        if self._idle:
+            self._busy.append(self._idle.pop())
+        else:
+            _start(self._busy)
+        worker = self._busy[-1]
         worker.number = number
-        self._busy.append(worker)
         with contextlib.suppress(OSError):  # it has died: `_results` will notice
             worker.pipe.send((function, task.arguments, task.num_bytes > _KEPT_BYTES))
 
@@ -217,16 +220,23 @@ class WorkerPool(TaskPool):
         workers.clear()
 
 
-def _start() -> _Worker:
+def _start(kept: list[_Worker]) -> None:
+    """Starts a worker and adds it to a list, so that whoever ends the list's ends it too."""
     here, there = Pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _START.format(path=sys.path, handle=there.fileno())],
-        pass_fds=(there.fileno(),),
-        stdin=subprocess.DEVNULL,
-        env={**_ENVIRONMENT, **os.environ},
-    )
-    there.close()
-    return _Worker(process, here)
+    # An interrupt of the terminal reaches its whole process group. A worker inherits that it is held back, so that it
+    # does not die with a traceback while it starts, and here it cannot come between the start and the note of it.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(path=sys.path, handle=there.fileno())],
+            pass_fds=(there.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env={**_ENVIRONMENT, **os.environ},
+        )
+        kept.append(_Worker(process, here))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        there.close()
 
 
 def _describe_end(status: int) -> str:

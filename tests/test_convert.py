@@ -169,7 +169,7 @@ def test_root_attributes_hold_the_contract(sample_dir, sample_stores):
     for name, path in sample_stores.items():
         assert path.name == "train.zarr"
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]["gpuparse"]
-        assert attributes["format_version"] == 1
+        assert attributes["format_version"] == 2
         assert (attributes["name"], attributes["split"]) == (name, "train")
         assert attributes["class_prompts"] == entries[name]
         assert attributes["instance_label"] == entries[name]["instance_label"]
@@ -184,7 +184,7 @@ def test_arrays_use_the_codecs_that_a_gpu_can_decode(sample_stores):
             assert sharding["name"] == "sharding_indexed"
             codecs = {c["name"]: c.get("configuration") for c in sharding["configuration"]["codecs"]}
             assert list(codecs) == ["bytes", "blosc", "crc32c"]
-            wanted = {"cname": "lz4", "shuffle": "noshuffle", "typesize": 1, "blocksize": 65536}
+            wanted = {"cname": "lz4", "shuffle": "noshuffle", "typesize": 32, "blocksize": 16384}
             assert wanted.items() <= codecs["blosc"].items()
             assert meta["dimension_names"] == ["z", "y", "x"]
 

@@ -260,9 +260,9 @@ def test_a_folder_that_is_no_store_is_not_touched(write_case, data_dir, content)
 
 def test_a_store_of_another_version_is_not_touched(two_cases, data_dir):
     path = two_cases.path / "zarr.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
     before = files_below(two_cases.path)
-    with pytest.raises(InputError, match=r"'train\.zarr' has format_version 99; this gpuparse reads 1\..*--overwrite"):
+    with pytest.raises(InputError, match=r"'train\.zarr' has format_version 99; this gpuparse reads 2\..*--overwrite"):
         gpuparse.convert(data_dir)
     assert files_below(two_cases.path) == before
     assert states_of(data_dir, overwrite=True)[0] == {"a": "written", "b": "written"}

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from gpuparse.check.across import absent_classes, duplicates
@@ -21,6 +16,7 @@ from gpuparse.check.targets import Target, find_targets
 from gpuparse.errors import InputError
 from gpuparse.prompts import load_class_prompts
 from gpuparse.store import split_code
+from gpuparse.workers import Died, Task, WorkerPool
 
 __all__ = ["check"]
 
@@ -141,56 +137,17 @@ def _plan_store(
 
 
 def _run(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
-    num_jobs = min(num_jobs, len(tasks))
-    if num_jobs <= 1:
-        yield from map(check_case, tasks)
-        return
-    num_done = 0
-    while num_done < len(tasks):
-        try:
-            for outcome in _run_side_by_side(tasks[num_done:], num_jobs):
-                num_done += 1
-                yield outcome
-        except BrokenProcessPool:
-            # Which case it was cannot be told: those that were under way go on alone, the rest side by side again.
-            for outcome in _run_one_by_one(tasks[num_done : num_done + 2 * num_jobs]):
-                num_done += 1
-                yield outcome
+    with WorkerPool(max(1, min(num_jobs, len(tasks))), None) as pool:
+        outcomes = pool.run(check_case, (Task((task,)) for task in tasks))
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            yield _alone(task) if isinstance(outcome, Died) else outcome
 
 
-def _run_side_by_side(tasks: Sequence[CaseTask], num_jobs: int) -> Iterator[CaseOutcome]:
-    remaining = iter(tasks)
-    with _pool(num_jobs) as pool:
-        # A few cases in flight per process: the results are small, but there may be very many.
-        window: deque[concurrent.futures.Future[CaseOutcome]] = deque()
-        try:
-            while True:
-                for task in itertools.islice(remaining, 2 * num_jobs - len(window)):
-                    window.append(pool.submit(check_case, task))
-                if not window:
-                    return
-                yield window.popleft().result()
-        finally:
-            for future in window:
-                future.cancel()
-
-
-def _run_one_by_one(tasks: Sequence[CaseTask]) -> Iterator[CaseOutcome]:
-    """Checks cases in one process at a time, so that it is known which case makes the system kill it."""
-    remaining = deque(tasks)
-    while remaining:
-        with _pool(1) as pool:
-            try:
-                while remaining:
-                    outcome = pool.submit(check_case, remaining[0]).result()
-                    remaining.popleft()
-                    yield outcome
-            except BrokenProcessPool:
-                task = remaining.popleft()
-                found = "the process was killed, most likely because memory ran out."
-                yield CaseOutcome(task, (task.place.finding("GP901", found),))
-
-
-def _pool(num_jobs: int) -> concurrent.futures.ProcessPoolExecutor:
-    # spawn: zarr keeps threads of its own, which a forked child would inherit in an unknown state.
-    return concurrent.futures.ProcessPoolExecutor(num_jobs, mp_context=multiprocessing.get_context("spawn"))
+def _alone(task: CaseTask) -> CaseOutcome:
+    """Checks a case whose process was killed once more: the fault may have been that of the cases beside it."""
+    with WorkerPool(2, None) as pool:  # with one job, it would be this process
+        (outcome,) = pool.run(check_case, [Task((task,))])
+    if isinstance(outcome, Died):
+        found = "the process was killed, most likely because memory ran out."
+        return CaseOutcome(task, (task.place.finding("GP901", found),))
+    return outcome

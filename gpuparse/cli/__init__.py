@@ -1,7 +1,7 @@
 """The command line: one module for each command, gathered here.
 
-Exit status: 0 all done, 1 some files were skipped (check: errors were found; info: some stores cannot be read), 2
-nothing was done or a bad file stopped the run, 130 interrupted.
+Exit status: 0 all done, 1 some files were skipped (check, doctor: errors were found; info: some stores cannot be read),
+2 nothing was done or a bad file stopped the run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="gpuparse",
     help="Streams 3D medical volumes into BiomedParse v2 finetuning: converts npz folders to Zarr stores once, then "
-    "encodes and augments slices while training.",
+    "encodes and augments slices while training. Exit status of all commands: 0 all done, 1 something was skipped or "
+    "found faulty, 2 a bad file or argument stopped the run, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -43,8 +44,16 @@ def main() -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", style="yellow")
+        _say_interrupted()
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # Typer has met the interrupt first, and says nothing
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    Console(stderr=True).print("interrupted", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:

@@ -50,6 +50,7 @@ def check_command(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings set the exit status too.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing; the exit status tells.")] = False,
     repair_stores: Annotated[
         bool, typer.Option("--repair", help="Convert broken cases of stores again, then check once more.")
     ] = False,
@@ -60,7 +61,7 @@ def check_command(
     """Check source folders and stores: checksums, values, ids, prompts, duplicates.
 
     Exit status: 0 no errors (warnings and infos at most), 1 errors (with --strict: or warnings), 2 nothing could be
-    checked. docs/check.md explains every code.
+    checked, 130 interrupted. docs/check.md explains every code.
 
     Example: gpuparse check data stores --jobs 8
 
@@ -74,7 +75,7 @@ def check_command(
     errors = error_console()
 
     def run() -> CheckReport:
-        with counting_progress(errors) as progress:
+        with counting_progress(errors, quiet=quiet) as progress:
             task = progress.add_task("checking", total=None)
             return check(
                 paths,
@@ -96,7 +97,7 @@ def check_command(
             report = replace(run(), repaired=outcome.repaired)
     if json_output:
         typer.echo(json.dumps({**report.to_json(), "exit_status": report.exit_status(strict=strict)}, indent=2))
-    else:
+    elif not quiet:
         _print_report(report)
     if status := report.exit_status(strict=strict):
         raise typer.Exit(status)

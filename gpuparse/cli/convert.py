@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -94,12 +95,15 @@ def convert_command(
     image_glob: ImageGlob = None,
     label_glob: LabelGlob = None,
     channel: Channel = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Convert npz, NIfTI or DICOM volumes to Zarr stores.
 
     Run it again after an interruption, or when volumes were added: finished cases are kept. What became of each file
-    is in report.json beside the store. Exit status: 0 all done, 1 some files were skipped, 2 nothing was done.
+    is in report.json beside the store.
+
+    Exit status: 0 all done, 1 some files were skipped, 2 nothing done or a bad file stopped the run, 130 interrupted.
 
     Example: gpuparse convert data --out stores --val-fraction 0.1 --jobs 8 --on-error skip
 
@@ -109,7 +113,7 @@ def convert_command(
 
     With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet or json_output)
     val_split = None
     if val_fraction is not None or split_file is not None:
         val_split = ValSplit(val_fraction or 0.0, split_seed, group_regex, split_file)
@@ -150,6 +154,8 @@ def convert_command(
             on_case=progress.advance,
             work_dir=work_dir,
         )
+    if json_output:
+        typer.echo(json.dumps(report.to_json(), indent=2))
     _print_report(console, report)
     if out is not None and is_url(out) and report.datasets and not dry_run:
         console.print(f"sent to {out}", highlight=False, soft_wrap=True)

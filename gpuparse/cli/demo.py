@@ -18,6 +18,8 @@ def demo_command(
 ) -> None:
     """Make sample data, convert it, stream batches, and draw a contact sheet.
 
+    Exit status: 0 all done, 2 the folder cannot be used, 130 interrupted.
+
     Example: gpuparse demo --out /tmp/gpuparse-demo
     """
     from gpuparse.demo import run_demo

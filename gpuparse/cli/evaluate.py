@@ -55,6 +55,9 @@ def evaluate_command(
 ) -> None:
     """Score predictions: Dice, surface distance, F1 of instances.
 
+    Exit status: 0 all scored, 1 predictions were missing (with --missing empty or skip), 2 nothing was scored or a bad
+    file stopped the run, 130 interrupted.
+
     Example: gpuparse evaluate --pred predictions --data data --csv scores.csv --plot scores.png
     """
     from gpuparse.evaluation.evaluate import evaluate

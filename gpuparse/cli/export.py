@@ -76,7 +76,8 @@ def export_command(
     num_kept = sum(case.state == "kept" for case in report.cases)
     num_slices = sum(case.num_slices for case in report.cases)
     what = f", {num_slices} slices" if format_name == "png" else ""
-    console.print(f"{report.dataset}: {len(report.cases)} cases{what}, {num_kept} of them from an earlier run")
+    kept = f", {num_kept} of them there from an earlier run" if num_kept else ""
+    console.print(f"{report.dataset}: {len(report.cases)} cases{what}{kept}")
     for folder in report.folders:
         console.print(str(folder))
     num_cut = sum(case.num_cut for case in report.cases)

@@ -48,8 +48,9 @@ def info_command(
 ) -> None:
     """Show what is in a store: cases, classes, views, sizes, and what training reads.
 
-    Only the slice index and the metadata of some cases are read. Exit status: 0 all stores shown, 1 some stores cannot
-    be read, 2 none can, or an argument is wrong.
+    Only the slice index and the metadata of some cases are read.
+
+    Exit status: 0 all stores shown, 1 some stores cannot be read, 2 none can or an argument is wrong, 130 interrupted.
 
     Example: gpuparse info stores/AMOS --voxels
 

@@ -56,8 +56,12 @@ class Isolation:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._closed = True
-            for process in self._running:
-                _kill(process)
+            running = list(self._running)
+        for process in running:
+            _kill(process)
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                process.wait(_GRACE_SECONDS)
 
     def run(self, probe: Probe) -> list[Check]:
         """The lines of one check, with one more where it did not come to its end."""

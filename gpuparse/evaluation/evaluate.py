@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import InputError
+from gpuparse.errors import GpuparseError, InputError
 from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
 from gpuparse.scan import orientation_of, reorient
 from gpuparse.volume import as_narrow_labels, read_arrays
+from gpuparse.workers import Died, Task, WorkerPool
 
 __all__ = ["MissingPolicy", "evaluate", "find_prediction", "read_prediction"]
 
@@ -137,12 +136,24 @@ def _plan(
 
 
 def _run_all(jobs: Sequence[_Job], num_jobs: int) -> Iterator[CaseScores]:
-    if num_jobs == 1 or len(jobs) < 2:
-        yield from map(_Job.run, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(num_jobs, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(_Job.run, jobs)
+    with WorkerPool(max(1, min(num_jobs, len(jobs))), None) as pool:
+        for job, result in zip(jobs, pool.run(_score, (Task((job,)) for job in jobs)), strict=True):
+            if isinstance(result, Died):
+                raise InputError(
+                    f"case {job.case.name!r} of {job.dataset!r}: the process that scored it ended early: "
+                    f"{result.reason}. If memory ran out, lower --jobs."
+                )
+            if isinstance(result, GpuparseError):
+                raise result
+            yield result
+
+
+def _score(job: _Job) -> CaseScores | GpuparseError:
+    """Scores a case; runs in a worker, from which an error comes back as a value."""
+    try:
+        return job.run()
+    except GpuparseError as error:
+        return error
 
 
 def find_prediction(folder: Path, case: str) -> Path | None:

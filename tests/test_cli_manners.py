@@ -1,0 +1,227 @@
+"""What all commands have in common: help, completion, JSON and quiet modes, progress bars, and quiet interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import gpuparse
+from gpuparse.cli import app
+
+COMMANDS = sorted(get_command(app).commands)
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "gpuparse", *map(str, arguments)]
+
+
+# Help and completion.
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_and_the_exit_statuses(name):
+    output = CliRunner(env={"COLUMNS": "200"}).invoke(app, [name, "--help"]).output
+    assert f"Example: gpuparse {name}" in output
+    assert "Exit status: 0 " in output
+    assert "130 interrupted" in " ".join(output.split())
+
+
+def test_the_commands_of_this_test_are_there():
+    assert set(COMMANDS) >= {"check", "convert", "demo", "doctor", "evaluate", "export"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_ask_for_completion(shell):
+    words = {"bash": {"COMP_WORDS": "gpuparse do", "COMP_CWORD": "1"}}.get(shell, {})
+    environment = {
+        **os.environ,
+        "_GPUPARSE_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_ARGS": "gpuparse do",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        **words,
+    }
+    code = "import sys; sys.argv = ['gpuparse']; from gpuparse.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "doctor" in done.stdout
+    assert "convert" not in done.stdout
+
+
+# JSON and quiet.
+
+
+def test_convert_prints_json_and_nothing_else(sample_dir, tmp_path):
+    arguments = ["convert", str(sample_dir), "--dataset", "SAMPLE_CT", "--out", str(tmp_path), "--jobs", "1", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    found = json.loads(result.stdout)
+    (entry,) = found["datasets"]
+    assert (entry["name"], entry["num_cases"], entry["num_written"], entry["num_kept"]) == ("SAMPLE_CT", 4, 4, 0)
+    assert entry["store_path"] == str(tmp_path / "SAMPLE_CT" / "train.zarr")
+    assert entry["num_slices"] == len(gpuparse.open_store(entry["store_path"]).slices)
+    assert (found["failures"], found["dry_run"]) == ([], False)
+    planned = json.loads(CliRunner().invoke(app, [*arguments, "--dry-run"]).stdout)
+    assert (planned["dry_run"], planned["datasets"][0]["num_kept"]) == (True, 4)
+
+
+def test_failures_are_in_the_json_too(write_case, data_dir, tmp_path):
+    bad = write_case(np.zeros((3, 8, 8)) - 1, name="bad")
+    write_case(np.full((3, 8, 8), 7, np.uint8), name="good")
+    result = CliRunner().invoke(
+        app, ["convert", str(data_dir), "--out", str(tmp_path), "--jobs", "1", "--on-error", "skip", "--json"]
+    )
+    assert result.exit_code == 1
+    (failure,) = json.loads(result.stdout)["failures"]
+    assert failure["path"] == str(bad)
+    assert "expected 0..255" in failure["reason"]
+
+
+def test_check_is_quiet(write_case, data_dir):
+    write_case(np.full((3, 8, 8), 7, np.uint8))
+    result = CliRunner().invoke(app, ["check", str(data_dir), "--quiet", "--jobs", "1"])
+    assert (result.exit_code in (0, 1), result.output) == (True, "")
+
+
+# Progress bars.
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals_alone(sample_stores, tmp_path, terminal):
+    arguments = command("export", sample_stores["SAMPLE_CT"], "--format", "npz", "--out", tmp_path, "--jobs", 1)
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    if not terminal:
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "━" not in done.stdout
+        assert done.stdout.splitlines() == ["SAMPLE_CT: 4 cases", str(tmp_path / "SAMPLE_CT" / "train")]
+        return
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(arguments, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:  # the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    assert "━" in shown.decode()
+    assert "4/4" in shown.decode()
+
+
+# Interrupts.
+
+
+@pytest.fixture(scope="module")
+def many_cases(tmp_path_factory):
+    """Enough to convert for a few seconds."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "MANY/train").mkdir(parents=True)
+    (folder / "class_prompts.json").write_text(json.dumps({"MANY": {"1": ["x"], "instance_label": 0}}))
+    random = np.random.default_rng(0)
+    for number in range(40):
+        image = random.integers(0, 256, (40, 128, 128), np.uint8)
+        np.savez(folder / f"MANY/train/case{number:02d}.npz", imgs=image, gts=image // 128, spacing=(1.0, 1.0, 5.0))
+    return folder
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes whose parent is `pid`, the dead ones left out."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            except OSError:
+                continue
+            if int(parent) == pid and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def interrupt(arguments, ready):
+    """Interrupts a command's process group, as Ctrl-C does: its status, standard error, children that are left."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not ready(process.pid):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    for _ in range(100):
+        if not any(map(is_running, children)):
+            break
+        time.sleep(0.02)
+    return process.returncode, messages, [pid for pid in children if is_running(pid)]
+
+
+@pytest.mark.parametrize("moment", ["workers start", "cases are written"])
+def test_an_interrupted_conversion_leaves_no_store_and_no_process(many_cases, tmp_path, moment):
+    def ready(pid):
+        if moment == "workers start":
+            return len(children_of(pid)) == 2
+        return len(list(tmp_path.glob("MANY/.train.zarr.partial/cases/*"))) >= 3
+
+    arguments = command("convert", many_cases, "--out", tmp_path, "--jobs", 2)
+    status, messages, left = interrupt(arguments, ready)
+    assert (status, messages.strip(), left) == (130, "interrupted", [])
+    assert not (tmp_path / "MANY" / "train.zarr").exists()
+    # And the next run goes on: same store as if nothing had been.
+    report = gpuparse.convert(many_cases, out_dir=tmp_path)
+    assert report.datasets[0].num_cases == 40
+    assert (report.datasets[0].num_kept >= 3) == (moment == "cases are written")
+    assert not (tmp_path / "MANY" / ".train.zarr.partial").exists()
+
+
+def test_an_interrupted_export_is_quiet_too(many_cases, tmp_path):
+    gpuparse.convert(many_cases, out_dir=tmp_path)
+    arguments = command("export", tmp_path / "MANY", "--format", "png", "--jobs", 2)
+    status, messages, left = interrupt(
+        arguments, lambda _: any(tmp_path.glob("MANY/.processed-train.partial/processed/train/*.png"))
+    )
+    assert (status, messages.strip(), left) == (130, "interrupted", [])
+    assert not (tmp_path / "MANY" / "processed").exists()
+
+
+def test_doctor_and_check_are_quiet_too(many_cases):
+    for arguments in (command("doctor"), command("check", many_cases, "--jobs", 2)):
+        status, messages, left = interrupt(arguments, lambda pid: len(children_of(pid)) >= 2)
+        assert (status, messages.strip(), left) == (130, "interrupted", [])
+
+
+def test_an_interrupt_while_modules_are_imported_is_quiet():
+    """Python itself ends by the signal where it met it inside `exec`; a shell shows 130 for both."""
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'gpuparse.cli.convert':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from gpuparse.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr.strip() == "interrupted"
