@@ -225,14 +225,14 @@ def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
         keys: The slices, at least one.
 
     Raises:
-        StoreFormatError: A case's labels are not in the store's format.
+        StoreFormatError: A case's arrays are not in the store's format.
         StorageError: Remote storage failed.
     """
     _prepare(keys)
     arrays: dict[ArrayLayout, int] = {}
     labels = _Planes([_view_of(key).labels for key in keys], arrays)
-    positions = np.array([key.position for key in keys], np.int64)
-    label_planes, tiles, offsets = labels.finish(positions[:, None], 0, {}, (1, 1))
+    positions = np.array([[key.position] for key in keys], np.int64)
+    label_planes, tiles, offsets = labels.finish(positions, 0, {}, (1, 1))
     chunks, tile_chunk = np.unique(tiles, return_inverse=True)
     return Gathering(
         arrays=tuple(arrays),

@@ -326,7 +326,8 @@ class Store:
         """The folder of one case of a local store, itself an OME-Zarr image."""
         return self.path / "cases" / self.cases[case].folder
 
-    def _case_place(self, case: int) -> Place:
+    def case_place(self, case: int) -> Place:
+        """The folder of one case, local or remote."""
         return self.place / "cases" / self.case_columns.folders[case]
 
     def layout(self, case: int, array_path: str) -> ArrayLayout:
@@ -341,7 +342,7 @@ class Store:
         """
         key = (case, array_path)
         if key not in self._layouts:
-            folder = self._case_place(case)
+            folder = self.case_place(case)
             if case not in self._files:
                 attributes = _read_json(folder / "zarr.json").get("attributes", {})
                 self._files[case] = attributes.get("gpuparse", {}).get("files")

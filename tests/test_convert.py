@@ -241,7 +241,9 @@ def test_two_processes_write_the_same_store_as_one(write_case, data_dir, tmp_pat
     seen = []
     one = gpuparse.convert(data_dir, out_dir=tmp_path / "one").datasets[0]
     two = gpuparse.convert(data_dir, out_dir=tmp_path / "two", num_jobs=2, on_case=seen.append).datasets[0]
-    assert [s.path.stem for s in seen] == [f"c{i}" for i in range(5)]
+    sizes = [s.source_bytes for s in seen]
+    assert sizes == sorted(sizes, reverse=True)  # the largest first
+    assert sorted(s.path.stem for s in seen) == [f"c{i}" for i in range(5)]
     assert (two.num_written, two.num_slices, two.raw_bytes) == (one.num_written, one.num_slices, one.raw_bytes)
     first, second = open_store(one.store_path), open_store(two.store_path)
     assert first.cases == second.cases

@@ -20,7 +20,7 @@ LAYERS = [
     ["optional"],
     ["remote", "disk_cache"],
     ["places"],
-    ["npz", "arrays", "folders", "kernels", "memory", "workers"],
+    ["npz", "arrays", "disk", "folders", "kernels", "memory", "workers"],
     ["volume", "prompts", "intensity", "lock", "conversion_report", "cluster"],
     ["source", "proposal"],
     ["scan"],

@@ -27,7 +27,7 @@ _MAX_ROWS = 20  # of one code in the table; --json lists all
 
 def check_command(
     paths: Annotated[
-        list[Path], typer.Argument(help="Data folders, datasets, npz files, or stores.", show_default=False)
+        list[str], typer.Argument(help="Data folders, datasets, npz files, stores, or their URLs.", show_default=False)
     ],
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Check this dataset only; may be given several times.")

@@ -50,7 +50,7 @@ def info_command(
 
     Only the slice index and the metadata of some cases are read.
 
-    Exit status: 0 all stores shown, 1 some stores cannot be read, 2 none can or an argument is wrong, 130 interrupted.
+    Exit status: 0 all stores shown, 1 some cannot be read, 2 none can, or an argument is wrong, 130 interrupted.
 
     Example: gpuparse info stores/AMOS --voxels
 

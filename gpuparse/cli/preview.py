@@ -63,9 +63,8 @@ def preview_command(
     """Draw samples as training sees them: contact sheets, and a page to look through.
 
     The page is one file that works offline: arrow keys go from sample to sample, 0 to 3 choose the channel, o switches
-    outlines, b shows a sample before and after augmentation.
-
-    Exit status: 0 drawn, 2 nothing was drawn, 130 interrupted.
+    outlines, b shows a sample before and after augmentation. Exit status: 0 drawn, 2 nothing was drawn, 130
+    interrupted.
 
     Example: gpuparse preview stores/AMOS --augment
 
