@@ -84,7 +84,8 @@ def publish(target: PublishTarget, store: Store | None, cases: list[CaseRecord],
     }
     if store is None or not _is_published(store, attributes, cases, val_cases):
         old_folders = set() if store is None else {case.folder for case in store.cases}
-        folders = [_settle(case, root_path, old_folders) for case in cases]
+        old_names = set() if store is None else {case.name for case in store.cases}
+        folders = [_settle(case, root_path, old_names) for case in cases]
         columns = _slice_columns(cases, target.split, val_cases.chosen)
         index = f"index/{uuid.uuid4().hex[:12]}"
         incoming = work_path / "incoming" / Path(index).name
@@ -123,12 +124,15 @@ def _val_cases_of(store: Store) -> dict[str, bool]:
     return {case.name: number in chosen for number, case in enumerate(store.cases)}
 
 
-def _settle(case: CaseRecord, root_path: Path, old_folders: set[str]) -> str:
-    """Moves a case into the store if it is not there yet; returns its folder's name."""
+def _settle(case: CaseRecord, root_path: Path, old_names: set[str]) -> str:
+    """Moves a case into the store if it is not there yet; returns its folder's name.
+
+    A folder's name is used once: whoever opened the store long ago finds the folder gone, not another's voxels in it.
+    """
     place = Path(case.place)
     if place.parent == root_path / "cases":
         return place.name
-    folder = case.name if case.name not in old_folders else f"{case.name}.{uuid.uuid4().hex[:8]}"
+    folder = case.name if case.name not in old_names else f"{case.name}.{uuid.uuid4().hex[:8]}"
     replace_folder(place, root_path / "cases" / folder)
     return folder
 

@@ -282,20 +282,23 @@ def test_gpuparse_reads_a_store_that_was_written_by_the_page(tmp_path):
 
 
 @rules("R2", "R30", "R32")
-def test_replaced_cases_stay_until_the_next_publication(write_case, data_dir):
+def test_replaced_cases_stay_until_the_next_publication_and_their_folders_names_are_not_used_again(
+    write_case, data_dir
+):
     image = np.arange(6 * 20 * 20, dtype=np.uint32).reshape(6, 20, 20).astype(np.uint8)
     write_case(image, image // 255)
     (store,) = (d.store_path for d in gpuparse.convert(data_dir).datasets)
     readers = [FormatReader(store)]
-    for step in (1, 2):
+    for step in (1, 2, 3):
         write_case(image + step, image // 255)
         gpuparse.convert(data_dir)
         readers.append(FormatReader(store))
         before, now = readers[-2:]
         np.testing.assert_array_equal(now.array(0, "0"), image + step)
         np.testing.assert_array_equal(before.array(0, "0"), image + step - 1)
-        assert re.fullmatch(r"case(\.[0-9a-f]{8})?", now.folders[0])
-        assert now.folders != before.folders
+        assert re.fullmatch(r"case\.[0-9a-f]{8}", now.folders[0])
+        for earlier in readers[:-2]:
+            assert not (store / "cases" / earlier.folders[0]).exists()
 
 
 @rules("R29")
