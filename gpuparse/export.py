@@ -27,6 +27,7 @@ from gpuparse.folders import discard_folder, remove_discarded, replace_folder, r
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
 from gpuparse.prompts import parse_class_prompts
+from gpuparse.remote import is_url
 from gpuparse.store import Store, open_store
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
@@ -113,6 +114,8 @@ def export_store(
     """
     if format not in _FORMATS:
         raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
+    if is_url(path):
+        raise InputError(f"'{os.fspath(path)}' is a URL, and export reads local stores. Copy the store here first.")
     store = open_store(_store_path(Path(path)))
     parts = _parts(store, splits)
     root = Path(out_dir) if out_dir is not None else store.path.parent.parent

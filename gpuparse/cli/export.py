@@ -18,7 +18,7 @@ __all__ = ["export_command"]
 
 
 def export_command(
-    store: Annotated[Path, typer.Argument(help="A store, or a dataset's folder with train.zarr.", show_default=False)],
+    store: Annotated[str, typer.Argument(help="A store, or a dataset's folder with train.zarr.", show_default=False)],
     format_name: Annotated[
         Literal["png", "npz"],
         typer.Option("--format", help="png: the processed/ tree of BiomedParse; npz: its volumes.", show_default=False),
