@@ -38,7 +38,7 @@ ExportFormat = Literal["png", "npz"]
 SIZE = (512, 512)
 _FORMATS = ("png", "npz")
 _SLICES_AT_ONCE = 16
-_PNG_LEVEL = 3
+_PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}  # Z_RLE, as cv2: it suits slices, and is the fastest
 _WORK_BYTES = _SLICES_AT_ONCE * 8 * SIZE[0] * SIZE[1]
 _MAX_BYTE_ID = 255
 
@@ -339,7 +339,7 @@ def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", compress_level=_PNG_LEVEL)
+    Image.fromarray(pixels).save(buffer, "png", **_PNG_OPTIONS)
     path.write_bytes(buffer.getbuffer())
 
 
