@@ -52,6 +52,10 @@ matrix +pythons="python3.11 python3.12":
       done
     done
 
+# the documentation site, in site/; a warning is an error
+docs:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 # sample data, conversion and batches in ./gpuparse-demo
 demo:
     python -m gpuparse demo

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gpuparse.errors import GpuparseError
     from gpuparse.evaluation.volumes import VolumeDataset
     from gpuparse.foreign import ForeignFormat
+    from gpuparse.info import InfoReport, info
     from gpuparse.loader import DataLoader
     from gpuparse.pairs import FolderLayout
     from gpuparse.remote import RemoteOptions
@@ -37,6 +38,7 @@ _HOMES = {
     "FolderLayout": "gpuparse.pairs",
     "ForeignFormat": "gpuparse.foreign",
     "GpuparseError": "gpuparse.errors",
+    "InfoReport": "gpuparse.info",
     "RemoteOptions": "gpuparse.remote",
     "SliceDataset": "gpuparse.dataset",
     "Store": "gpuparse.store",
@@ -45,6 +47,7 @@ _HOMES = {
     "check": "gpuparse.check",
     "convert": "gpuparse.convert",
     "encode": "gpuparse.encode",
+    "info": "gpuparse.info",
     "open_store": "gpuparse.store",
     "sample_params": "gpuparse.sampling",
 }
@@ -57,6 +60,7 @@ __all__ = [
     "FolderLayout",
     "ForeignFormat",
     "GpuparseError",
+    "InfoReport",
     "RemoteOptions",
     "SliceDataset",
     "Store",
@@ -65,6 +69,7 @@ __all__ = [
     "check",
     "convert",
     "encode",
+    "info",
     "open_store",
     "sample_params",
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "LEVELS",
     "MAX_CHUNK_BYTES",
     "Level",
+    "blosc_typesize",
     "read_column",
     "serial_blosc",
     "write_column",
@@ -33,7 +34,7 @@ __all__ = [
     "write_voxels",
 ]
 
-BLOSC_BLOCK_BYTES = 65536
+BLOSC_BLOCK_BYTES = 16384
 MAX_CHUNK_BYTES = 2**31 - 1 - 16  # what a blosc frame can hold
 Level = Literal["fast", "high"]
 LEVELS: dict[str, tuple[str, int]] = {"fast": ("lz4", 5), "high": ("lz4hc", 9)}
@@ -80,7 +81,7 @@ def write_voxels(
             "name": "sharding_indexed",
             "configuration": {
                 "chunk_shape": list(chunks),
-                "codecs": _codecs(data.dtype, level),
+                "codecs": _codecs(data.dtype, level, int(np.prod(chunks)) * data.itemsize),
                 "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                 "index_location": "end",
             },
@@ -150,9 +151,19 @@ def _compress_chunk(values: npt.NDArray[Any], level: Level) -> bytes | None:
 def _compress(values: npt.NDArray[Any], level: Level) -> bytes:
     name, effort = LEVELS[level]
     frame: bytes = blosc.compress(
-        values.view(np.uint8), name.encode(), effort, shuffle=blosc.NOSHUFFLE, blocksize=BLOSC_BLOCK_BYTES
+        values.view(np.uint8), name.encode(), effort, blosc.NOSHUFFLE, BLOSC_BLOCK_BYTES, blosc_typesize(values.nbytes)
     )
     return frame
+
+
+def blosc_typesize(chunk_bytes: int) -> int:
+    """The element size that blosc is told of for chunks of a size: it decides what blocks blosc makes.
+
+    For elements of up to 16 bytes, c-blosc makes LZ4 blocks of 64 KiB at least, whatever it is asked for. A GPU decodes
+    a block with one warp, so that many small blocks take less time than few large ones. Nothing is shuffled, so that
+    nothing else depends on this number. Chunks of one block have elements of one byte: larger ones cut off a rest.
+    """
+    return 32 if chunk_bytes > BLOSC_BLOCK_BYTES else 1
 
 
 def write_column(folder: Path, values: npt.NDArray[Any]) -> None:
@@ -163,7 +174,9 @@ def write_column(folder: Path, values: npt.NDArray[Any]) -> None:
     """
     folder.mkdir(parents=True)
     values = np.ascontiguousarray(values)
-    _write_metadata(folder, _array_metadata(values, [max(1, n) for n in values.shape], _codecs(values.dtype, "fast")))
+    _write_metadata(
+        folder, _array_metadata(values, [max(1, n) for n in values.shape], _codecs(values.dtype, "fast", values.nbytes))
+    )
     if values.any():
         path = folder.joinpath("c", *("0" for _ in values.shape))
         path.parent.mkdir(parents=True)
@@ -218,11 +231,17 @@ def _array_metadata(
     }
 
 
-def _codecs(dtype: np.dtype[Any], level: Level) -> list[dict[str, Any]]:
+def _codecs(dtype: np.dtype[Any], level: Level, chunk_bytes: int) -> list[dict[str, Any]]:
     """The codecs of one chunk: a blosc frame of raw LZ4 blocks, which a GPU decodes as they are, and a CRC."""
     name, effort = LEVELS[level]
     order = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
-    frame = {"typesize": 1, "cname": name, "clevel": effort, "shuffle": "noshuffle", "blocksize": BLOSC_BLOCK_BYTES}
+    frame = {
+        "typesize": blosc_typesize(chunk_bytes),
+        "cname": name,
+        "clevel": effort,
+        "shuffle": "noshuffle",
+        "blocksize": BLOSC_BLOCK_BYTES,
+    }
     return [order, {"name": "blosc", "configuration": frame}, {"name": "crc32c"}]
 
 

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 LabelMode = Literal["prompts", "instances", "classes", "foreground"]
+# Side of the tiles that the GPU's faster kernel works in: kTileSide of kernels/augment_tiles.cu.
+TILE_SIDE = 32
+
 _MODES = {"prompts": 0, "instances": 1, "classes": 2, "foreground": 3}
 _IMAGE_TYPES = {"float32": (0, np.float32), "float16": (1, np.float16), "bfloat16": (2, np.uint16)}
 _LABEL_TYPES = {"int64": (0, np.int64), "uint8": (1, np.uint8)}
@@ -273,26 +276,30 @@ def prepare_finish(
     size: tuple[int, int],
     types: OutputTypes,
 ) -> FinishTables:
-    """Checks a batch's parameters and makes the tables that go with them.
+    """Makes the tables that go with a batch's parameters.
 
     Args:
-        params: (batch,) PARAMS_DTYPE.
+        params: (batch,) PARAMS_DTYPE, drawn here or checked.
         spec: What labels to make.
         label_planes: (batch,) PLANE_DTYPE.
         size: Rows and columns of an encoded slice.
         types: Element types of the outputs.
 
     Raises:
-        InputError: The table does not fit the batch, or uint8 labels cannot hold the stored ids.
+        InputError: uint8 labels cannot hold the stored ids.
     """
-    params = _check_params(params, len(label_planes), *size)
-    raw_ids = np.isin(spec.modes, (_MODES["instances"], _MODES["classes"])) & (params["wrap_ids"] == 0)
-    too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
-    if types.labels == "uint8" and (
-        too_wide or (spec.modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any()
-    ):
-        raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
+    if types.labels == "uint8":
+        modes = spec.modes
+        raw_ids = ((modes == _MODES["instances"]) | (modes == _MODES["classes"])) & (params["wrap_ids"] == 0)
+        too_wide = label_planes["itemsize"][raw_ids].max(initial=1) > 1
+        if too_wide or (modes == _MODES["foreground"]).any() & (spec.class_ids > 255).any():
+            raise InputError("labels_dtype is 'uint8', but the ids of this batch need 16 or 32 bits. Use 'int64'.")
     return FinishTables(params, *_crop_tables(params, *size), spec.class_ids, spec.modes)
+
+
+def device_kernel(height: int, width: int) -> str:
+    """The kernel that a GPU runs on slices of a size, which is the name of its file: both make the same bits."""
+    return "augment_tiles" if height % TILE_SIDE == 0 and width % TILE_SIDE == 0 else "augment"
 
 
 def launch_finish(
@@ -320,8 +327,9 @@ def launch_finish(
                 *map(kernels.on_device, (finish.class_ids, finish.modes)), *(np.int32(n) for n in sizes),
                 out.image, out.labels,
             )  # fmt: skip
+            name = device_kernel(height, width)
             quads = -(-height * width // 4)
-            kernels.launch_on_device("augment.cu", "augment", num_samples * quads, arguments)
+            kernels.launch_on_device(f"{name}.cu", name, num_samples * quads, arguments)
         return
     p = kernels.pointer
     kernels.host_library().gpuparse_augment(
@@ -372,6 +380,7 @@ def finish_batch(
     num_samples, _, height, width = images.shape
     if len(label_planes) != num_samples:
         raise InputError(f"there are {num_samples} images and {len(label_planes)} label planes; expected one for each.")
+    params = _check_params(params, num_samples, height, width)
     finish = prepare_finish(params, spec, label_planes, (height, width), types)
     if out is None:
         labels_shape = (num_samples, *spec.class_ids.shape[1:] * spec.stacked, height, width)

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arrays import MAX_CHUNK_BYTES, Level, serial_blosc, write_group, write_voxels
+from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import replace_folder
 from gpuparse.presence import find_presence, label_pairs
@@ -27,7 +28,7 @@ from gpuparse.store import IMAGE_PATH, LABELS_PATH, chunk_shape, shard_shape
 from gpuparse.views import select_axes
 from gpuparse.volume import Volume, check_name
 
-__all__ = ["CaseSettings", "convert_case", "kept_case", "stored_case"]
+__all__ = ["CaseRecord", "CaseSettings", "ViewRecord", "convert_case", "kept_case", "stored_case"]
 
 _CASE_VERSION = 1  # of a case's layout; cases written under another number are written again
 _MAX_NAMED = 20  # classes in a message; labels that are noise have millions
@@ -59,17 +60,100 @@ class CaseSettings:
         return {**recorded, "level": self.level} == self.to_json()
 
 
-def convert_case(case: SourceCase, work_path: Path, settings: CaseSettings) -> dict[str, Any] | GpuparseError:
+@dataclass(frozen=True, slots=True, eq=False)
+class ViewRecord:
+    """The slices of a case along one axis, as the slice index counts them.
+
+    Attributes:
+        axis: Slice axis in (z, y, x).
+        counts: (num_slices,) int32, classes present in each.
+        class_ids: int32, these classes, slice by slice.
+        zeroed: (num_slices,) uint8: 1 where the ids, cut to 8 bits, are exactly 0 and 255.
+    """
+
+    axis: int
+    counts: npt.NDArray[np.int32]
+    class_ids: npt.NDArray[np.int32]
+    zeroed: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaseRecord:
+    """What publishing has to know of a written case. A conversion holds one for each case, so they are small.
+
+    Attributes:
+        name: The case.
+        place: Its folder now.
+        kept: Whether an earlier run had written it.
+        shape: Voxels along z, y, x.
+        spacing_mm: Voxel size along z, y, x.
+        views: Its slices, along each axis that is used.
+        source_bytes: Size of its source files.
+        raw_bytes: Size of its voxels, uncompressed.
+        store_bytes: Size of its shards.
+    """
+
+    name: str
+    place: str
+    kept: bool
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    views: tuple[ViewRecord, ...]
+    source_bytes: int
+    raw_bytes: int
+    store_bytes: int
+
+    @property
+    def num_slices(self) -> int:
+        """Slices over all views."""
+        return sum(self.shape[view.axis] for view in self.views)
+
+
+def _record(summary: Mapping[str, Any], place: Path, kept: bool) -> CaseRecord:
+    """A case's record from its attributes.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: They lack something, or hold something else.
+    """
+    shape = tuple(int(n) for n in summary["shape"])
+    return CaseRecord(
+        name=str(summary["name"]),
+        place=str(place),
+        kept=kept,
+        shape=shape,
+        spacing_mm=tuple(float(mm) for mm in summary["spacing_mm"]),
+        views=tuple(_view_record(summary, axis, shape[axis]) for axis in summary["axes"]),
+        source_bytes=int(summary["source"]["bytes"]),
+        raw_bytes=int(summary["raw_bytes"]),
+        store_bytes=sum(summary["files"].values()),
+    )
+
+
+def _view_record(summary: Mapping[str, Any], axis: int, num_slices: int) -> ViewRecord:
+    by_class = summary["class_runs"][str(axis)]
+    ids = np.array(sorted(map(int, by_class)), np.int32)
+    present = np.zeros((num_slices, len(ids)), bool)
+    for k, class_id in enumerate(ids):
+        for start, stop in by_class[str(class_id)]:
+            present[start:stop, k] = True
+    zeroed = np.zeros(num_slices, np.uint8)
+    for start, stop in summary["zeroed_runs"][str(axis)]:
+        zeroed[start:stop] = 1
+    return ViewRecord(axis, present.sum(axis=1, dtype=np.int32), ids[np.nonzero(present)[1]], zeroed)
+
+
+def convert_case(case: SourceCase, work_path: Path, settings: CaseSettings) -> CaseRecord | GpuparseError:
     """Reads, checks and writes one case.
 
     Args:
         case: The source.
-        work_path: Receives the case as `cases/<name>`.
+        work_path: Receives the case as `cases/<name>`, by way of `incoming`; both folders must be there. They are not
+            made here: where a mount is lost, they would be made on the disk below it.
         settings: What it depends on beside its source.
 
     Returns:
-        The case's summary with `place`, its folder now, and `kept` (False); or the error that it met:
-        `VolumeFormatError` where the source is at fault, `StoreWriteError` where `work_path` is.
+        The case's record; or the error that it met: `VolumeFormatError` where the source is at fault,
+        `StoreWriteError` where `work_path` is.
     """
     try:
         check_name(case.name, f"{case.path}: case name")
@@ -91,9 +175,9 @@ def _stamp(case: SourceCase) -> dict[str, Any]:
         raise VolumeFormatError(f"{case.path}: cannot be read: {error}") from error
 
 
-def kept_case(case: SourceCase, folder: Path, settings: CaseSettings) -> dict[str, Any] | None:
-    """The summary of a case in `folder` if it was written from this source under these settings, else None."""
-    summary = stored_case(folder, settings)
+def kept_case(case: SourceCase, folder: Path, settings: CaseSettings) -> CaseRecord | None:
+    """The record of a case in `folder` if it was written from this source under these settings, else None."""
+    summary = _summary(folder, settings)
     if summary is None:
         return None
     try:
@@ -106,13 +190,21 @@ def kept_case(case: SourceCase, folder: Path, settings: CaseSettings) -> dict[st
             return None  # damaged since
         # A file that was touched, copied or checked out again is the same file still.
         unchanged = stamp["mtime_ns"] == source["mtime_ns"] or case.digest() == source["sha256"]
-    except (KeyError, TypeError, AttributeError, OSError):
+        return _record(summary, folder, kept=True) if unchanged else None
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):
         return None
-    return summary if unchanged else None
 
 
-def stored_case(folder: Path, settings: CaseSettings) -> dict[str, Any] | None:
-    """The summary of a case that is in a store, as `convert_case` returns it; None if it does not fit the settings."""
+def stored_case(folder: Path, settings: CaseSettings) -> CaseRecord | None:
+    """The record of a case that is in a store; None if it does not fit the settings."""
+    summary = _summary(folder, settings)
+    try:
+        return None if summary is None else _record(summary, folder, kept=True)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _summary(folder: Path, settings: CaseSettings) -> dict[str, Any] | None:
     try:
         text = (folder / "zarr.json").read_text(encoding="utf-8")
         summary: dict[str, Any] = json.loads(text)["attributes"]["gpuparse"]
@@ -120,7 +212,7 @@ def stored_case(folder: Path, settings: CaseSettings) -> dict[str, Any] | None:
             return None
     except (KeyError, TypeError, ValueError, OSError):
         return None
-    return {**summary, "place": str(folder), "kept": True}
+    return summary
 
 
 def _presence(case: SourceCase, volume: Volume, settings: CaseSettings) -> dict[str, Any]:
@@ -148,7 +240,7 @@ def _write_case(
     presence: dict[str, Any],
     work_path: Path,
     settings: CaseSettings,
-) -> dict[str, Any]:
+) -> CaseRecord:
     temporary = work_path / "incoming" / uuid.uuid4().hex
     target = work_path / "cases" / case.name
     summary: dict[str, Any] = {
@@ -168,28 +260,21 @@ def _write_case(
             "Cut the volume into parts, or downsample it."
         )
     try:
+        temporary.mkdir()
         summary["files"] = _write_arrays(temporary, volume, chunks, settings.level)
         ome: dict[str, Any] = {"version": "0.5", "multiscales": [_multiscale(volume, case.name)]}
         write_group(temporary, {"ome": ome, "gpuparse": summary})
-        target.parent.mkdir(parents=True, exist_ok=True)
         replace_folder(temporary, target)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # before anyone asks how much room there is
+        told = describe_write_error(error, work_path, num_bytes=summary["raw_bytes"])
         raise StoreWriteError(
-            f"{case.path}: its case could not be written into {work_path}: {error}. "
-            f"{_WRITE_REMEDIES.get(error.errno or 0, 'Check the disk and its mount')}, and run the command again: "
+            f"{case.path}: its case could not be written into {work_path}: {told}. Then run the command again: "
             "finished cases are kept."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {**summary, "place": str(target), "kept": False}
-
-
-_WRITE_REMEDIES = {
-    errno.ENOSPC: "Make room on the disk, or name another folder with --out",
-    errno.EDQUOT: "Make room in your quota, or name another folder with --out",
-    errno.EROFS: "Name a folder that can be written with --out",
-    errno.EACCES: "Name a folder that can be written with --out",
-}
+    return _record(summary, target, kept=False)
 
 
 def _write_arrays(folder: Path, volume: Volume, chunks: tuple[int, int, int], level: Level) -> dict[str, int]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def find_datasets(
     Raises:
         InputError: There is no such folder.
     """
-    return list(_folders(Path(data_dir), split, foreign))
+    with _read_errors_told(data_dir):
+        return list(_folders(Path(data_dir), split, foreign))
 
 
 def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str:
@@ -85,8 +87,9 @@ def list_cases(
     Raises:
         InputError: The folder or an argument is not usable, or there is nothing to read.
     """
-    folders = _chosen(Path(data_dir), datasets, split, foreign)
-    return [case for folder in folders.values() for case in _cases(folder, split, foreign, MAX_VOLUME_BYTES)[0]]
+    with _read_errors_told(data_dir):
+        folders = _chosen(Path(data_dir), datasets, split, foreign)
+        return [case for folder in folders.values() for case in _cases(folder, split, foreign, MAX_VOLUME_BYTES)[0]]
 
 
 def collect(
@@ -114,14 +117,23 @@ def collect(
     Raises:
         InputError: The folder, the prompts or an argument is not usable.
     """
-    folders = _chosen(data_dir, datasets, split, foreign)
-    found = {name: _cases(folder, split, foreign, max_bytes) for name, folder in folders.items()}
+    with _read_errors_told(data_dir):
+        folders = _chosen(data_dir, datasets, split, foreign)
+        found = {name: _cases(folder, split, foreign, max_bytes) for name, folder in folders.items()}
     prompts_path = data_dir / PROMPTS_FILE
     entries = _entries(prompts_path, {name: proposal for name, (_, proposal) in found.items()}, propose)
     return [
         Collected(name, folder, parse_class_prompts(entries[name], f"{prompts_path}, dataset {name!r}"), found[name][0])
         for name, folder in folders.items()
     ]
+
+
+@contextlib.contextmanager
+def _read_errors_told(data_dir: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{data_dir}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
 
 
 def _folders(data_dir: Path, split: str, foreign: ForeignFormat | None) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from gpuparse.case import CaseSettings
 from gpuparse.cluster import DaskPool
 from gpuparse.collect import collect
 from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
+from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
 from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
@@ -130,12 +131,12 @@ def convert(
             ) / f"{split}.zarr"
             lock = StoreLock(store_path)
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
-            with contextlib.nullcontext() if dry_run else lock:
+            with contextlib.nullcontext() if dry_run else lock, _write_errors_told(store_path):
                 store = _open_existing(store_path, overwrite)
                 settings = CaseSettings(found.prompts, level or _level_of(store))
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
                 run = DatasetRun(target, found.cases, options, pool, store)
-                report = _writing(run)
+                report = run()
                 if report is not None and not dry_run:
                     staging.send(found.name, store_path)
             reports += [report] if report is not None else []
@@ -163,16 +164,17 @@ def _pool(num_jobs: int, scheduler: str | None, memory_bytes: int | None) -> Tas
     return WorkerPool(num_jobs, default_memory_bytes() if memory_bytes is None else memory_bytes)
 
 
-def _writing(run: DatasetRun) -> DatasetReport | None:
-    """Runs it; what the file system raises while the store is put together becomes an error that names the store."""
+@contextlib.contextmanager
+def _write_errors_told(store_path: Path) -> Iterator[None]:
+    """What the file system raises while a store is put together becomes an error that names the store."""
     try:
-        return run()
+        yield
     except GpuparseError:
         raise
     except OSError as error:
+        told = describe_write_error(error, store_path.parent)
         raise StoreWriteError(
-            f"{run.target.store_path}: cannot be written: {error}. Mend it and run the command again: finished cases "
-            "are kept."
+            f"{store_path}: cannot be written: {told}. Then run the command again: finished cases are kept."
         ) from error
 
 

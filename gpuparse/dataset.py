@@ -155,6 +155,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
         cases: npt.NDArray[np.int32] = np.unique(self.store.slices.case[self._rows])
         return cases
 
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(len,) the row of the store's slice index that each item is, ascending."""
+        return self._rows
+
     def set_epoch(self, epoch: int) -> None:
         """Makes items draw the prompts and the augmentation of another epoch."""
         self._epoch[0] = epoch

@@ -17,8 +17,9 @@ from gpuparse import kernels
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.dataset import SliceDataset
 from gpuparse.loader import DataLoader
+from gpuparse.panel import Panel
 from gpuparse.sample_data import make_sample_data
-from gpuparse.sheet import Panel, contact_sheet
+from gpuparse.sheet import contact_sheet
 
 __all__ = ["run_demo"]
 

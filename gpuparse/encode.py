@@ -28,7 +28,8 @@ from gpuparse.views import (
 
 __all__ = ["EncodedSlices", "encode", "encode_masks", "encode_planes"]
 
-STRIP_ROWS = 16  # output rows that one GPU thread makes: kStripRows of kernels/encode.cu
+# What one GPU thread makes: kStripRows and kStripColumns of kernels/encode.cu.
+_STRIP_ROWS, _STRIP_COLUMNS = 16, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +92,15 @@ def encode(
     chosen = range(view.num_slices) if positions is None else [int(p) for p in positions]
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
 
-    def planes_of(array: Any, slices: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def planes_of(
+        array: Any, slices: Sequence[int] | npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         strides = [int(n) * array.itemsize for n in (array.shape[1] * array.shape[2], array.shape[2], 1)]
         rows, columns = (i for i in range(3) if i != axis)
         planes = array_planes(view, len(slices), (strides[rows], strides[columns]), array.itemsize)
         return planes, np.asarray(slices, np.int64) * strides[axis]
 
-    triplets = [p for position in chosen for p in channel_positions(position, view.num_slices)]
+    triplets = channel_positions(chosen, view.num_slices).reshape(-1)
     planes, blocks = planes_of(image, triplets)
     encoded = encode_planes(_bytes_of(image), blocks, planes, tables, (height, width), num_threads)
     mask = None
@@ -125,6 +128,11 @@ def _bytes_of(array: Any) -> Any:
     return array.reshape(-1).view(np.uint8)
 
 
+def num_strips(num_planes: int, size: tuple[int, int]) -> int:
+    """Elements of the device's encoding: an element makes some rows of two columns."""
+    return num_planes * -(-size[0] // _STRIP_ROWS) * -(-size[1] // _STRIP_COLUMNS)
+
+
 def encode_planes(
     arena: Any,
     blocks: Any,
@@ -149,8 +157,8 @@ def encode_planes(
         (num_planes, rows, columns) uint8 on the arena's device.
     """
     if kernels.is_device_array(arena):
-        num_elements = len(planes) * -(-size[0] // STRIP_ROWS) * size[1]
         table_arrays = (tables.cubic_index, tables.cubic_weights)
+        num_elements = num_strips(len(planes), size)
         return _on_device(
             "encode", arena, blocks, planes, table_arrays, tables.length, size, num_elements, np.uint8, out
         )

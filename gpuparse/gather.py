@@ -6,7 +6,7 @@ chunk, whatever the view, so that no volume is assembled or transposed.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from gpuparse.errors import StorageError
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
 from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
 
-__all__ = ["Gathering", "SliceKey", "gather"]
+__all__ = ["Gathering", "SliceKey", "gather", "gather_labels"]
 
 _NUMBER_BITS = 44  # of a chunk's number in its array, below the array's own
 
@@ -99,18 +99,43 @@ class Gathering:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pattern:
+class _Lane:
     """What all planes of one array along one axis have in common."""
 
-    plane: npt.NDArray[Any]  # one PLANE_DTYPE row, its first block and tables left open
+    layout: ArrayLayout
+    plane: bytes  # one PLANE_DTYPE, its first block and tables left open
     tiles: npt.NDArray[np.int64]  # chunk numbers under the plane in the first layer of chunks
     layer_step: int  # added to them from one layer of chunks to the next
     depth: int  # planes in a layer
     plane_step: int  # bytes between planes inside a chunk
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
+class _View(NamedTuple):
+    """One axis of a case, as slices are read along it."""
+
+    num_slices: int
+    image: _Lane
+    labels: _Lane
+
+
+# By store, for as long as it is there.
+_views: weakref.WeakKeyDictionary[Store, dict[tuple[int, int, Recipe], _View]] = weakref.WeakKeyDictionary()
+
+
+def _view_of(key: SliceKey) -> _View:
+    store, case, axis, _, recipe = key
+    views = _views.get(store)
+    if views is None:
+        views = _views.setdefault(store, {})
+    view = views.get((case, axis, recipe))
+    if view is None:
+        layouts = (store.layout(case, path) for path in (IMAGE_PATH, LABELS_PATH))
+        view = _View(store.cases[case].shape[axis], *(_make_lane(layout, axis, recipe) for layout in layouts))
+        views[case, axis, recipe] = view
+    return view
+
+
+def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
     view = view_geometry(layout.shape, axis, recipe)
     rows, columns = (i for i in range(3) if i != axis)
     grid = layout.grid
@@ -124,40 +149,59 @@ def _pattern(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Pattern:
     for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
         plane[name] = getattr(view, name)
     tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
-    return _Pattern(plane, tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
+    return _Lane(layout, plane.tobytes(), tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
 
 
 class _Planes:
     """Planes of one kind, image or labels, on their way into arrays."""
 
-    def __init__(self, arrays: dict[ArrayLayout, int]) -> None:
-        self._arrays = arrays
-        self._numbers: dict[_Pattern, int] = {}
-        self._kinds: list[int] = []
-        self._tiles: list[npt.NDArray[np.int64]] = []
-        self._offsets: list[int] = []
-
-    def add(self, layout: ArrayLayout, key: SliceKey, positions: Sequence[int]) -> None:
-        pattern = _pattern(layout, key.axis, key.recipe)
-        kind = self._numbers.setdefault(pattern, len(self._numbers))
-        base = self._arrays.setdefault(layout, len(self._arrays)) << _NUMBER_BITS
-        for position in positions:
-            layer, inside = divmod(position, pattern.depth)
-            self._kinds.append(kind)
-            self._tiles.append(pattern.tiles + (base + layer * pattern.layer_step))
-            self._offsets.append(inside * pattern.plane_step)
+    def __init__(self, lanes: Sequence[_Lane], arrays: dict[ArrayLayout, int]) -> None:
+        numbers: dict[_Lane, int] = {}
+        self._lane_of = [numbers.setdefault(lane, len(numbers)) for lane in lanes]
+        self._lanes = list(numbers)
+        self._arrays = [arrays.setdefault(lane.layout, len(arrays)) for lane in self._lanes]
 
     def finish(
-        self, first_tile: int, tables: dict[tuple[int, int], int], size: tuple[int, int]
+        self,
+        positions: npt.NDArray[np.int64],
+        first_tile: int,
+        tables: dict[tuple[int, int], int],
+        size: tuple[int, int],
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The planes, and for each tile its chunk (with the array's number) and its offset."""
-        patterns = np.concatenate([pattern.plane for pattern in self._numbers])
+        """The planes, and for each tile its chunk (with the array's number) and its offset.
+
+        Args:
+            positions: (num_slices, planes of a slice), where each plane stands along its axis.
+            first_tile: Tiles of other planes before these.
+            tables: (source, target) lengths -> number of the resampling table; grows.
+            size: Rows and columns that the planes will be encoded to.
+        """
+        lanes = self._lanes
+        patterns = np.frombuffer(bytearray().join(lane.plane for lane in lanes), PLANE_DTYPE)
         for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
             patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
-        planes = patterns[np.array(self._kinds)]
-        counts = np.array([len(tiles) for tiles in self._tiles])
-        planes["first_block"] = first_tile + np.cumsum(counts) - counts
-        return planes, np.concatenate(self._tiles), np.repeat(np.array(self._offsets, np.int64), counts)
+        steps = np.array(
+            [
+                (lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles), array << _NUMBER_BITS)
+                for lane, array in zip(lanes, self._arrays, strict=True)
+            ],
+            np.int64,
+        )
+        of = np.repeat(np.array(self._lane_of), positions.shape[1])
+        depth, layer_step, plane_step, counts, base = steps[of].T
+        layers, inside = np.divmod(positions.reshape(-1), depth)
+        ends = np.cumsum(counts)
+        planes = patterns[of]
+        planes["first_block"] = first_tile + ends - counts
+        # Tile t of a plane is tile t of its lane, some layers further on.
+        starts = np.cumsum(steps[:, 3]) - steps[:, 3]
+        tiles = np.concatenate([lane.tiles for lane in lanes])
+        own = np.arange(ends[-1]) + np.repeat(starts[of] - (ends - counts), counts)
+        return (
+            planes,
+            tiles[own] + np.repeat(base + layers * layer_step, counts),
+            np.repeat(inside * plane_step, counts),
+        )
 
 
 def _prepare(keys: Sequence[SliceKey]) -> None:
@@ -174,6 +218,34 @@ def _prepare(keys: Sequence[SliceKey]) -> None:
         raise StorageError(failed[min(failed)], failed=dict(sorted(failed.items())))
 
 
+def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
+    """Finds the chunks that hold the labels of some slices, and no image.
+
+    Args:
+        keys: The slices, at least one.
+
+    Raises:
+        StoreFormatError: A case's arrays are not in the store's format.
+        StorageError: Remote storage failed.
+    """
+    _prepare(keys)
+    arrays: dict[ArrayLayout, int] = {}
+    labels = _Planes([_view_of(key).labels for key in keys], arrays)
+    positions = np.array([[key.position] for key in keys], np.int64)
+    label_planes, tiles, offsets = labels.finish(positions, 0, {}, (1, 1))
+    chunks, tile_chunk = np.unique(tiles, return_inverse=True)
+    return Gathering(
+        arrays=tuple(arrays),
+        chunk_array=chunks >> _NUMBER_BITS,
+        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
+        tile_chunk=tile_chunk.reshape(-1),
+        tile_offset=offsets,
+        image_planes=label_planes[:0],
+        label_planes=label_planes,
+        lengths=(),
+    )
+
+
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
     """Finds the chunks and the planes of some slices, each with the slices before and after it.
 
@@ -187,15 +259,14 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
         StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
     """
     _prepare(keys)
+    views = [_view_of(key) for key in keys]
     arrays: dict[ArrayLayout, int] = {}
-    images, labels = _Planes(arrays), _Planes(arrays)
-    for key in keys:
-        num_slices = key.store.cases[key.case].shape[key.axis]
-        images.add(key.store.layout(key.case, IMAGE_PATH), key, channel_positions(key.position, num_slices))
-        labels.add(key.store.layout(key.case, LABELS_PATH), key, (key.position,))
+    images, labels = _Planes([view.image for view in views], arrays), _Planes([view.labels for view in views], arrays)
+    num_slices = np.array([view.num_slices for view in views], np.int64)
+    positions = np.array([key.position for key in keys], np.int64)
     tables: dict[tuple[int, int], int] = {}
-    image_planes, image_tiles, image_offsets = images.finish(0, tables, size)
-    label_planes, label_tiles, label_offsets = labels.finish(len(image_tiles), tables, size)
+    image_planes, image_tiles, image_offsets = images.finish(channel_positions(positions, num_slices), 0, tables, size)
+    label_planes, label_tiles, label_offsets = labels.finish(positions[:, None], len(image_tiles), tables, size)
     chunks, tile_chunk = np.unique(np.concatenate([image_tiles, label_tiles]), return_inverse=True)
     return Gathering(
         arrays=tuple(arrays),

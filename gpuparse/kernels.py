@@ -141,6 +141,11 @@ def _device_module(file_name: str, device: int) -> Any:
         return cupy.RawModule(code=code, options=nvrtc_options(), backend="nvrtc")
 
 
+@functools.cache
+def _device_function(file_name: str, kernel: str, device: int) -> Any:
+    return _device_module(file_name, device).get_function(kernel)
+
+
 def launch_on_device(file_name: str, kernel: str, num_elements: int, arguments: tuple[Any, ...]) -> None:
     """Launches a grid-stride kernel on CuPy's current stream: one thread per element, 256 per block.
 
@@ -152,7 +157,7 @@ def launch_on_device(file_name: str, kernel: str, num_elements: int, arguments: 
     """
     import cupy
 
-    function = _device_module(file_name, cupy.cuda.Device().id).get_function(kernel)
+    function = _device_function(file_name, kernel, cupy.cuda.Device().id)
     num_blocks = max(1, min(-(-num_elements // 256), 2**31 - 1))
     function((num_blocks,), (256,), (np.int64(num_elements), *arguments))
 

@@ -2,7 +2,7 @@
 
 No server gives a lock up when its holder dies, so a lock is an object that says until when it holds, made only where
 there is none (a conditional put) and renewed while its holder works. One that has run out is taken over by another
-conditional put, which only one of several can win.
+conditional put, which only one of several can win. So is one that a process of this machine held, once that is gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import socket
 import time
 import uuid
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from gpuparse.errors import StorageError, StoreWriteError
 from gpuparse.remote import RemotePath
@@ -39,12 +41,14 @@ class Lease:
         self._store = place
         self.place = place / ".lock"
         self._owner = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+        self._process = _process()
         self._etag = ""
         self._until = 0.0
 
     def _content(self) -> bytes:
         self._until = time.time() + LEASE_SECONDS
-        return json.dumps({"owner": self._owner, "until_seconds": self._until}).encode()
+        content = {"owner": self._owner, "until_seconds": self._until, "process": self._process}
+        return json.dumps(content).encode()
 
     def __enter__(self) -> Lease:
         try:
@@ -56,12 +60,13 @@ class Lease:
         return self
 
     def _holder(self) -> tuple[str, float, str]:
-        """Whose the lock is, until when, and the version of its object."""
+        """Whose the lock is, until when, and the version of its object. What a dead process holds is over."""
         found = self.place.read_whole()
         try:
             held = json.loads(bytes(found.data))
-            return str(held["owner"]), float(held["until_seconds"]), found.etag
-        except (ValueError, KeyError, TypeError):
+            until = 0.0 if _is_gone(held.get("process")) else float(held["until_seconds"])
+            return str(held["owner"]), until, found.etag
+        except (ValueError, KeyError, TypeError, AttributeError):
             return "its owner is unknown", 0.0, found.etag
 
     def _take_over(self, error: FileExistsError) -> None:
@@ -112,3 +117,26 @@ class Lease:
             self.place.remove()
         except (StoreWriteError, StorageError, FileNotFoundError) as problem:
             _LOG.warning("%s was left behind: %s", self.place, problem)
+
+
+def _process(number: int | None = None) -> dict[str, Any] | None:
+    """What names a process of this machine for good; None where the system does not say, or there is no such one."""
+    number = os.getpid() if number is None else number
+    try:
+        # The number comes again, after a restart and in other containers; with the three others it does not.
+        fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        namespace = os.readlink(f"/proc/{os.getpid()}/ns/pid")
+    except OSError:
+        return None
+    return {"number": number, "started": fields[19], "boot": boot, "namespace": namespace}
+
+
+def _is_gone(held: Any) -> bool:
+    """Whether a process is known to have ended: it ran on this machine, in this container, and is there no more."""
+    own = _process()
+    if own is None or not isinstance(held, dict) or not isinstance(held.get("number"), int):
+        return False
+    if any(held.get(key) != own[key] for key in ("boot", "namespace")):
+        return False
+    return _process(held["number"]) != held

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from gpuparse.disk import describe_write_error
 from gpuparse.errors import StoreWriteError
 
 __all__ = ["StoreLock"]
@@ -56,9 +57,8 @@ class StoreLock:
         except OSError as error:
             if isinstance(error, StoreWriteError):
                 raise
-            raise StoreWriteError(
-                f"{self._store_path}: cannot be written: {error}. Name a folder that can be written with --out."
-            ) from error
+            told = describe_write_error(error, self.path.parent)
+            raise StoreWriteError(f"{self._store_path}: cannot be written: {told}.") from error
         return self
 
     def _try(self) -> bool:
@@ -80,8 +80,9 @@ class StoreLock:
                 "make sure that no other conversion writes the store.",
                 stacklevel=2,
             )
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not say whose it is
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._handle = handle
         return True
 

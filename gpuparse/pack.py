@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,7 @@ SPARE_BLOCK_BYTES = 18
 SPARE_DECODED_BYTES = 16
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One array inside a buffer.
 
     Attributes:
@@ -197,8 +196,10 @@ def pack(
     slices = reader.read(keys, gathering, arena=arena, allocate=allocate_data)
     buffer = whole[0][: used + slices.data.nbytes]
     slices.compressed["data_offset"] += used
+    bytes_of_buffer = buffer.data  # several times faster than views of numpy, of which there would be many
     for name, array in (*arrays.items(), ("blocks", slices.blocks), ("compressed", slices.compressed)):
-        sections[name].view(buffer)[...] = array
+        start = sections[name].offset
+        bytes_of_buffer[start : start + array.nbytes] = array.tobytes()
     return PackedBatch(
         buffer=buffer,
         sections=sections,

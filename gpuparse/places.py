@@ -21,10 +21,16 @@ class Place(Protocol):
         """Its last name."""
 
     @property
+    def stem(self) -> str:
+        """Its last name without the extension."""
+
+    @property
     def parent(self) -> Place:
         """The folder it is in."""
 
     def __truediv__(self, key: str, /) -> Place: ...
+
+    def __hash__(self) -> int: ...
 
     def is_dir(self) -> bool:
         """Whether it is a folder; of a URL, whether a Zarr node is there."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, StorageError
+from gpuparse.places import Place
 
 __all__ = ["PROMPTS_FILE", "PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
 
@@ -45,19 +46,25 @@ class ClassPrompts:
         return {**data, "instance_label": self.instance_label}
 
 
-def load_class_prompts(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_class_prompts(path: str | os.PathLike[str] | Place) -> dict[str, Any]:
     """Reads `class_prompts.json`: dataset name -> that dataset's entry, not yet checked.
 
     Raises:
-        InputError: The file is missing, not JSON, or not an object of objects.
+        InputError: The file is missing, cannot be read, is not JSON, or not an object of objects.
+        StorageError: It is remote, and storage fails.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = Path(path) if isinstance(path, str | os.PathLike) else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_unique_keys)
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(
             f"{path}: not found. gpuparse needs the prompts of every dataset there, as BiomedParse does; {_LAYOUT}."
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        ) from error
+    except StorageError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, InputError) as error:
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):

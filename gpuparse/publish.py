@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arrays import write_column, write_group
-from gpuparse.case import CaseSettings
+from gpuparse.case import CaseRecord, CaseSettings
 from gpuparse.folders import discard_folder, replace_folder, replace_text
 from gpuparse.splits import ValSplit, assign_splits, follow_groups
 from gpuparse.store import FORMAT_VERSION, SliceTable, Store, split_code
@@ -55,7 +55,7 @@ class PublishTarget:
         return self.store_path.with_name(f".{self.store_path.name}.partial")
 
 
-def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, Any]], val_cases: ValCases) -> None:
+def publish(target: PublishTarget, store: Store | None, cases: list[CaseRecord], val_cases: ValCases) -> None:
     """Makes `cases` the content of the store, whole: until the last rename, readers see the store as it was.
 
     Where that is what the store holds already, nothing is written, so that readers keep what they have open.
@@ -63,7 +63,7 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
     Args:
         target: The store.
         store: The store as it is, to be extended; None makes a new one, in place of any that is there.
-        cases: The summaries that `convert_case` returned, in the order of the index. Those not in the store yet lie in
+        cases: The records that `convert_case` returned, in the order of the index. Those not in the store yet lie in
             the target's `work_path`, which is gone afterwards.
         val_cases: Which of them are for validation.
 
@@ -84,13 +84,14 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
     }
     if store is None or not _is_published(store, attributes, cases, val_cases):
         old_folders = set() if store is None else {case.folder for case in store.cases}
-        (root_path / "cases").mkdir(parents=True, exist_ok=True)
         folders = [_settle(case, root_path, old_folders) for case in cases]
         columns = _slice_columns(cases, target.split, val_cases.chosen)
         index = f"index/{uuid.uuid4().hex[:12]}"
-        _write_index(work_path / "incoming" / index, columns, [case["name"] for case in cases], folders)
+        incoming = work_path / "incoming" / Path(index).name
+        incoming.mkdir()
+        _write_index(incoming, columns, [case.name for case in cases], folders)
         (root_path / "index").mkdir(exist_ok=True)
-        os.replace(work_path / "incoming" / index, root_path / index)
+        os.replace(incoming, root_path / index)
         group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         for folder in ("cases", "index"):
             replace_text(root_path / folder / "zarr.json", json.dumps(group))
@@ -107,12 +108,12 @@ def publish(target: PublishTarget, store: Store | None, cases: list[dict[str, An
 
 
 def _is_published(
-    store: Store, attributes: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], val_cases: ValCases
+    store: Store, attributes: Mapping[str, Any], cases: Sequence[CaseRecord], val_cases: ValCases
 ) -> bool:
     """Whether the store holds these very cases under these attributes."""
     return (
         all(store.attributes.get(key) == value for key, value in attributes.items())
-        and [store.path / "cases" / case.folder for case in store.cases] == [Path(case["place"]) for case in cases]
+        and [store.path / "cases" / case.folder for case in store.cases] == [Path(case.place) for case in cases]
         and all(val_cases.chosen[name] == value for name, value in _val_cases_of(store).items())
     )
 
@@ -122,12 +123,12 @@ def _val_cases_of(store: Store) -> dict[str, bool]:
     return {case.name: number in chosen for number, case in enumerate(store.cases)}
 
 
-def _settle(case: dict[str, Any], root_path: Path, old_folders: set[str]) -> str:
+def _settle(case: CaseRecord, root_path: Path, old_folders: set[str]) -> str:
     """Moves a case into the store if it is not there yet; returns its folder's name."""
-    place, name = Path(case["place"]), str(case["name"])
+    place = Path(case.place)
     if place.parent == root_path / "cases":
         return place.name
-    folder = name if name not in old_folders else f"{name}.{uuid.uuid4().hex[:8]}"
+    folder = case.name if case.name not in old_folders else f"{case.name}.{uuid.uuid4().hex[:8]}"
     replace_folder(place, root_path / "cases" / folder)
     return folder
 
@@ -196,43 +197,28 @@ def choose_val_cases(target: PublishTarget, names: Sequence[str], store: Store |
 
 
 def _slice_columns(
-    cases: list[dict[str, Any]], split: str, val_cases: Mapping[str, bool]
+    cases: Sequence[CaseRecord], split: str, val_cases: Mapping[str, bool]
 ) -> dict[str, npt.NDArray[Any]]:
-    case_column, axis_column, position_column, counts = [], [], [], []
-    class_ids: list[npt.NDArray[np.int32]] = []
-    zeroed: list[npt.NDArray[np.uint8]] = []
-    split_column: list[npt.NDArray[np.uint8]] = []
-    for number, case in enumerate(cases):
-        for axis in case["axes"]:
-            num_slices = case["shape"][axis]
-            by_class = case["class_runs"][str(axis)]
-            ids = np.array(sorted(map(int, by_class)), np.int32)
-            present = np.zeros((num_slices, len(ids)), bool)
-            for k, class_id in enumerate(ids):
-                for start, stop in by_class[str(class_id)]:
-                    present[start:stop, k] = True
-            case_column.append(np.full(num_slices, number, np.int32))
-            axis_column.append(np.full(num_slices, axis, np.uint8))
-            position_column.append(np.arange(num_slices, dtype=np.int32))
-            counts.append(present.sum(axis=1))
-            class_ids.append(ids[np.nonzero(present)[1]])
-            code = split_code("val" if split == "val" or val_cases[case["name"]] else "train")
-            split_column.append(np.full(num_slices, code, np.uint8))
-            zeroed.append(np.zeros(num_slices, np.uint8))
-            for start, stop in case["zeroed_runs"][str(axis)]:
-                zeroed[-1][start:stop] = 1
+    views = [(number, view) for number, case in enumerate(cases) for view in case.views]
+    lengths = np.array([len(view.counts) for _, view in views], np.int64)
+    codes = [split_code("val" if split == "val" or val_cases[case.name] else "train") for case in cases]
+
+    def per_slice(values: Sequence[int], dtype: type[np.generic]) -> npt.NDArray[Any]:
+        return np.repeat(np.array(values, dtype), lengths)
+
+    counts = np.concatenate([view.counts for _, view in views])
     table = SliceTable(
-        case=np.concatenate(case_column),
-        axis=np.concatenate(axis_column),
-        position=np.concatenate(position_column),
-        class_indptr=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
-        class_ids=np.concatenate(class_ids),
-        zeroed=np.concatenate(zeroed),
-        split=np.concatenate(split_column),
+        case=per_slice([number for number, _ in views], np.int32),
+        axis=per_slice([view.axis for _, view in views], np.uint8),
+        position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        class_indptr=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        class_ids=np.concatenate([view.class_ids for _, view in views]),
+        zeroed=np.concatenate([view.zeroed for _, view in views]),
+        split=per_slice([codes[number] for number, _ in views], np.uint8),
     )
     return {
         **vars(table),
-        "case_shape": np.array([case["shape"] for case in cases], np.int32),
-        "case_spacing_mm": np.array([case["spacing_mm"] for case in cases], np.float64),
-        "case_axes": np.array([sum(1 << axis for axis in case["axes"]) for case in cases], np.uint8),
+        "case_shape": np.array([case.shape for case in cases], np.int32),
+        "case_spacing_mm": np.array([case.spacing_mm for case in cases], np.float64),
+        "case_axes": np.array([sum(1 << view.axis for view in case.views) for case in cases], np.uint8),
     }

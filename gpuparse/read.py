@@ -9,7 +9,6 @@ LZ4 blocks (kernels/host_read.cpp). `ChunkReader.fetch` stops at compressed bloc
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arrays import BLOSC_BLOCK_BYTES
-from gpuparse.errors import BlockError, ChunkCorruptError, SliceReadError, StorageError
+from gpuparse.errors import BlockError, ChunkCorruptError, StorageError
 from gpuparse.gather import Gathering, SliceKey, gather
+from gpuparse.locate import Located, locate
 from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable, fetch_parts
 from gpuparse.store import ArrayLayout
 
@@ -36,10 +36,8 @@ __all__ = [
     "decode_on_host",
 ]
 
-MISSING = 2**64 - 1  # both fields of a shard index entry whose chunk was not written
 ALIGNMENT_BYTES = 16
 _READ_FAILED = 1  # the statuses of kernels/host_read.cpp, see _explain
-_MIN_FRAME_BYTES = 20  # blosc's header and the checksum
 
 COMPRESSED_BLOCK_DTYPE = np.dtype(
     [("data_offset", "<i8"), ("target", "<i8"), ("num_bytes", "<i4"), ("decoded_bytes", "<i4")]
@@ -47,19 +45,6 @@ COMPRESSED_BLOCK_DTYPE = np.dtype(
 """One raw LZ4 block: `num_bytes` at `data_offset` of the buffer, which become `decoded_bytes` at `target` of the arena.
 The struct `CompressedBlock` of kernels/compressed.h."""
 
-CHUNK_DTYPE = np.dtype(
-    [
-        ("file_offset", "<i8"),
-        ("num_bytes", "<i8"),
-        ("decoded_bytes", "<i8"),
-        ("target", "<i8"),
-        ("data_offset", "<i8"),
-        ("capacity", "<i8"),
-        ("first_block", "<i8"),
-        ("file", "<i4"),
-        ("in_memory", "<i4"),
-    ]
-)
 RESULT_DTYPE = np.dtype([("status", "<i4"), ("from_storage", "<i4"), ("detail", "<i8")])
 
 
@@ -142,18 +127,6 @@ class CompressedSlices:
         )
 
 
-@dataclass(eq=False)
-class _Located:
-    """The chunks of a batch on their way: where each is stored, or why it cannot be read."""
-
-    chunks: npt.NDArray[Any]  # CHUNK_DTYPE, one for each chunk of the gathering
-    present: npt.NDArray[np.bool_]
-    shards: list[Shard | None]  # holds the files open
-    errors: dict[int, str]
-    has_remote: bool = False
-    lost: bool = False  # whether remote storage failed, rather than what it holds
-
-
 class ChunkReader:
     """Reads compressed chunks from stores, local or remote.
 
@@ -208,7 +181,7 @@ class ChunkReader:
                 `failed` lists all slices of the batch that cannot be read.
             StorageError: Remote storage failed; `failed` is as above.
         """
-        located = self._locate(gathering)
+        located = locate(self._shards, gathering)
         slot_bytes = _slot_bytes(gathering)
         targets, wanted = _place(gathering, located, slot_bytes, arena)
         located.chunks["target"] = targets
@@ -254,7 +227,7 @@ class ChunkReader:
             ),
         )
 
-    def _fetch_remote(self, located: _Located, chosen: npt.NDArray[np.int64], batch: _Batch) -> dict[int, str]:
+    def _fetch_remote(self, located: Located, chosen: npt.NDArray[np.int64], batch: _Batch) -> dict[int, str]:
         """Gets what no file holds, unpacks and keeps it; returns why some of it could not be had."""
         shards = [located.shards[i] for i in chosen.tolist()]
         wanted = [
@@ -284,54 +257,6 @@ class ChunkReader:
                 part.shard.keep(part.data, part.offset)
         return unread
 
-    def _locate(self, gathering: Gathering) -> _Located:
-        """Looks all chunks up in their shards' indexes."""
-        num_chunks = len(gathering.chunk_array)
-        located = _Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(num_chunks, bool), [None] * num_chunks, {})
-        located.chunks["decoded_bytes"] = gathering.chunk_bytes
-        bounds = np.searchsorted(gathering.chunk_array, np.arange(len(gathering.arrays) + 1))
-        runs: list[tuple[ArrayLayout, str, range, npt.NDArray[np.int64]]] = []
-        for layout, start, stop in zip(gathering.arrays, bounds[:-1], bounds[1:], strict=True):
-            places, entries = layout.locate(gathering.chunk_number[start:stop])
-            edges = np.flatnonzero(np.append(True, (np.diff(places, axis=0) != 0).any(axis=1)))
-            for first, last in itertools.pairwise([*edges.tolist(), len(places)]):
-                # Chunks come in C order: those of one shard may come in several runs, each looked up by itself.
-                shard_key = "c/" + "/".join(map(str, places[first].tolist()))
-                runs.append((layout, shard_key, range(start + first, start + last), entries[first:last]))
-        shards = self._shards.open_all((layout, shard_key) for layout, shard_key, _, _ in runs)
-        for layout, shard_key, chunks, entries in runs:
-            shard = shards[layout, shard_key]
-            if isinstance(shard, SliceReadError):
-                located.errors.update(dict.fromkeys(chunks, str(shard)))
-                located.lost |= isinstance(shard, StorageError)
-            elif isinstance(shard, OSError):
-                message = f"'{layout.place / shard_key}' cannot be read: {shard}."
-                located.errors.update(dict.fromkeys(chunks, message))
-            elif shard is not None:
-                located.has_remote |= isinstance(shard, RemoteShard)
-                _look_up(located, shard, chunks, entries)
-        return located
-
-
-def _look_up(located: _Located, shard: Shard, chunks: range, entries: npt.NDArray[np.int64]) -> None:
-    """Notes where some chunks of a shard lie."""
-    part = slice(chunks.start, chunks.stop)
-    rows = shard.index[entries]
-    missing = (rows == MISSING).all(axis=1)
-    inside = (rows[:, 0] <= shard.num_bytes) & (rows[:, 1] <= shard.num_bytes)
-    inside &= (rows[:, 0] + rows[:, 1] <= shard.num_bytes) & (rows[:, 1] >= _MIN_FRAME_BYTES)
-    for i in np.flatnonzero(~missing & ~inside).tolist():
-        located.errors[chunks[i]] = (
-            f"'{shard.path}': the index places chunk {entries[i]} at {rows[i, 0]} with {rows[i, 1]} bytes, "
-            f"the file has {shard.num_bytes}. {DAMAGED}"
-        )
-    fine = ~missing & inside
-    located.present[part] = fine
-    located.chunks["file_offset"][part] = np.where(fine, rows[:, 0], 0)
-    located.chunks["num_bytes"][part] = np.where(fine, rows[:, 1], 0)
-    located.chunks["file"][part] = shard.file
-    located.shards[part] = [shard] * len(chunks)
-
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
@@ -354,7 +279,7 @@ class _Batch:
         self.results[which] = results
 
 
-def _fail(keys: Sequence[SliceKey], gathering: Gathering, located: _Located) -> None:
+def _fail(keys: Sequence[SliceKey], gathering: Gathering, located: Located) -> None:
     failed: dict[int, str] = {}
     for chunk in sorted(located.errors):
         for i in gathering.slices_of(chunk):
@@ -393,7 +318,7 @@ def _ends(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
 
 
 def _place(
-    gathering: Gathering, located: _Located, slot_bytes: int, arena: Arena | None
+    gathering: Gathering, located: Located, slot_bytes: int, arena: Arena | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Where each chunk goes in the arena (-1: it was never written), and whether it has to be read."""
     targets = np.full(len(located.present), -1, np.int64)
@@ -418,7 +343,7 @@ def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
     return chunks, num_blocks, data_bytes
 
 
-def _explain(gathering: Gathering, located: _Located, chunk: int, result: Any) -> str:
+def _explain(gathering: Gathering, located: Located, chunk: int, result: Any) -> str:
     status, detail = int(result["status"]), int(result["detail"])
     request, shard = located.chunks[chunk], located.shards[chunk]
     layout = gathering.arrays[gathering.chunk_array[chunk]]
@@ -432,7 +357,7 @@ def _explain(gathering: Gathering, located: _Located, chunk: int, result: Any) -
             3: "does not match its crc32c",
             4: f"declares {detail} bytes; expected {request['decoded_bytes']}",
             5: f"declares a frame of {detail} bytes; expected {request['num_bytes'] - 4}",
-            6: "is no blosc frame of raw LZ4 blocks of 64 KiB",
+            6: "is no blosc frame of raw LZ4 blocks of 16 KiB",
         }[status]
     return f"'{path}': chunk {number} {wrong}. {DAMAGED}"
 

@@ -13,11 +13,11 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from gpuparse.errors import InputError, StorageError
@@ -221,8 +221,17 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        """What it lies in; the site's own URL is its own parent."""
-        return RemotePath(self.site, self.key.rpartition("/")[0])
+        """What it lies in; a bucket or a host is its own parent."""
+        if self.key:
+            return RemotePath(self.site, self.key.rpartition("/")[0])
+        scheme, _, rest = self.site.url.partition("://")
+        above = rest.rpartition("/")[0]
+        return RemotePath(replace(self.site, url=f"{scheme}://{above}")) if above else self
+
+    @property
+    def stem(self) -> str:
+        """The last name without its extension."""
+        return PurePosixPath(self.name).stem
 
     def exists(self) -> bool:
         """Whether there is such an object.
@@ -334,6 +343,20 @@ class RemotePath:
 
         return self.site.attempt(str(self), "cannot be listed", list_all)
 
+    def list_folder(self) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the objects directly below, each in order.
+
+        Raises:
+            StorageError: They cannot be listed; plain HTTP servers list nothing.
+        """
+
+        def list_one(obstore: Any, store: Any) -> tuple[list[str], list[str]]:
+            found = obstore.list_with_delimiter(store, self.key or None)
+            objects = [entry["path"] for entry in found["objects"]]
+            return _last_names(found["common_prefixes"]), _last_names(objects)
+
+        return self.site.attempt(str(self), "cannot be listed", list_one)
+
     def _put(self, data: bytes | Path, options: dict[str, Any]) -> str:
         result = self.site.attempt(
             str(self), "cannot be written", lambda obstore, store: obstore.put(store, self.key, data, **options)
@@ -350,6 +373,10 @@ class RemotePath:
             return Fetched(data, start, meta["size"], meta["e_tag"] or "")
 
         return self.site.attempt(str(self), "cannot be read", get)
+
+
+def _last_names(keys: Iterable[str]) -> list[str]:
+    return sorted(key.rpartition("/")[2] for key in keys)
 
 
 class _Client:

@@ -9,20 +9,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
-from gpuparse.read import aligned
+from gpuparse.footprint import Footprint, store_footprint
 from gpuparse.remote import RemotePath
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.store import Store
 
-__all__ = ["CacheOptions", "Caches", "Footprint", "footprint"]
+__all__ = ["CacheOptions", "Caches", "footprint"]
 
 _LOG = logging.getLogger("gpuparse")
-_MAX_CASES_OPENED = 256
 
 
 @dataclass(frozen=True)
@@ -55,28 +53,6 @@ class CacheOptions:
         return int((self.cache_gib or 0) * 2**30)
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What the volumes of some datasets take.
-
-    Attributes:
-        decoded_bytes: All their chunks decoded, padding included; chunks that were never written count too.
-        compressed_bytes: Their files.
-        exact: Whether every case was looked at, rather than some of them.
-    """
-
-    decoded_bytes: int
-    compressed_bytes: int
-    exact: bool
-
-    def __str__(self) -> str:
-        about = "" if self.exact else "about "
-        return (
-            f"{about}{self.decoded_bytes / 2**30:.2f} GiB decoded, {about}{self.compressed_bytes / 2**30:.2f} GiB "
-            "compressed"
-        )
-
-
 def footprint(flat: FlatDataset) -> Footprint:
     """Estimates what the volumes behind some datasets take.
 
@@ -88,37 +64,12 @@ def footprint(flat: FlatDataset) -> Footprint:
     for part in flat.parts:
         same = next((store for store in cases if store.place == part.store.place), part.store)
         cases.setdefault(same, set()).update(part.case_numbers.tolist())
-    decoded = compressed = 0.0
-    exact = True
-    for store, numbers in cases.items():
-        wanted = sorted(numbers)
-        opened = wanted
-        if len(wanted) > _MAX_CASES_OPENED:
-            exact = False
-            opened = [wanted[i] for i in np.linspace(0, len(wanted) - 1, _MAX_CASES_OPENED).astype(int).tolist()]
-        for error in store.prepare(opened).values():
-            raise error
-        layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
-        share = _voxels(store, wanted) / max(1, _voxels(store, opened))
-        decoded += share * sum(_decoded_bytes(layout) for layout in layouts)
-        compressed += share * sum(_compressed_bytes(layout) for layout in layouts)
-    return Footprint(round(decoded), round(compressed), exact)
-
-
-def _voxels(store: Store, cases: list[int]) -> int:
-    return sum(int(np.prod(store.cases[case].shape, dtype=np.int64)) for case in cases)
-
-
-def _decoded_bytes(layout: ArrayLayout) -> int:
-    return int(np.prod(layout.grid, dtype=np.int64)) * int(aligned(layout.chunk_bytes))
-
-
-def _compressed_bytes(layout: ArrayLayout) -> int:
-    if layout.shard_bytes is not None:
-        return sum(layout.shard_bytes.values())
-    if isinstance(layout.place, RemotePath):
-        return _decoded_bytes(layout)  # whoever wrote it did not say; asking for each shard would take long
-    return sum(path.stat().st_size for path in (layout.path / "c").rglob("*") if path.is_file())
+    found = [store_footprint(store, sorted(numbers)) for store, numbers in cases.items()]
+    return Footprint(
+        decoded_bytes=sum(each.decoded_bytes for each in found),
+        compressed_bytes=sum(each.compressed_bytes for each in found),
+        exact=all(each.exact for each in found),
+    )
 
 
 def _check_files(flat: FlatDataset) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gpuparse.case import convert_case, kept_case, stored_case
-from gpuparse.conversion_report import CaseResult, CaseState, DatasetReport, Failure, write_report
+from gpuparse.case import CaseRecord, convert_case, kept_case, stored_case
+from gpuparse.conversion_report import REPORT_FILE, CaseResult, CaseState, DatasetReport, Failure, write_report
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import discard_folder, remove_discarded
 from gpuparse.publish import PublishTarget, choose_val_cases, publish
@@ -20,6 +20,8 @@ from gpuparse.store import Store
 from gpuparse.workers import Died, Task, TaskPool
 
 __all__ = ["DatasetRun", "RunOptions"]
+
+_LOG = logging.getLogger("gpuparse")
 
 
 @dataclass(frozen=True)
@@ -76,35 +78,43 @@ class DatasetRun:
         self._clean()
         try:
             report = self._convert(start)
-        finally:
-            if report is None and self.options.overwrite:  # no later run would use what this one wrote
-                discard_folder(self.target.work_path)
-            _remove_if_empty(self.target.work_path)
+        finally:  # whatever fails here on a full or lost disk, what ended the run is the error to show
+            with contextlib.suppress(OSError):
+                if report is None and self.options.overwrite:  # no later run would use what this one wrote
+                    discard_folder(self.target.work_path)
+                _remove_if_empty(self.target.work_path)
+            order = {case.path: number for number, case in enumerate(self.cases)}
+            for listed in (self.results, self.failures):  # as they are found, whatever was done first
+                listed.sort(key=lambda entry: order.get(entry.path, len(order)))
             if self.options.on_error == "skip" or any(result.state != "failed" for result in self.results):
-                with contextlib.suppress(OSError):  # a full disk: what ended the run is the error to show
+                try:
                     write_report(self.target.store_path, report, self.results, self.failures)
+                except OSError as error:
+                    _LOG.warning("%s was not written: %s", self.target.store_path.with_name(REPORT_FILE), error)
         return report
 
     def _convert(self, start: float) -> DatasetReport | None:
+        for folder in (self.target.work_path, self.target.work_path / "incoming", self.target.work_path / "cases"):
+            folder.mkdir(exist_ok=True)
         extended = None if self.options.overwrite else self.store
         folders = _folders_of(extended)
         names = sorted({case.name for case in self.cases}.union(folders))
         val_cases = choose_val_cases(self.target, names, self.store)
-        done = [summary for summary in self._outcomes(folders) if summary is not None]
+        done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        done += self._orphans(folders, {str(case["name"]) for case in done})
-        publish(self.target, extended, sorted(done, key=lambda case: str(case["name"])), val_cases)
-        num_kept = sum(case["kept"] for case in done)
+        done += self._orphans(folders, {case.name for case in done})
+        publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)
+        num_kept = sum(case.kept for case in done)
         return DatasetReport(
             name=self.target.name,
             store_path=self.target.store_path,
             num_written=len(done) - num_kept,
             num_kept=num_kept,
-            num_slices=sum(case["shape"][axis] for case in done for axis in case["axes"]),
-            source_bytes=sum(case["source"]["bytes"] for case in done),
-            raw_bytes=sum(case["raw_bytes"] for case in done),
-            store_bytes=sum(sum(case["files"].values()) for case in done),
+            num_slices=sum(case.num_slices for case in done),
+            source_bytes=sum(case.source_bytes for case in done),
+            raw_bytes=sum(case.raw_bytes for case in done),
+            store_bytes=sum(case.store_bytes for case in done),
             seconds=time.perf_counter() - start,
         )
 
@@ -132,17 +142,15 @@ class DatasetRun:
             seconds=time.perf_counter() - start,
         )
 
-    def _outcomes(self, folders: dict[str, Path]) -> Generator[dict[str, Any] | None, None, None]:
-        """The summary of each source's case, None where it is bad and is to be skipped."""
+    def _outcomes(self, folders: dict[str, Path]) -> Generator[CaseRecord | None, None, None]:
+        """The record of each source's case, None where it is bad and is to be skipped; kept ones first."""
         kept = self._kept(folders)
-        written = self._write([case for case in self.cases if case.name not in kept])
-        with contextlib.closing(written):
-            for case in self.cases:
-                if case.name in kept:
-                    self._tell(case, "kept")
-                    yield kept[case.name]
-                    continue
-                outcome = next(written)
+        for case in self.cases:
+            if case.name in kept:
+                self._tell(case, "kept")
+                yield kept[case.name]
+        with contextlib.closing(self._write([case for case in self.cases if case.name not in kept])) as written:
+            for case, outcome in written:
                 if not isinstance(outcome, GpuparseError):
                     self._tell(case, "written")
                     yield outcome
@@ -160,20 +168,20 @@ class DatasetRun:
         if self.options.on_case is not None:
             self.options.on_case(result)
 
-    def _kept(self, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-        """Sources that need no work -> the summaries of their cases."""
+    def _kept(self, folders: dict[str, Path]) -> dict[str, CaseRecord]:
+        """Sources that need no work -> the records of their cases."""
         if self.options.overwrite:
             return {}
         stray = self._stray_folders(set(folders.values()))
-        kept: dict[str, dict[str, Any]] = {}
+        kept: dict[str, CaseRecord] = {}
         for case in self.cases:
             places = [self.target.work_path / "cases" / case.name, *stray.get(case.name, ())]
             if case.name in folders:
                 places.insert(0, folders[case.name])
             for place in places:
-                summary = kept_case(case, place, self.target.settings)
-                if summary is not None:
-                    kept[case.name] = summary
+                record = kept_case(case, place, self.target.settings)
+                if record is not None:
+                    kept[case.name] = record
                     break
         return kept
 
@@ -187,8 +195,10 @@ class DatasetRun:
                     found.setdefault(name, []).append(folder)
         return found
 
-    def _write(self, cases: list[SourceCase]) -> Generator[dict[str, Any] | GpuparseError, None, None]:
+    def _write(self, cases: list[SourceCase]) -> Generator[tuple[SourceCase, CaseRecord | GpuparseError], None, None]:
         alone = self.pool.runs_here(len(cases))
+        if not alone:  # the largest first: at the end, nobody waits long for another
+            cases = sorted(cases, key=lambda case: -case.num_bytes)
         tasks = (
             Task((case, self.target.work_path, self.target.settings), 0 if alone else case.declared_bytes())
             for case in cases
@@ -197,14 +207,13 @@ class DatasetRun:
         with contextlib.closing(results):
             for case, result in zip(cases, results, strict=True):
                 if isinstance(result, Died):
-                    yield VolumeFormatError(
+                    result = VolumeFormatError(
                         f"{case.path}: the process that converted it ended early: {result.reason}. If memory ran out, "
                         "lower --jobs or --memory-gib."
                     )
-                else:
-                    yield result
+                yield case, result
 
-    def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[dict[str, Any]]:
+    def _orphans(self, folders: dict[str, Path], names: set[str]) -> list[CaseRecord]:
         """Cases of the store without a usable source in this run. They stay: the store may be all that is left."""
         kept = []
         for name in sorted(set(folders) - names):

@@ -52,7 +52,7 @@ PARAMS_DTYPE = np.dtype(
         ("stream_salt", "<u4"),
     ]
 )
-"""One sample's augmentation, in the order it is applied: the struct `AugmentParams` of kernels/augment.cu.
+"""One sample's augmentation, in the order it is applied: the struct `AugmentParams` of kernels/augment.h.
 
 `rotate` quarter turns counter-clockwise; `flip` 0 none, 1 rows, 2 columns, 3 both; `crop` 1 takes the region at
 (`crop_top`, `crop_left`) of `crop_height` x `crop_width` pixels (0 outside the image) and resizes it to full size,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from contourpy import contour_generator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -27,13 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gpuparse.errors import InputError
+from gpuparse.panel import COLOURS, Layer, Panel, check_panel, choose_slot, contours, slot_colour, slot_dash
 
-__all__ = ["Panel", "contact_sheet"]
+__all__ = ["contact_sheet"]
 
-# Okabe and Ito's palette for every kind of colour vision, its dark members lightened for the dark ground.
-_COLOURS = ("#56b4e9", "#e69f00", "#2fc99b", "#f0e442", "#ef8ac1", "#f4743b", "#8c9eff")
-# After one round of colours the next round is dashed, then dotted.
-_DASHES: tuple[Any, ...] = ("solid", (0, (3.2, 1.6)), (0, (1.0, 1.2)))
 _GROUND, _CARD, _EDGE = "#0d1117", "#161b22", "#2a313c"
 _TITLE_COLOUR, _TEXT_COLOUR, _CAPTION_COLOUR, _ABSENT_COLOUR = "#f0f6fc", "#d5dde5", "#9aa4af", "#6b7480"
 
@@ -44,29 +41,8 @@ _GAP_PX = 22  # between cards
 _MARGIN_PX = 34  # around the sheet
 _SWATCH_PX = 26  # room for the swatch before a prompt
 _OUTLINE_PX = 2.5
+_PNG_LEVEL = 3  # noise does not get smaller at higher ones, only slower
 _MAX_SIDE_PX = 65_000  # Agg cannot draw 2**16 pixels or more
-
-_Layer: TypeAlias = NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """One sample to draw.
-
-    Attributes:
-        image: (3, H, W), uint8 or float on the 0..255 scale, channels [slice i, i-1, i+1]; drawn as RGB. Values that
-            augmentation pushed out of 0..255 are clipped.
-        labels: Integers, (P, H, W): one mask per prompt, binary or a map of instance ids. Or (H, W): a class map.
-        prompts: The P prompts.
-        caption: Where the sample comes from, such as "SAMPLE_CT / case_001 / axis 0 / slice 12".
-        class_ids: For a class map only: the class of each prompt. Left out, prompt k stands for class k + 1.
-    """
-
-    image: NDArray[Any]
-    labels: NDArray[Any]
-    prompts: Sequence[str]
-    caption: str
-    class_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,7 @@ class _Card:
     """A checked panel, ready to draw: (H, W, 3) uint8, outlines as (mask or id map, slot or None), legend."""
 
     pixels: NDArray[np.uint8]
-    outlines: list[tuple[_Layer, int | None]]
+    outlines: list[tuple[Layer, int | None]]
     caption: list[str]
     entries: list[tuple[_Entry, list[str]]]
 
@@ -98,6 +74,7 @@ class _Type:
         self.line_px = round(size_px * 1.42)
         canvas: Any = FigureCanvasAgg(Figure(dpi=_DPI))  # matplotlib does not type its canvases
         self._renderer = canvas.get_renderer()
+        self._wrapped: dict[tuple[str, float], list[str]] = {}  # measuring is slow, and legends repeat
 
     def width_px(self, text: str) -> float:
         """Width of one line."""
@@ -105,6 +82,13 @@ class _Type:
 
     def wrap(self, text: str, width_px: float) -> list[str]:
         """Break `text` into lines no wider than `width_px`, inside a word only if it does not fit a line."""
+        key = (text, width_px)
+        if key not in self._wrapped:
+            self._wrapped[key] = self._wrap(text, width_px)
+        return list(self._wrapped[key])
+
+    def _wrap(self, text: str, width_px: float) -> list[str]:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # halves of letters cannot be drawn
         lines: list[str] = []
         line = ""
         for word in re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")):  # a no-break space stays whole
@@ -159,12 +143,21 @@ def contact_sheet(
     if not isinstance(title, str | None):
         raise InputError(f"title is a {type(title).__name__}; expected str or None. Pass a short text.")
 
+    with warnings.catch_warnings():
+        # A prompt in a script that the font lacks is drawn as boxes; that is no reason to warn for each letter.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        _write(_drawn(panels, int(columns), title), target)
+    return target
+
+
+def _drawn(panels: Sequence[Panel], columns: int, title: str | None) -> Figure:
+    """The sheet, laid out and drawn."""
     small, large = _Type(15.5), _Type(27, "bold")
     owners: dict[str, int] = {}
     cards = [_card(panel, f"panel {i}", owners, small) for i, panel in enumerate(panels)]
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     card_px = _IMAGE_PX + 2 * _PAD_PX
-    num_columns = min(int(columns), len(cards))
+    num_columns = min(columns, len(cards))
     width_px = 2 * _MARGIN_PX + num_columns * card_px + (num_columns - 1) * _GAP_PX
     title_lines = large.wrap(title, width_px - 2 * _MARGIN_PX) if title else []
     title_px = len(title_lines) * large.line_px + 18 if title_lines else 0
@@ -183,8 +176,7 @@ def contact_sheet(
         for column, card in enumerate(row):
             _draw_card(figure, card, _MARGIN_PX + column * (card_px + _GAP_PX), top, card_px, tall_px, small)
         top -= tall_px + _GAP_PX
-    _write(figure, target)
-    return target
+    return figure
 
 
 def _write(figure: Figure, target: Path) -> None:
@@ -195,7 +187,7 @@ def _write(figure: Figure, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                canvas.print_png(file, metadata={"Software": None})
+                canvas.print_png(file, metadata={"Software": None}, pil_kwargs={"compress_level": _PNG_LEVEL})
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -207,7 +199,7 @@ def _write(figure: Figure, target: Path) -> None:
 
 def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Card:
     """Check one panel, choose its colours and wrap its text. `owners` remembers each prompt's colour slot."""
-    pixels, layers = _checked(panel, where)
+    pixels, layers = check_panel(panel, where)
     # Equal masks share one outline: semantic sampling may draw a class twice, instance sampling always does.
     first: dict[bytes, int] = {}
     same_as = [first.setdefault(layer.tobytes(), k) for k, layer in enumerate(layers)]
@@ -215,17 +207,18 @@ def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Car
     slots: dict[int, int] = {}
     for k in first.values():
         if num_ids[k] == 1:
-            texts = [text for text, same in zip(panel.prompts, same_as, strict=True) if same == k]
-            slots[k] = _choose_slot(texts, set(slots.values()), owners)
+            keys = panel.colour_keys if panel.colour_keys is not None else panel.prompts
+            mine = [key for key, same in zip(keys, same_as, strict=True) if same == k]
+            slots[k] = choose_slot(mine, set(slots.values()), owners)
 
     entries: dict[tuple[str, int], _Entry] = {}
     for text, k in zip(panel.prompts, same_as, strict=True):
         if num_ids[k] == 0:
             entry = _Entry(f"{text} (absent)", _ABSENT_COLOUR, (_ABSENT_COLOUR,))
         elif num_ids[k] == 1:
-            entry = _Entry(text, _colour(slots[k]), (_colour(slots[k]),), _dash(slots[k]))
+            entry = _Entry(text, slot_colour(slots[k]), (slot_colour(slots[k]),), slot_dash(slots[k]))
         else:
-            entry = _Entry(f"{text} ({num_ids[k]}\N{NO-BREAK SPACE}instances)", _TEXT_COLOUR, _COLOURS[:3])
+            entry = _Entry(f"{text} ({num_ids[k]}\N{NO-BREAK SPACE}instances)", _TEXT_COLOUR, COLOURS[:3])
         entries.setdefault((text, k), entry)
     width_px = _IMAGE_PX - _SWATCH_PX
     return _Card(
@@ -234,109 +227,6 @@ def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Car
         caption=font.wrap(panel.caption, _IMAGE_PX),
         entries=[(entry, font.wrap(entry.text, width_px)) for entry in entries.values()],
     )
-
-
-def _choose_slot(prompts: list[str], used: set[int], owners: dict[str, int]) -> int:
-    """Choose a colour slot for a mask: its prompts' own one if free in this panel, else the least taken one."""
-    num_colours = len(_COLOURS)
-    slot = next((owners[p] for p in prompts if p in owners and owners[p] not in used), None)
-    if slot is None:
-        start = 0
-        while all(start + c in used for c in range(num_colours)):
-            start += num_colours
-        taken = list(owners.values())
-        free = [start + c for c in range(num_colours) if start + c not in used]
-        slot = min(free, key=lambda s: (taken.count(s), s))
-    for prompt in prompts:
-        owners.setdefault(prompt, slot)
-    return slot
-
-
-def _colour(slot: int) -> str:
-    return _COLOURS[slot % len(_COLOURS)]
-
-
-def _dash(slot: int) -> Any:
-    return _DASHES[slot // len(_COLOURS) % len(_DASHES)]
-
-
-def _checked(panel: Panel, where: str) -> tuple[NDArray[np.uint8], list[_Layer]]:
-    """Return the pixels (H, W, 3) and one (H, W) mask or id map per prompt, or raise InputError."""
-    if not isinstance(panel, Panel):
-        raise InputError(f"{where} is a {type(panel).__name__}; expected a Panel. Wrap the sample in Panel(...).")
-    if not isinstance(panel.caption, str):
-        raise InputError(f"{where}: caption is a {type(panel.caption).__name__}; expected str. Pass a short text.")
-    where = f"{where} ({panel.caption!r})"
-    if isinstance(panel.prompts, str) or not isinstance(panel.prompts, Sequence):
-        raise InputError(
-            f"{where}: prompts is a {type(panel.prompts).__name__}; expected a sequence of strings. "
-            "Split joined prompts: text.split('[SEP]')."
-        )
-    prompts = list(panel.prompts)
-    wrong = next((p for p in prompts if not isinstance(p, str)), None)
-    if wrong is not None:
-        raise InputError(f"{where}: prompts holds {wrong!r}; expected strings only. Pass the prompts' texts.")
-
-    pixels = _checked_image(np.asarray(panel.image), where)
-    labels = np.asarray(panel.labels)
-    if labels.dtype == np.bool_:
-        labels = labels.astype(np.uint8)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{where}: labels has dtype {labels.dtype}; expected integers. Pass for example int64 masks.")
-    if labels.ndim not in (2, 3) or labels.shape[-2:] != pixels.shape[:2]:
-        height, width = pixels.shape[:2]
-        raise InputError(
-            f"{where}: labels has shape {labels.shape}; expected (P, {height}, {width}) or ({height}, {width}) like "
-            "the image. Pass image and labels of the same sample."
-        )
-    if labels.size and labels.min() < 0:
-        raise InputError(f"{where}: labels holds {labels.min()}; expected ids of at least 0. Pass 0 for background.")
-    if labels.ndim == 3:
-        if len(labels) != len(prompts):
-            raise InputError(
-                f"{where}: labels has {len(labels)} masks but there are {len(prompts)} prompts; expected one mask per "
-                "prompt. Pass as many of one as of the other."
-            )
-        return pixels, list(labels)
-    return pixels, _split_class_map(labels, panel.class_ids, len(prompts), where)
-
-
-def _checked_image(image: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    """Return (H, W, 3) uint8 from (3, H, W) uint8 or float, or raise InputError."""
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise InputError(f"{where}: image has shape {image.shape}; expected (3, H, W). Move the channels to the front.")
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating):
-            raise InputError(
-                f"{where}: image has dtype {image.dtype}; expected uint8 or float. Pass image.astype('uint8')."
-            )
-        if not np.isfinite(image).all():
-            raise InputError(f"{where}: image holds NaN or infinity; expected 0..255. Replace them before drawing.")
-        low, high = float(image.min()), float(image.max())
-        # A slice scaled to 0..1 would come out black without a word.
-        if 0 <= low < high <= 1 and not np.isin(image, (0, 1)).all():
-            raise InputError(
-                f"{where}: image has values in {low:.3g}..{high:.3g}; expected the 0..255 scale. Multiply it by 255."
-            )
-        image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
-    return np.ascontiguousarray(image.transpose(1, 2, 0))
-
-
-def _split_class_map(labels: _Layer, class_ids: Sequence[int] | None, num_prompts: int, where: str) -> list[_Layer]:
-    """Split a class map (H, W) into one binary mask per prompt, or raise InputError."""
-    ids = list(range(1, num_prompts + 1)) if class_ids is None else [int(i) for i in class_ids]
-    if len(ids) != num_prompts:
-        raise InputError(
-            f"{where}: there are {len(ids)} class_ids but {num_prompts} prompts; expected one class per prompt. "
-            "Pass as many of one as of the other."
-        )
-    unknown = sorted(set(np.unique(labels).tolist()) - {0, *ids})
-    if unknown:
-        raise InputError(
-            f"{where}: the class map holds {unknown}, which no prompt stands for; expected only 0 and {ids}. "
-            "Pass class_ids=, the class of each prompt, or masks of shape (P, H, W)."
-        )
-    return [(labels == i).astype(np.uint8) for i in ids]
 
 
 def _card_height_px(card: _Card, font: _Type) -> int:
@@ -399,30 +289,11 @@ def _draw_slice(figure: Figure, card: _Card, left: float, top: float) -> None:
 
     for layer, slot in card.outlines:
         by_colour: dict[str, list[NDArray[np.float64]]] = {}
-        for number, lines in _contours(layer):
-            colour = _colour(number - 1 if slot is None else slot)
+        for number, lines in contours(layer):
+            colour = slot_colour(number - 1 if slot is None else slot)
             by_colour.setdefault(colour, []).extend(place(line) for line in lines)
         for colour, lines in by_colour.items():
-            _lines(figure, lines, colour, "solid" if slot is None else _dash(slot), _OUTLINE_PX, clip=frame)
-
-
-def _contours(layer: _Layer) -> list[tuple[int, list[NDArray[np.float64]]]]:
-    """Outlines of every id in `layer` (H, W): (id, lines (N, 2) as x, y with pixel centres at whole numbers)."""
-    rows, cols = np.nonzero(layer)
-    ids = layer[rows, cols]
-    order = np.argsort(ids, kind="stable")
-    rows, cols, ids = rows[order], cols[order], ids[order]
-    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, np.intp)
-    found = []
-    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-        y, x = rows[start:stop], cols[start:stop]
-        # One pixel of margin closes the outline of a mask that touches the image's border.
-        corner_y, corner_x = y.min() - 1, x.min() - 1
-        crop = np.zeros((y.max() - corner_y + 2, x.max() - corner_x + 2), np.float64)
-        crop[y - corner_y, x - corner_x] = 1
-        lines = contour_generator(z=crop).lines(0.5)
-        found.append((int(ids[start]), [np.asarray(line) + (corner_x, corner_y) for line in lines]))
-    return found
+            _lines(figure, lines, colour, "solid" if slot is None else slot_dash(slot), _OUTLINE_PX, clip=frame)
 
 
 def _lines(

@@ -6,6 +6,7 @@ A format brings a `Reader` and a function that lists its cases; nothing behind t
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,9 @@ class NpzReader:
 
 def find_npz_cases(folder: Path, reader: Reader) -> tuple[SourceCase, ...]:
     """The npz files of a folder as cases, by name."""
-    return tuple(SourceCase(path.stem, (path,), reader) for path in sorted(folder.glob("*.npz")))
+    # Names are sorted, not paths: of 10^5 files that is seconds.
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".npz"))
+    return tuple(SourceCase(path.stem, (path,), reader) for path in (folder / name for name in names))
 
 
 def _size(path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arrays import BLOSC_BLOCK_BYTES, read_column
+from gpuparse.arrays import BLOSC_BLOCK_BYTES, blosc_typesize, read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
@@ -28,6 +29,7 @@ from gpuparse.remote import RemoteOptions, RemotePath
 __all__ = [
     "FORMAT_VERSION",
     "ArrayLayout",
+    "CaseColumns",
     "CaseInfo",
     "SliceTable",
     "Store",
@@ -37,7 +39,7 @@ __all__ = [
     "shard_shape",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IMAGE_PATH = "0"
 LABELS_PATH = "labels/gts/0"
 CUBIC_CHUNK_SIDE = 40
@@ -124,6 +126,28 @@ class CaseInfo:
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class CaseColumns:
+    """All cases of a store as columns, in the order of the slice index; `Store.cases` has them one by one.
+
+    Attributes:
+        names: Their names.
+        folders: Their folders in `cases/`.
+        shape: (num_cases, 3) int32, voxels along z, y, x.
+        spacing_mm: (num_cases, 3) float64, voxel size along z, y, x.
+        axes: (num_cases,) uint8: bit i is set where axis i is used.
+    """
+
+    names: Sequence[str]
+    folders: Sequence[str]
+    shape: npt.NDArray[np.int32]
+    spacing_mm: npt.NDArray[np.float64]
+    axes: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity: a store makes one per array
 class ArrayLayout:
     """Where the chunks of one array lie.
@@ -167,6 +191,11 @@ class ArrayLayout:
     def _shard_grid(self) -> tuple[int, ...]:
         """Chunks of a shard along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
+
+    @functools.cached_property
+    def is_one_shard(self) -> bool:
+        """Whether one shard holds the whole array, so that its index counts chunks as the array does."""
+        return self._shard_grid == self.grid
 
     @property
     def chunks_per_shard(self) -> int:
@@ -265,30 +294,41 @@ class Store:
         return table
 
     @functools.cached_property
-    def cases(self) -> tuple[CaseInfo, ...]:
-        """All cases, in the order that the slice index counts them."""
+    def case_columns(self) -> CaseColumns:
+        """All cases as columns, read when first asked for."""
         names: Any = self._index.get("case_names")
         folders: Any = self._index.get("case_folders")
         if names is None or folders is None:
             raise StoreFormatError(f"'{self.place}': the slice index names no cases. {_REMEDY}")
-        shapes, spacings, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
+        shape, spacing, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
+        if len({len(names), len(folders), len(shape), len(spacing), len(axes)}) > 1:
+            raise StoreFormatError(f"'{self.place}': the columns of its cases differ in length. {_REMEDY}")
+        return CaseColumns(names, folders, shape, spacing, axes)
+
+    @functools.cached_property
+    def cases(self) -> tuple[CaseInfo, ...]:
+        """All cases, in the order that the slice index counts them."""
+        columns = self.case_columns
+        rows = zip(
+            columns.names,
+            columns.folders,
+            columns.shape.tolist(),
+            columns.spacing_mm.tolist(),
+            columns.axes.tolist(),
+            strict=True,
+        )
         return tuple(
-            CaseInfo(
-                name,
-                folder,
-                tuple(map(int, shape)),  # type: ignore[arg-type]
-                tuple(map(float, spacing)),  # type: ignore[arg-type]
-                tuple(i for i in range(3) if mask >> i & 1),
-            )
-            for name, folder, shape, spacing, mask in zip(names, folders, shapes, spacings, axes.tolist(), strict=True)
+            CaseInfo(name, folder, tuple(shape), tuple(spacing), tuple(i for i in range(3) if mask >> i & 1))
+            for name, folder, shape, spacing, mask in rows
         )
 
     def case_path(self, case: int) -> Path:
         """The folder of one case of a local store, itself an OME-Zarr image."""
         return self.path / "cases" / self.cases[case].folder
 
-    def _case_place(self, case: int) -> Place:
-        return self.place / "cases" / self.cases[case].folder
+    def case_place(self, case: int) -> Place:
+        """The folder of one case, local or remote."""
+        return self.place / "cases" / self.case_columns.folders[case]
 
     def layout(self, case: int, array_path: str) -> ArrayLayout:
         """The chunk layout of one array of a case, checked and remembered.
@@ -302,7 +342,7 @@ class Store:
         """
         key = (case, array_path)
         if key not in self._layouts:
-            folder = self._case_place(case)
+            folder = self.case_place(case)
             if case not in self._files:
                 attributes = _read_json(folder / "zarr.json").get("attributes", {})
                 self._files[case] = attributes.get("gpuparse", {}).get("files")
@@ -313,7 +353,7 @@ class Store:
                 if files is not None
                 else None
             )
-            self._layouts[key] = _parse_layout(folder / array_path, self.cases[case].shape, own)
+            self._layouts[key] = _parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
         return self._layouts[key]
 
     def prepare(self, cases: Iterable[int]) -> dict[int, StorageError]:
@@ -430,7 +470,6 @@ def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping
         if blosc["cname"] not in ("lz4", "lz4hc"):
             expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
         expect("blosc shuffle", blosc["shuffle"], "noshuffle")
-        expect("blosc typesize", blosc["typesize"], 1)
         expect("blosc blocksize", blosc["blocksize"], BLOSC_BLOCK_BYTES)
         expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
         chunks = tuple(int(n) for n in sharding["chunk_shape"])
@@ -438,6 +477,7 @@ def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping
         expect("ranks of chunk and shard", (len(chunks), len(shards)), (3, 3))
         expect("remainder of shard by chunk", [s % c for s, c in zip(shards, chunks, strict=True)], [0, 0, 0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        expect("blosc typesize", blosc["typesize"], blosc_typesize(math.prod(chunks) * dtype.itemsize))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, StoreFormatError):
             raise

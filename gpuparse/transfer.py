@@ -8,6 +8,7 @@ that the next run recognises and need not send again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpuparse.conversion_report import REPORT_FILE
+from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWriteError
 from gpuparse.lease import Lease
 from gpuparse.prompts import PROMPTS_FILE
@@ -81,7 +83,8 @@ def download_sources(
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StoreWriteError(f"{folder}: cannot be written: {error}. Name another folder with --work-dir.") from error
+        told = describe_write_error(error, folder, option="--work-dir")
+        raise StoreWriteError(f"{folder}: cannot be written: {told}.") from error
     return TransferReport(len(missing), sum(info.num_bytes for info in missing.values()), len(wanted) - len(missing))
 
 
@@ -278,7 +281,8 @@ class Staging:
         if self._target is not None:
             folder = self._target / dataset
             upload_store(open_store(store_path), folder / store_path.name)
-            (folder / REPORT_FILE).write((store_path.parent / REPORT_FILE).read_bytes())
+            with contextlib.suppress(FileNotFoundError):  # it could not be written, which was said
+                (folder / REPORT_FILE).write((store_path.parent / REPORT_FILE).read_bytes())
 
 
 def _staged(

@@ -115,21 +115,32 @@ def select_axes(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int,
     return (0, 1, 2) if max(ratios) < 0.5 else (single,)
 
 
-def channel_positions(position: int, num_slices: int) -> tuple[int, int, int]:
+def channel_positions(positions: npt.ArrayLike, num_slices: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """The slices behind the three channels: the slice itself, the one before, the one after, reflected at the ends.
 
-    >>> [channel_positions(i, 4) for i in (0, 1, 3)]
-    [(0, 1, 1), (1, 0, 2), (3, 2, 2)]
-    >>> channel_positions(0, 1)
-    (0, 0, 0)
+    Args:
+        positions: Slices, an array of any shape.
+        num_slices: How many there are along the axis, one number for all or one each.
+
+    Returns:
+        int64 of the shape of `positions` with an axis of 3 behind it.
+
+    Raises:
+        InputError: A position is outside 0 .. num_slices - 1.
+
+    >>> channel_positions([0, 1, 3], 4).tolist()
+    [[0, 1, 1], [1, 0, 2], [3, 2, 2]]
+    >>> channel_positions(0, 1).tolist()
+    [0, 0, 0]
     """
-    if not 0 <= position < num_slices:
-        raise InputError(f"slice position {position} is outside 0..{num_slices - 1}.")
-    if num_slices == 1:
-        return (0, 0, 0)
-    before = position - 1 if position > 0 else position + 1
-    after = position + 1 if position < num_slices - 1 else position - 1
-    return (position, before, after)
+    own, counts = np.broadcast_arrays(np.asarray(positions, np.int64), np.asarray(num_slices, np.int64))
+    outside = (own < 0) | (own >= counts)
+    if outside.any():
+        raise InputError(f"slice position {own[outside][0]} is outside 0..{counts[outside][0] - 1}.")
+    last = counts - 1
+    before = np.where(own > 0, own - 1, np.minimum(1, last))
+    after = np.where(own < last, own + 1, np.maximum(last - 1, 0))
+    return np.stack([own, before, after], axis=-1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #pragma GCC visibility push(default)
 #endif
 
+#include "augment_tiles.cu"
 #include "host_augment.cpp"
 #include "host_encode.cpp"
 #include "host_inflate.cpp"

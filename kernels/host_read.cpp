@@ -40,7 +40,7 @@ namespace {
 
 enum { kOk = 0, kReadFailed = 1, kCutShort = 2, kChecksum = 3, kDeclaredSize = 4, kFrameSize = 5, kBlocks = 6 };
 
-constexpr int64_t kBlockBytes = 65536;  // the format's blosc block
+constexpr int64_t kBlockBytes = 16384;  // the format's blosc block
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kHeaderBytes = 16;
 
@@ -142,7 +142,8 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
   if (load_u32(frame + 12) != frame_bytes) return {kFrameSize, 0, load_u32(frame + 12)};
   const uint8_t flags = frame[2];
   const bool stored = flags & 2;
-  const bool plain_lz4 = flags >> 5 == 1 && !(flags & 5) && frame[3] == 1;
+  // Not shuffled, and each block one LZ4 stream: elements of one byte, or blocks that are not split by element.
+  const bool plain_lz4 = flags >> 5 == 1 && !(flags & 5) && (frame[3] == 1 || flags & 16);
   const int64_t wanted = chunk.decoded_bytes < kBlockBytes ? chunk.decoded_bytes : kBlockBytes;
   const int64_t num_blocks = (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes;
   const int64_t starts_end = kHeaderBytes + (stored ? 0 : 4 * num_blocks);

@@ -98,11 +98,15 @@ GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
 // grid-stride kernel `name` on the device, or `name_elements`, the same elements in a plain loop, on the host.
 #define GP_UNWRAP(...) __VA_ARGS__
 #ifdef GPUPARSE_DEVICE
-#define GP_KERNEL(name, parameters, arguments)                                                                      \
-  extern "C" __global__ void name(int64_t num_elements, GP_UNWRAP parameters) {                                     \
-    const int64_t step = (int64_t)gridDim.x * blockDim.x;                                                           \
-    for (int64_t element = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; element < num_elements; element += step) \
-      name##_element(element, GP_UNWRAP arguments);                                                                 \
+#ifndef GP_MIN_BLOCKS
+#define GP_MIN_BLOCKS \
+  4  // of 256 threads that fit on a multiprocessor: a few spilled registers cost less than idle units
+#endif
+#define GP_KERNEL(name, parameters, arguments)                                                                        \
+  extern "C" __global__ void __launch_bounds__(256, GP_MIN_BLOCKS) name(int64_t num_elements, GP_UNWRAP parameters) { \
+    const int64_t step = (int64_t)gridDim.x * blockDim.x;                                                             \
+    for (int64_t element = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; element < num_elements; element += step)   \
+      name##_element(element, GP_UNWRAP arguments);                                                                   \
   }
 #else
 #define GP_KERNEL(name, parameters, arguments)                                                                 \

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
+import signal
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
-FAULTS = ("403", "500", "reset", "cut", "slow")
+FAULTS = ("403", "500", "reset", "cut", "slow", "kill", "kill late")
 
 
 class Door(BaseHTTPRequestHandler):
@@ -34,6 +38,10 @@ class Door(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if fault == "kill":  # whoever asks: the request is never served, or (late) its answer never read
+            os.kill(door.victim(), signal.SIGKILL)
+            self.close_connection = True
+            return
         if fault == "slow":
             door.stopping.wait(10)
             self.close_connection = True
@@ -43,6 +51,10 @@ class Door(BaseHTTPRequestHandler):
         behind.request(self.command, self.path, body, headers)
         reply = behind.getresponse()
         data = reply.read()
+        if fault == "kill late":
+            os.kill(door.victim(), signal.SIGKILL)
+            self.close_connection = True
+            return
         kept = {k: v for k, v in reply.getheaders() if k.lower() not in ("connection", "transfer-encoding", "server")}
         if fault == "cut":
             self.answer(reply.status, {**kept, "Content-Length": str(len(data))}, data[: len(data) // 2])
@@ -79,7 +91,8 @@ class FaultyStore:
     Attributes:
         requests: (method, path, range header) of all requests so far.
         faults: What happens to the next requests, "" for nothing.
-        always: What happens to every request whose path holds a key of it: part of a path -> fault.
+        always: What happens to every request whose method and path hold a key of it: `PUT /bucket/x` -> fault.
+        victim: Gives the process that the faults `kill` and `kill late` kill.
     """
 
     def __init__(self, port: int) -> None:
@@ -87,10 +100,12 @@ class FaultyStore:
         self.requests: list[tuple[str, str, str | None]] = []
         self.faults: deque[str] = deque()
         self.always: dict[str, str] = {}
+        self.victim: Callable[[], int]
         self.stopping = threading.Event()
-        self.objects = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
-                                    aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
-        self.objects.create_bucket(Bucket="bucket")
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                              aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
+        client.create_bucket(Bucket="bucket")
+        self._objects = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]  # moto runs in this process: no request is needed
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), Door)
         self._server.owner = self
@@ -102,7 +117,7 @@ class FaultyStore:
             self.requests.append((method, path, range_header))
             if self.faults:
                 return self.faults.popleft()
-            return next((fault for part, fault in self.always.items() if part in path), "")
+            return next((fault for part, fault in self.always.items() if part in f"{method} {path}"), "")
 
     def settle(self) -> None:
         """Forgets requests and faults."""
@@ -114,20 +129,19 @@ class FaultyStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Writes an object, past the door."""
-        self.objects.put_object(Bucket="bucket", Key=key, Body=data)
+        self._objects.put_object("bucket", key, data)
 
     def get(self, key: str) -> bytes:
         """An object, past the door."""
-        return self.objects.get_object(Bucket="bucket", Key=key)["Body"].read()
+        return bytes(self._objects.get_object("bucket", key).value)
 
     def delete(self, key: str) -> None:
         """Removes an object, past the door."""
-        self.objects.delete_object(Bucket="bucket", Key=key)
+        self._objects.delete_object("bucket", key)
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """All keys below a prefix, past the door."""
-        pages = self.objects.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
-        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
+        return sorted(key for key in list(self._objects.buckets["bucket"].keys) if key.startswith(prefix))
 
     def upload(self, folder: Path, prefix: str) -> None:
         """Puts all files of a folder below a prefix."""

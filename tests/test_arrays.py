@@ -18,14 +18,16 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from gpuparse.arrays import LEVELS, read_column, serial_blosc, write_column, write_group, write_voxels
 
 
-def zarr_codecs(level):
+def zarr_codecs(level, chunk_bytes):
     name, effort = LEVELS[level]
-    return BloscCodec(cname=name, clevel=effort, shuffle="noshuffle", typesize=1, blocksize=65536), Crc32cCodec()
+    size = 1 if chunk_bytes <= 16384 else 32
+    return BloscCodec(cname=name, clevel=effort, shuffle="noshuffle", typesize=size, blocksize=16384), Crc32cCodec()
 
 
 def by_zarr(path, data, chunks, shards, level):
     array = zarr.create_array(
-        path, shape=data.shape, dtype=data.dtype, chunks=chunks, shards=shards, compressors=zarr_codecs(level),
+        path, shape=data.shape, dtype=data.dtype, chunks=chunks, shards=shards,
+        compressors=zarr_codecs(level, int(np.prod(chunks)) * data.itemsize),
         fill_value=0, dimension_names=("z", "y", "x"),
     )  # fmt: skip
     array[...] = data
@@ -93,6 +95,24 @@ def test_the_high_level_is_smaller_and_of_the_same_frames(tmp_path):
     assert frame[3] == 1  # typesize
 
 
+@pytest.mark.parametrize("level", ["fast", "high"])
+@pytest.mark.parametrize("side", [127, 128, 129, 300])  # chunks below, at and above a block of 16 KiB
+def test_chunks_are_frames_of_blocks_of_16_kib_as_zarr_writes_them(tmp_path, level, side):
+    data = np.repeat(np.random.default_rng(side).integers(0, 60, (2, side, side), np.uint8), 2, axis=0)
+    chunks, shards = (1, side, side), (4, side, side)
+    write_voxels(tmp_path / "ours", data, chunks, shards, level)
+    by_zarr(tmp_path / "zarrs", data, chunks, shards, level)
+    ours, zarrs = ((tmp_path / name / "c/0/0/0").read_bytes() for name in ("ours", "zarrs"))
+    assert len(ours) == len(zarrs)
+    index = np.frombuffer(ours[-68:-4], "<u8").reshape(4, 2)
+    for offset, num_bytes in index.tolist():
+        num_decoded, block_bytes, frame_bytes = np.frombuffer(ours[offset + 4 : offset + 16], "<u4").tolist()
+        assert (num_decoded, frame_bytes) == (side * side, num_bytes - 4)
+        assert block_bytes == min(side * side, 16384)
+    np.testing.assert_array_equal(tensorstore_read(tmp_path / "ours"), data)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "ours", mode="r")[...], data)
+
+
 @given(
     values=st.sampled_from([np.int32, np.uint8, np.int64, np.float64]).flatmap(
         lambda dtype: st.lists(st.integers(0, 100), max_size=30).map(lambda v: np.array(v, dtype))
@@ -105,7 +125,7 @@ def test_columns_come_back_here_and_in_zarr(tmp_path_factory, values, rank):
     write_column(folder / "ours", values)
     array = zarr.create_array(
         folder / "zarrs", shape=values.shape, dtype=values.dtype, chunks=tuple(max(1, n) for n in values.shape),
-        compressors=zarr_codecs("fast"), fill_value=0,
+        compressors=zarr_codecs("fast", values.nbytes), fill_value=0,
     )  # fmt: skip
     array[...] = values
     for name in ("ours", "zarrs"):

@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import augment_oracle
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 import gpuparse
 from gpuparse import kernels
-from gpuparse.augment import augment
+from gpuparse.augment import augment, device_kernel
 from gpuparse.errors import KernelError
 from gpuparse.kernels import host_library
 
@@ -42,15 +41,25 @@ def assert_same(a, b):
     assert a.labels.tobytes() == b.labels.tobytes()
 
 
-def by_elements(library):
-    """A stand-in for the library whose driver is the loop over the kernel's own elements, as a GPU runs them."""
+class _ByElements:
+    """The library with another driver: the loop over a kernel's own elements, as a GPU runs them."""
 
-    def driver(num_samples, _num_threads, *arguments):
+    def __init__(self, library, kernel=None):
+        self._library, self._kernel = library, kernel
+
+    def __getattr__(self, name):
+        return getattr(self._library, name)
+
+    def gpuparse_augment(self, num_samples, _num_threads, *arguments):
         height, width = (a.value for a in arguments[-6:-4])
         num_elements = num_samples.value * (-(-height * width // 4))
-        library.augment_elements(ctypes.c_int64(num_elements), *arguments)
+        elements = getattr(self._library, f"{self._kernel or device_kernel(height, width)}_elements")
+        elements(ctypes.c_int64(num_elements), *arguments)
 
-    return lambda: SimpleNamespace(gpuparse_augment=driver)
+
+def by_elements(library, kernel=None):
+    stand_in = _ByElements(library, kernel)
+    return lambda: stand_in
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,8 +74,9 @@ def test_the_row_driver_equals_the_kernel_element_by_element(monkeypatch, size, 
     options = {"labels": labels, "image_dtype": image_dtype}
     monkeypatch.setattr(kernels, "host_library", lambda: library)
     rows = augment(**arguments, **options)
-    monkeypatch.setattr(kernels, "host_library", by_elements(library))
-    assert_same(augment(**arguments, **options), rows)
+    for kernel in {"augment", device_kernel(*size)}:
+        monkeypatch.setattr(kernels, "host_library", by_elements(library, kernel))
+        assert_same(augment(**arguments, **options), rows)
 
 
 @pytest.mark.skipif(not HAS_AVX2, reason="this processor has no AVX2")
@@ -153,6 +163,53 @@ def test_the_build_can_be_chosen_by_the_environment(variant):
 def test_unknown_builds_are_refused():
     with pytest.raises(KernelError, match="CPU kernel variant is 'neon'; expected 'baseline' or 'avx2'"):
         host_library("neon")
+
+
+def test_sizes_of_whole_tiles_go_through_the_kernel_of_tiles():
+    assert {size: device_kernel(*size) for size in SIZES} == {
+        (64, 64): "augment_tiles", (61, 61): "augment", (40, 56): "augment", (512, 512): "augment_tiles"
+    }  # fmt: skip
+    assert device_kernel(64, 96) == "augment_tiles"
+    assert device_kernel(32, 48) == device_kernel(48, 32) == "augment"
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), columns=st.integers(1, 4),
+    itemsize=st.sampled_from([1, 2, 4]), bytes_only=st.booleans(),
+    labels=st.sampled_from(["prompts", "instances", "classes", "foreground"]),
+)  # fmt: skip
+def test_rows_equal_tiles(seed, rows, columns, itemsize, labels, bytes_only):
+    rng = np.random.default_rng(seed)
+    library = host_library()
+    height, width = 32 * rows, 32 * columns
+    arguments = {
+        "image": rng.integers(0, 256, (3, 3, height, width), dtype=np.uint8),
+        "mask": rng.integers(0, 256 if bytes_only else 2 ** (8 * itemsize), (3, *rng.integers(1, 100, 2))).astype(
+            f"u{1 if bytes_only else itemsize}"
+        ),
+        "params": augment_oracle.random_params(rng, 3, height, width),
+        "class_ids": rng.integers(0, 256, (3, 3)),
+        "labels": labels,
+        "labels_dtype": "uint8" if bytes_only else "int64",
+    }
+    expected = augment(**arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "host_library", by_elements(library, "augment_tiles"))
+        assert_same(augment(**arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["SAMPLE_CT", "SAMPLE_CELLS"])  # slices in one chunk, and in many
+@pytest.mark.parametrize("kernel", ["augment", "augment_tiles"])
+def test_rows_equal_elements_on_slices_of_a_store(monkeypatch, sample_stores, name, kernel):
+    laws = gpuparse.Augmentation(prob=0.9, mirror=True)
+    dataset = gpuparse.SliceDataset(sample_stores[name].parent, img_size=(64, 64), transforms=laws)
+    numbers = range(0, len(dataset), len(dataset) // 40)
+    expected = [dataset[i] for i in numbers]
+    assert {item["labels"].any().item() for item in expected} >= {True}
+    monkeypatch.setattr(kernels, "host_library", by_elements(host_library(), kernel))
+    for i, item in zip(numbers, expected, strict=True):
+        for key in ("image", "labels"):
+            assert dataset[i][key].numpy().tobytes() == item[key].numpy().tobytes(), (i, key)
 
 
 @given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 90), width=st.integers(1, 90), threads=st.integers(1, 4))

@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_read_is_a_finding_or_refused(write_case, data_d
     def refuse(path):
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(type(data_dir), "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"cannot be read: not yours\. Check permissions and mounts"):
         gpuparse.check(data_dir)
 

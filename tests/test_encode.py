@@ -14,7 +14,7 @@ from oracle import encode_with_cv2, gather, neighbours, pad_as_reference, pad_to
 
 import gpuparse
 from gpuparse import kernels
-from gpuparse.encode import STRIP_ROWS, encode, encode_masks, encode_planes
+from gpuparse.encode import encode, encode_masks, encode_planes, num_strips
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
 from gpuparse.store import open_store
@@ -200,7 +200,7 @@ def run_library(library, function, slices, arena, tables, size, *, num_threads=N
     planes = slices.label_planes if masks else slices.image_planes
     out = np.full((len(planes), *size), 77, np.uint32 if masks else np.uint8)
     # An element is a pixel of a mask, or a strip of pixels of an image.
-    head = [ctypes.c_int64(out.size if masks else len(planes) * -(-size[0] // STRIP_ROWS) * size[1])]
+    head = [ctypes.c_int64(out.size if masks else num_strips(len(planes), size))]
     if num_threads is not None:
         head = [ctypes.c_int64(len(planes)), ctypes.c_int32(num_threads)]
     arrays = (tables.nearest,) if masks else (tables.cubic_index, tables.cubic_weights)

@@ -18,10 +18,10 @@ from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.cache import ChunkCache
 from gpuparse.device import DeviceRenderer, place_blocks
 from gpuparse.errors import ChunkCorruptError, DeviceError
+from gpuparse.footprint import Footprint
 from gpuparse.pack import pack
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
 from gpuparse.read import ChunkReader, inflate_on_host
-from gpuparse.residency import Footprint
 from gpuparse.sampling import identity_params
 
 pytestmark = pytest.mark.gpu

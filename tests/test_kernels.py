@@ -144,7 +144,7 @@ def test_the_lint_sees_flushes_and_predicates():
     ("source", "struct", "dtype"),
     [
         ("planes.h", "Plane", PLANE_DTYPE),
-        ("augment.cu", "AugmentParams", PARAMS_DTYPE),
+        ("augment.h", "AugmentParams", PARAMS_DTYPE),
         ("compressed.h", "CompressedBlock", COMPRESSED_BLOCK_DTYPE),
     ],
 )

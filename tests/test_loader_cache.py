@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from torch.utils.data import ConcatDataset, Subset
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.footprint import store_footprint
 from gpuparse.production import HostMaker
 from gpuparse.residency import footprint
 
@@ -210,7 +212,7 @@ def test_the_estimate_from_some_of_many_cases_is_close(tmp_path, monkeypatch):
     decoded, compressed = sums_by_zarr(store, range(30))
     exact = footprint(flat)
     assert (exact.decoded_bytes, exact.compressed_bytes) == (decoded, compressed)
-    monkeypatch.setattr("gpuparse.residency._MAX_CASES_OPENED", 10)
+    monkeypatch.setattr("gpuparse.residency.store_footprint", functools.partial(store_footprint, max_opened=10))
     estimate = footprint(flat)
     assert not estimate.exact
     assert abs(estimate.decoded_bytes / decoded - 1) < 0.02

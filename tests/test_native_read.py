@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from numcodecs import lz4
 
 from gpuparse import kernels
-from gpuparse.read import CHUNK_DTYPE, COMPRESSED_BLOCK_DTYPE, RESULT_DTYPE
+from gpuparse.locate import CHUNK_DTYPE
+from gpuparse.read import COMPRESSED_BLOCK_DTYPE, RESULT_DTYPE
 
 VARIANTS = ["baseline", "avx2"] if kernels.host_library("baseline").gpuparse_supports_avx2() else ["baseline"]
 GUARD = 0xA5
-LITERAL_LENGTHS = [1, 14, 15, 16, 269, 270, 271, 525, 65536]
+LITERAL_LENGTHS = [1, 14, 15, 16, 269, 270, 271, 525, 16384]
 
 
 # The checksum.
@@ -257,12 +258,12 @@ def frame_of(blocks: list[bytes], lengths: list[int]) -> bytes:
         starts.append(16 + 4 * len(blocks) + len(body))
         body += struct.pack("<i", len(block)) + block
     total = sum(lengths)
-    head = struct.pack("<BBBBIII", 2, 1, 0x20, 1, total, min(total, 65536), 16 + 4 * len(blocks) + len(body))
+    head = struct.pack("<BBBBIII", 2, 1, 0x20, 1, total, min(total, 16384), 16 + 4 * len(blocks) + len(body))
     return head + struct.pack(f"<{len(starts)}i", *starts) + body
 
 
 def stored_frame(data: bytes) -> bytes:
-    return struct.pack("<BBBBIII", 2, 1, 0x22, 1, len(data), min(len(data), 65536), 16 + len(data)) + data
+    return struct.pack("<BBBBIII", 2, 1, 0x22, 1, len(data), min(len(data), 16384), 16 + len(data)) + data
 
 
 def sealed(frame: bytes) -> bytes:
@@ -273,7 +274,7 @@ def read_chunk(path, raw: bytes, decoded_bytes: int, *, num_bytes=None, file=Non
     """One chunk of a file through the library: its result, its blocks, the buffer."""
     path.write_bytes(b"before" + raw)
     num_bytes = len(raw) if num_bytes is None else num_bytes
-    num_blocks = -(-decoded_bytes // 65536)
+    num_blocks = -(-decoded_bytes // 16384)
     capacity = -(-(num_bytes + num_bytes // 255 + 18 * num_blocks) // 16) * 16 if room is None else room
     request, result = np.zeros(1, CHUNK_DTYPE), np.zeros(1, RESULT_DTYPE)
     blocks = np.zeros(num_blocks + 2, COMPRESSED_BLOCK_DTYPE)
@@ -293,16 +294,16 @@ def read_chunk(path, raw: bytes, decoded_bytes: int, *, num_bytes=None, file=Non
     return result[0], blocks[1:-1], data
 
 
-@pytest.mark.parametrize("length", [*LITERAL_LENGTHS, 65537, 65536 + 270, 3 * 65536 - 1])
+@pytest.mark.parametrize("length", [*LITERAL_LENGTHS, 16385, 16384 + 270, 3 * 16384 - 1])
 def test_stored_blocks_become_lz4_blocks_of_literals(tmp_path, length):
     data = random.Random(length).randbytes(length)
-    parts = [data[i : i + 65536] for i in range(0, length, 65536)]
+    parts = [data[i : i + 16384] for i in range(0, length, 16384)]
     for frame in (stored_frame(data), frame_of(parts, [len(part) for part in parts])):
         result, blocks, buffer = read_chunk(tmp_path / "shard", sealed(frame), length)
         assert result["status"] == 0
         for i, (part, block) in enumerate(zip(parts, blocks, strict=True)):
             start, size, target = (int(block[name]) for name in ("data_offset", "num_bytes", "target"))
-            assert (start % 16, target, block["decoded_bytes"]) == (0, 4096 + 65536 * i, len(part))
+            assert (start % 16, target, block["decoded_bytes"]) == (0, 4096 + 16384 * i, len(part))
             raw = buffer[start : start + size].tobytes()
             assert raw == write_block([], part)
             assert lz4.decompress(struct.pack("<I", len(part)) + raw) == part
@@ -310,10 +311,10 @@ def test_stored_blocks_become_lz4_blocks_of_literals(tmp_path, length):
 
 def test_compressed_and_stored_blocks_of_one_frame(tmp_path):
     rng = random.Random(5)
-    parts = [bytes(65536), rng.randbytes(65536), b"\7" * 300 + rng.randbytes(100)]
+    parts = [bytes(16384), rng.randbytes(16384), b"\7" * 300 + rng.randbytes(100)]
     packed = [compress(parts[0]), parts[1], compress(parts[2])]
     frame = frame_of(packed, [len(part) for part in parts])
-    result, blocks, buffer = read_chunk(tmp_path / "shard", sealed(frame), 131472)
+    result, blocks, buffer = read_chunk(tmp_path / "shard", sealed(frame), 2 * 16384 + 400)
     assert result["status"] == 0
     sources = [packed[0], write_block([], parts[1]), packed[2]]
     for block, raw in zip(blocks, sources, strict=True):
@@ -331,22 +332,22 @@ def test_what_a_file_lacks_is_reported(tmp_path):
 
 def test_a_frame_that_needs_more_room_than_its_bytes_allow_is_refused(tmp_path):
     # Two block starts at one place: read twice, the blocks would not fit the buffer.
-    one = bytes(range(256)) * 255
-    frame = bytearray(frame_of([one, b""], [65536, 65536]))
+    one = bytes(range(256)) * 63
+    frame = bytearray(frame_of([one, b""], [16384, 16384]))
     struct.pack_into("<ii", frame, 16, 24, 24)
-    result, _, _ = read_chunk(tmp_path / "shard", sealed(bytes(frame)), 131072)
+    result, _, _ = read_chunk(tmp_path / "shard", sealed(bytes(frame)), 2 * 16384)
     assert (result["status"], result["detail"]) == (6, 1)
 
 
 @given(seed=st.integers(0, 10**6), num_changes=st.integers(1, 4))
 def test_any_frame_with_a_true_checksum_stays_inside_its_room(tmp_path_factory, seed, num_changes):
     rng = random.Random(seed)
-    parts = [bytes([rng.randrange(256)]) * 65536, rng.randbytes(700)]
-    frame = bytearray(frame_of([compress(parts[0]), parts[1]], [65536, 700]))
+    parts = [bytes([rng.randrange(256)]) * 16384, rng.randbytes(700)]
+    frame = bytearray(frame_of([compress(parts[0]), parts[1]], [16384, 700]))
     for _ in range(num_changes):
         frame[rng.randrange(40)] = rng.choice([0, 1, 2, 255, rng.randrange(256)])
     path = tmp_path_factory.getbasetemp() / "mutated"
-    result, blocks, buffer = read_chunk(path, sealed(bytes(frame)), 66236)
+    result, blocks, buffer = read_chunk(path, sealed(bytes(frame)), 16384 + 700)
     assert result["status"] in (0, 4, 5, 6)
     if result["status"] == 0:
         ends = blocks["data_offset"] + blocks["num_bytes"]

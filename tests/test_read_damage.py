@@ -168,7 +168,7 @@ def test_a_frame_whose_blocks_cannot_be_found_is_refused(store, shard):
     chunks[start + 16 : start + size - 4] = b"\xff" * (size - 20)  # block starts and blocks
     reseal(chunks, index, 1)
     shard.write_bytes(join(chunks, index))
-    with pytest.raises(ChunkCorruptError, match=rf"chunk 1 is no blosc frame of raw LZ4 blocks of 64 KiB.*{REMEDY}"):
+    with pytest.raises(ChunkCorruptError, match=rf"chunk 1 is no blosc frame of raw LZ4 blocks of 16 KiB.*{REMEDY}"):
         fetch_all(store)
 
 

@@ -329,3 +329,25 @@ def test_without_obstore_the_extra_is_named(monkeypatch):
     with pytest.raises(MissingDependencyError, match=r'Run: pip install "gpuparse\[remote\]"'):
         gpuparse.open_store("s3://elsewhere/store.zarr")
     assert not is_url("/data/s3://x")
+
+
+def test_info_and_preview_of_a_url_show_what_they_show_of_the_folder(server, options, sample_stores, tmp_path):
+    from gpuparse.preview import DrawOptions, PreviewOptions, SliceChoice, preview
+
+    def without_path(report):
+        return [dataclasses.replace(store, path="") for store in report.stores]
+
+    url = "s3://bucket/data/SAMPLE_CELLS"
+    local = sample_stores["SAMPLE_CELLS"].parent
+    for far, near, voxels in ((url, local, True), (f"{url}/train.zarr", local / "train.zarr", False)):
+        far_report = gpuparse.info(far, voxels=voxels, remote=options)
+        assert without_path(far_report) == without_path(gpuparse.info(near, voxels=voxels))
+        assert [store.path for store in far_report.stores] == [f"{url}/train.zarr"]
+    with pytest.raises(InputError, match=r"no train\.zarr or val\.zarr or test\.zarr there"):
+        gpuparse.info("s3://bucket/data", remote=options)
+    with pytest.raises(InputError, match="is one dataset; names of datasets cannot be chosen there"):
+        gpuparse.info(url, datasets=["SAMPLE_CELLS"], remote=options)
+    wanted = PreviewOptions(SliceChoice(num_samples=2), DrawOptions(augment=True, size=(64, 64)))
+    far_made = preview(url, tmp_path / "far", wanted, remote=options)
+    near_made = preview(local, tmp_path / "near", wanted)
+    assert far_made.page.read_text() == near_made.page.read_text()

@@ -10,7 +10,8 @@ from PIL import Image
 
 from gpuparse import sheet
 from gpuparse.errors import InputError
-from gpuparse.sheet import Panel, contact_sheet
+from gpuparse.panel import COLOURS, Panel
+from gpuparse.sheet import contact_sheet
 
 SIDE = 105  # a quarter of the drawn square, so that one source pixel is four drawn pixels
 SCALE = sheet._IMAGE_PX // SIDE
@@ -52,7 +53,7 @@ def test_the_outline_lies_on_the_masks_border_and_nowhere_else(tmp_path):
     y0, y1, x0, x1 = 20, 50, 60, 95  # not symmetric: a flip or a transpose would show
     path = contact_sheet([Panel(grey(), block(y0, y1, x0, x1)[None], ["Liver"], "a")], tmp_path / "a.png")
     pixels = slice_of(read(path))
-    hit = near(pixels, sheet._COLOURS[0])
+    hit = near(pixels, COLOURS[0])
     for edge in (x0, x1):
         columns = hit[(y0 + 2) * SCALE : (y1 - 2) * SCALE, edge * SCALE - 1 : edge * SCALE + 1]
         assert columns.any(axis=1).all()
@@ -72,7 +73,7 @@ def test_the_prompt_is_written_in_its_outlines_colour(tmp_path):
     masks = np.stack([block(5, 40, 5, 40), block(60, 100, 60, 100)])
     path = contact_sheet([Panel(grey(), masks, ["Liver", "Spleen"], "a")], tmp_path / "a.png")
     below = read(path)[TOP + sheet._IMAGE_PX :]
-    first, second = (near(below, colour) for colour in sheet._COLOURS[:2])
+    first, second = (near(below, colour) for colour in COLOURS[:2])
     assert first.sum() > 60
     assert second.sum() > 60
     assert np.nonzero(first)[0].max() < np.nonzero(second)[0].min()
@@ -82,8 +83,8 @@ def test_touching_instances_have_a_colour_each_and_ids_above_255_count(tmp_path)
     labels = block(20, 60, 20, 40) + block(20, 60, 40, 60, 2) + block(70, 90, 20, 60, 300)
     panel = Panel(grey(), np.stack([labels] * 4).astype(np.uint16), ["Nuclei"] * 4, "a")
     pixels = slice_of(read(contact_sheet([panel], tmp_path / "a.png")))
-    assert (300 - 1) % len(sheet._COLOURS) == 5
-    for colour, rows in ((sheet._COLOURS[0], (20, 60)), (sheet._COLOURS[1], (20, 60)), (sheet._COLOURS[5], (70, 90))):
+    assert (300 - 1) % len(COLOURS) == 5
+    for colour, rows in ((COLOURS[0], (20, 60)), (COLOURS[1], (20, 60)), (COLOURS[5], (70, 90))):
         ys = np.nonzero(near(pixels, colour))[0]
         assert len(ys) > 100
         assert rows[0] * SCALE - 2 <= ys.min() < ys.max() <= rows[1] * SCALE + 2
@@ -103,12 +104,12 @@ def test_prompts_without_a_pixel_are_dimmed(tmp_path):
     masks = np.stack([block(10, 30, 10, 30), np.zeros((SIDE, SIDE), np.int64)])
     panel = Panel(grey(), masks, ["Liver", "Spleen"], "a")
     assert [(e.text, e.colour) for e, _ in card_of(panel).entries] == [
-        ("Liver", sheet._COLOURS[0]),
+        ("Liver", COLOURS[0]),
         ("Spleen (absent)", sheet._ABSENT_COLOUR),
     ]
     pixels = read(contact_sheet([panel], tmp_path / "a.png"))
     assert near(pixels[TOP + sheet._IMAGE_PX :], sheet._ABSENT_COLOUR).sum() > 60
-    assert not near(slice_of(pixels), sheet._COLOURS[1]).any()
+    assert not near(slice_of(pixels), COLOURS[1]).any()
 
 
 def test_a_prompt_keeps_its_colour_across_the_sheet_and_no_two_masks_of_a_panel_share_one():
@@ -151,7 +152,7 @@ def test_a_slice_that_is_not_square_keeps_its_proportions(tmp_path):
     assert (pixels[: quarter - 1] == 0).all()
     assert (pixels[quarter + 2 : quarter + 30] == 200).all()
     assert (pixels[-quarter + 1 :] == 0).all()
-    ys, xs = np.nonzero(near(pixels, sheet._COLOURS[0]))
+    ys, xs = np.nonzero(near(pixels, COLOURS[0]))
     assert abs(xs.min() - 84) <= 2
     assert abs(ys.min() - (quarter + 42)) <= 2
 
@@ -159,10 +160,10 @@ def test_a_slice_that_is_not_square_keeps_its_proportions(tmp_path):
 def test_a_mask_that_fills_the_slice_is_outlined_inside_its_square(tmp_path):
     panel = Panel(grey(), np.ones((1, SIDE, SIDE), int), ["All"], "a")
     pixels = read(contact_sheet([panel], tmp_path / "a.png"))
-    hit = near(slice_of(pixels), sheet._COLOURS[0], 60)
+    hit = near(slice_of(pixels), COLOURS[0], 60)
     assert hit[:, 0].mean() > 0.9
     assert hit[0].mean() > 0.9
-    assert not near(pixels[TOP : TOP + sheet._IMAGE_PX, :LEFT], sheet._COLOURS[0], 60).any()
+    assert not near(pixels[TOP : TOP + sheet._IMAGE_PX, :LEFT], COLOURS[0], 60).any()
 
 
 @pytest.mark.parametrize(("num_panels", "columns", "grid"), [(1, 4, (1, 1)), (3, 2, (2, 2)), (5, 3, (2, 3))])
@@ -212,8 +213,27 @@ def test_long_prompts_stay_inside_their_card(tmp_path):
     assert not written[:, : sheet._PAD_PX - 4].any()  # the card's padding stays free on both sides
     assert not written[:, -sheet._PAD_PX + 4 :].any()
     assert not written[-sheet._PAD_PX + 4 :].any()
-    for colour in sheet._COLOURS[:3]:
+    for colour in COLOURS[:3]:
         assert near(below, colour).any()
+
+
+def test_a_prompt_in_letters_that_cannot_be_drawn_is_drawn_without_a_warning(tmp_path, recwarn):
+    prompts = ["\u65e5\u672c\u8a9e", "half a letter \ud800 and \x00"]
+    masks = np.stack([block(5, 30, 5, 30), block(50, 80, 5, 30)])
+    assert contact_sheet([Panel(grey(), masks, prompts, "a")], tmp_path / "a.png").exists()
+    assert not recwarn.list
+
+
+def test_masks_of_one_colour_key_have_one_colour_across_the_sheet():
+    owners: dict[str, int] = {}
+    font = sheet._Type(15.5)
+    masks = np.stack([block(10, 30, 10, 30), block(50, 70, 10, 30)])
+    keys = ["organ 1", "organ 2"]
+    one = sheet._card(Panel(grey(), masks, ["Liver", "Spleen"], "a", colour_keys=keys), "panel 0", owners, font)
+    two = sheet._card(
+        Panel(grey(), masks[::-1], ["The spleen", "The liver"], "b", colour_keys=keys[::-1]), "panel 1", owners, font
+    )
+    assert [entry.colour for entry, _ in one.entries] == [entry.colour for entry, _ in two.entries][::-1]
 
 
 def test_equal_input_gives_equal_bytes_whatever_the_users_matplotlib_settings(tmp_path):
@@ -283,6 +303,7 @@ GOOD = {"image": grey(), "labels": block(1, 3, 1, 3)[None], "prompts": ["Liver"]
         ({"labels": block(1, 3, 1, 3), "class_ids": [1, 2]}, "there are 2 class_ids but 1 prompts"),
         ({"prompts": "Liver[SEP]Spleen"}, r"prompts is a str; expected a sequence.*text\.split\('\[SEP\]'\)"),
         ({"prompts": [3]}, "prompts holds 3; expected strings only"),
+        ({"colour_keys": ["a", "b"]}, "there are 2 colour_keys but 1 prompts; expected one for each"),
         ({"caption": 7}, "panel 0: caption is a int; expected str"),
     ],
 )

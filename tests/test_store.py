@@ -177,11 +177,11 @@ def test_what_is_no_store_is_refused(tmp_path):
             open_store(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version_is_refused_with_the_remedy(store_path, version):
     edit(store_path / "zarr.json", lambda d: d["attributes"]["gpuparse"].update(format_version=version))
     with pytest.raises(
-        StoreFormatError, match=rf"'train\.zarr' has format_version {version}; this gpuparse reads 1\. {REMEDY}"
+        StoreFormatError, match=rf"'train\.zarr' has format_version {version}; this gpuparse reads 2\. {REMEDY}"
     ):
         open_store(store_path)
 
@@ -267,6 +267,12 @@ FOREIGN = {
     "no checksum": (lambda m: sharding(m)["codecs"].pop(), r"inner codecs is \['bytes', 'blosc'\]"),
     "blosc with zstd": (lambda m: inner("blosc")(m).update(cname="zstd"), r"blosc cname is 'zstd'; .*'lz4 or lz4hc'"),
     "shuffled bytes": (lambda m: inner("blosc")(m).update(shuffle="shuffle"), r"blosc shuffle is 'shuffle'"),
+    "large blocks": (
+        lambda m: inner("blosc")(m).update(blocksize=65536), r"blosc blocksize is 65536; the format asks for 16384"
+    ),
+    "blocks that blosc makes large": (
+        lambda m: inner("blosc")(m).update(typesize=1), r"blosc typesize is 1; the format asks for 32"
+    ),
     "big endian": (lambda m: inner("bytes")(m).update(endian="big"), r"byte order is 'big'; .* 'little'"),
     "no index checksum": (lambda m: sharding(m)["index_codecs"].pop(), r"index codecs is \['bytes'\]"),
     "index in front": (lambda m: sharding(m).update(index_location="start"), r"index location is 'start'; .*'end'"),

@@ -82,18 +82,20 @@ def test_axes_at_the_borders_of_the_law(shape, spacing, axes):
 @pytest.mark.parametrize("num_slices", [2, 3, 4, 17])
 def test_neighbours_are_those_of_reflection_padding(num_slices):
     padded = np.pad(np.arange(num_slices), 1, mode="reflect")
-    for i in range(num_slices):
-        assert channel_positions(i, num_slices) == (i, padded[i], padded[i + 2])
+    expected = [[i, padded[i], padded[i + 2]] for i in range(num_slices)]
+    assert channel_positions(range(num_slices), num_slices).tolist() == expected
+    assert [channel_positions(i, num_slices).tolist() for i in range(num_slices)] == expected
 
 
 def test_a_single_slice_is_its_own_neighbour():
-    assert channel_positions(0, 1) == (0, 0, 0)
+    assert channel_positions(0, 1).tolist() == [0, 0, 0]
+    assert channel_positions([0, 0, 2], [1, 2, 3]).tolist() == [[0, 0, 0], [0, 1, 1], [2, 1, 1]]
 
 
 @pytest.mark.parametrize(("position", "num_slices"), [(-1, 4), (4, 4), (1, 1), (0, 0)])
 def test_positions_outside_the_volume_are_refused(position, num_slices):
     with pytest.raises(InputError, match=rf"slice position {position} is outside 0\.\.{num_slices - 1}"):
-        channel_positions(position, num_slices)
+        channel_positions([0, position], [4, num_slices])
 
 
 @given(shape=SHAPE, axis=st.integers(0, 2), recipe=st.sampled_from(["corrected", "reference"]))

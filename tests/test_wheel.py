@@ -42,7 +42,7 @@ def test_one_wheel_serves_every_python_and_holds_sources_and_libraries(wheel):
     wanted = [p for p in (REPOSITORY / "kernels").iterdir() if p.suffix in (".cu", ".h", ".cpp")]
     assert sources == {p.name: p.read_bytes() for p in wanted}
     assert {n for n in names if n.startswith("gpuparse/_native/")} >= {"gpuparse/_native/libgpuparse_kernels.so"}
-    files = [p for pattern in ("*.py", "*.yaml") for p in (REPOSITORY / "gpuparse").rglob(pattern)]
+    files = [p for pattern in ("*.py", "*.yaml", "*.html") for p in (REPOSITORY / "gpuparse").rglob(pattern)]
     assert {p.relative_to(REPOSITORY).as_posix() for p in files} | {"gpuparse/py.typed"} <= names
     assert {n.split("/")[0].split("-")[0] for n in names} == {"gpuparse"}  # no tests, no build files
 

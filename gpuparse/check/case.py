@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.check.image import check_geometry, check_image
 from gpuparse.check.labels import check_labels, scan_labels
 from gpuparse.check.presence import check_presence
 from gpuparse.check.source import check_source
 from gpuparse.check.store import opened_store, read_case
+from gpuparse.errors import StorageError
 from gpuparse.prompts import ClassPrompts
 from gpuparse.views import select_axes
 
@@ -31,7 +32,7 @@ class CaseTask:
     Attributes:
         target: Number of the folder or store it belongs to.
         place: The case, for findings.
-        path: The npz file, or the store.
+        path: The npz file, or the store; local or remote.
         number: The case's number in the store; None for a file.
         prompts: The dataset's classes; None where they are unusable.
         max_volume_bytes: Largest volume that is read.
@@ -40,7 +41,7 @@ class CaseTask:
 
     target: int
     place: Place
-    path: Path
+    path: places.Place
     number: int | None
     prompts: ClassPrompts | None
     max_volume_bytes: int
@@ -80,6 +81,8 @@ def check_case(task: CaseTask) -> CaseOutcome:
     contents = _Contents()
     try:
         return _check_contents(task, contents)
+    except StorageError as error:
+        return CaseOutcome(task, (*contents.findings, task.place.finding("GP902", str(error))))
     except Exception as error:  # the promise of the command: no file ends the run
         found = f"{type(error).__name__}: {error}."
         return CaseOutcome(task, (*contents.findings, task.place.finding("GP901", found)))
@@ -99,7 +102,7 @@ def _check_contents(task: CaseTask, contents: _Contents) -> CaseOutcome:
         scan = scan_labels(labels, contents.axes, task.prompts)
         findings += check_labels(task.place, labels, scan, task.prompts, contents.spacing_mm)
         if task.number is not None and task.prompts is not None:
-            findings += check_presence(task.place, opened_store(str(task.path)), task.number, scan)
+            findings += check_presence(task.place, opened_store(task.path), task.number, scan)
         labels_digest, classes_present = _digest(labels), scan.classes_present
     return CaseOutcome(task, tuple(findings), image_digest, labels_digest, classes_present)
 
@@ -114,7 +117,7 @@ def _read(task: CaseTask, contents: _Contents) -> None:
         contents.axes = select_axes(volume.image.shape, volume.spacing_mm)
         contents.findings += check_geometry(task.place, volume.image.shape, volume.spacing_mm)
         return
-    store = opened_store(str(task.path))
+    store = opened_store(task.path)
     case = store.cases[task.number]
     contents.image, contents.labels, found = read_case(task.place, store, task.number, task.max_volume_bytes)
     contents.findings += [*found, *check_geometry(task.place, case.shape, case.spacing_mm)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 
+from gpuparse import places
 from gpuparse.check.findings import Finding, Place
+from gpuparse.errors import StorageError
+from gpuparse.remote import Fetched, RemotePath
 from gpuparse.store import ArrayLayout
 
 __all__ = ["read_checked"]
 
 _MISSING = 2**64 - 1  # both fields of an index entry whose chunk was not written
+_END_BYTES = 64 << 10  # a first request that tells the size, and most often fetches the shard's index
+_RANGE_BYTES = 8 << 20
 _MAX_NAMED = 5  # damaged chunks of one shard that are named
 
 
@@ -48,21 +54,25 @@ def read_checked(place: Place, layout: ArrayLayout) -> tuple[npt.NDArray[Any] | 
 def _read_shard(
     place: Place, layout: ArrayLayout, position: tuple[int, ...], recorded: int | None, array: npt.NDArray[Any]
 ) -> list[Finding]:
-    path = Path(layout.path, "c", *map(str, position))
+    path = layout.place / "/".join(["c", *map(str, position)])
     try:
-        raw = np.fromfile(path, np.uint8) if path.is_file() else None
+        shard = _find_shard(path)
+        if shard is None:
+            if recorded is None and not (isinstance(path, Path) and os.path.lexists(path)):
+                return []  # nothing but zeros was ever in it
+            return [place.finding("GP204", f"{path} is missing or no file; {recorded} bytes were written.")]
+        num_bytes, read = shard
+        per_shard = [s // c for s, c in zip(layout.shards, layout.chunks, strict=True)]
+        num_chunks = int(np.prod(per_shard))
+        index_bytes = 16 * num_chunks + 4
+        if num_bytes < index_bytes or (recorded is not None and recorded != num_bytes):
+            wanted = recorded if recorded is not None else f"at least {index_bytes}"
+            return [place.finding("GP204", f"{path} has {num_bytes} bytes; expected {wanted}.")]
+        raw = read()
+    except StorageError:
+        raise
     except OSError as error:
         return [place.finding("GP204", f"{path}: {error}.")]
-    if raw is None:
-        if recorded is None and not os.path.lexists(path):
-            return []  # nothing but zeros was ever in it
-        return [place.finding("GP204", f"{path} is missing or no file; {recorded} bytes were written.")]
-    per_shard = [s // c for s, c in zip(layout.shards, layout.chunks, strict=True)]
-    num_chunks = int(np.prod(per_shard))
-    index_bytes = 16 * num_chunks + 4
-    if raw.size < index_bytes or (recorded is not None and recorded != raw.size):
-        wanted = recorded if recorded is not None else f"at least {index_bytes}"
-        return [place.finding("GP204", f"{path} has {raw.size} bytes; expected {wanted}.")]
     index = raw[-index_bytes:].tobytes()
     if google_crc32c.value(index[:-4]) != struct.unpack("<I", index[-4:])[0]:
         return [place.finding("GP205", f"{path}: index of {num_chunks} chunks.")]
@@ -79,6 +89,31 @@ def _read_shard(
         return []
     named = "; ".join(damage[:_MAX_NAMED]) + "; ..." * (len(damage) > _MAX_NAMED)
     return [place.finding("GP206", f"{path}: {len(damage)} of {num_chunks} chunks: {named}.")]
+
+
+def _find_shard(path: places.Place) -> tuple[int, Callable[[], npt.NDArray[np.uint8]]] | None:
+    """A shard's size and what reads it; None where there is none."""
+    if isinstance(path, RemotePath):
+        try:
+            end = path.read_end(_END_BYTES)
+        except FileNotFoundError:
+            return None
+        return end.object_bytes, functools.partial(_fetch_shard, path, end)
+    local = places.local_path(path)
+    return (local.stat().st_size, lambda: np.fromfile(local, np.uint8)) if local.is_file() else None
+
+
+def _fetch_shard(path: RemotePath, end: Fetched) -> npt.NDArray[np.uint8]:
+    """A remote shard, by ranges side by side, all of one version."""
+    raw = np.empty(end.object_bytes, np.uint8)
+    raw[end.offset :] = np.frombuffer(end.data, np.uint8)
+
+    def fetch(offset: int) -> None:
+        num_bytes = min(_RANGE_BYTES, end.offset - offset)
+        raw[offset : offset + num_bytes] = np.frombuffer(path.read_range(offset, num_bytes, end.etag).data, np.uint8)
+
+    list(path.site.executor.map(fetch, range(0, end.offset, _RANGE_BYTES)))
+    return raw
 
 
 def _regions(layout: ArrayLayout, position: tuple[int, ...], per_shard: list[int]) -> Iterator[tuple[slice, ...]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from gpuparse.check.findings import Finding, Place
 from gpuparse.check.labels import LabelScan
+from gpuparse.errors import StorageError
 from gpuparse.store import Store
 
 __all__ = ["check_presence"]
@@ -32,9 +33,11 @@ def check_presence(place: Place, store: Store, number: int, scan: LabelScan) -> 
     in_index = [difference for axis in case.axes for difference in _index_differences(store, number, axis, scan)]
     findings = [place.finding("GP207", "; ".join(in_index) + ".")] if in_index else []
     try:
-        metadata = json.loads((store.case_path(number) / "zarr.json").read_text(encoding="utf-8"))
+        metadata = json.loads((store.case_place(number) / "zarr.json").read_text(encoding="utf-8"))
         summary = metadata["attributes"]["gpuparse"]
         recorded = [difference for axis in case.axes for difference in _recorded_differences(summary, axis, scan)]
+    except StorageError:
+        raise
     except Exception as error:  # the attributes may hold anything
         recorded = [f"class_runs or zeroed_runs cannot be understood ({type(error).__name__}: {error})"]
     if recorded:

@@ -22,6 +22,7 @@ from gpuparse.check.store import opened_store
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE
+from gpuparse.remote import is_url
 from gpuparse.store import Store, open_store
 
 __all__ = ["RepairReport", "repair"]
@@ -78,6 +79,14 @@ def repair(
         try:
             if "GP201" in lost:
                 left.append((dataset.path, "its attributes are damaged: convert the dataset again with --overwrite."))
+            elif (lost or broken) and is_url(dataset.path):
+                left += [
+                    (
+                        path,
+                        "it is remote: remove it there, and run the conversion to this URL again, which sends it anew.",
+                    )
+                    for path in broken.values() or [dataset.path]
+                ]
             elif lost or broken:
                 done, not_done = _Repair(dataset.path, source, int(max_volume_gib * 2**30), num_jobs).run(broken)
                 repaired += done

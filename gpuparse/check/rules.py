@@ -91,6 +91,7 @@ _CATALOGUE = (
     Rule("GP502", "warning", "same image twice", "Keep one of them, unless repeats are meant."),
     Rule("GP503", "error", "same image in training and validation", "Keep it in one part: use --group-regex."),
     Rule("GP901", "error", "check could not finish", "Try again with fewer --jobs; report it if it stays."),
+    Rule("GP902", "error", "remote storage does not answer", "Check network, URL and credentials, and try again."),
 )
 
 RULES: dict[str, Rule] = {rule.code: rule for rule in _CATALOGUE}

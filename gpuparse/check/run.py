@@ -13,8 +13,9 @@ from gpuparse.check.prompts import check_prompts
 from gpuparse.check.rules import RULES
 from gpuparse.check.store import check_store_root, opened_store
 from gpuparse.check.targets import Target, find_targets
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, StorageError
 from gpuparse.prompts import load_class_prompts
+from gpuparse.remote import RemoteOptions
 from gpuparse.store import split_code
 from gpuparse.workers import Died, Task, WorkerPool
 
@@ -31,14 +32,15 @@ def check(
     num_jobs: int = 1,
     ignore: Collection[str] = (),
     on_case: Callable[[int, int], None] | None = None,
+    remote: RemoteOptions | None = None,
 ) -> CheckReport:
     """Checks source folders and stores: every checksum, every value range, every id, and what only many cases show.
 
     Nothing is written, and no file ends the run: what cannot be read is a finding.
 
     Args:
-        paths: One or several, each a data folder, a dataset's folder, a folder of npz files, one npz file, or a store.
-            Images are compared over all of them.
+        paths: One or several, each a data folder, a dataset's folder, a folder of npz files, one npz file, or a store;
+            also URLs of these. Images are compared over all of them.
         splits: Subfolders of a dataset's folder that hold source files.
         datasets: Names to check; None checks all.
         mirroring: Whether training mirrors slices whatever the prompts say: `mirror=True`, or recipe "reference".
@@ -47,12 +49,14 @@ def check(
             calls this needs the usual `if __name__ == "__main__":` guard.
         ignore: Codes of findings to leave out.
         on_case: Called in this process after each case with the number of cases done and the number of all.
+        remote: How URLs are read; None takes the defaults.
 
     Returns:
         What was looked at and what was found; see docs/check.md for every code.
 
     Raises:
         InputError: A path or an argument is not usable; nothing has been checked.
+        StorageError: A URL cannot be listed or looked up; nothing has been checked.
     """
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
@@ -61,7 +65,7 @@ def check(
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:
         raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
-    targets = find_targets([paths] if isinstance(paths, str | os.PathLike) else paths, splits, datasets)
+    targets = find_targets([paths] if isinstance(paths, str | os.PathLike) else paths, splits, datasets, remote)
     opened_store.cache_clear()  # a store may have changed since it was checked last
     findings: list[Finding] = []
     tasks: list[CaseTask] = []
@@ -110,6 +114,8 @@ def _plan_source(
         else:
             named = ", ".join(prompt_files[where]) or "none"
             findings = [place.finding("GP402", f"no entry {target.name!r}; it has {named}.")]
+    except StorageError as error:
+        findings = [place.finding("GP902", str(error))]
     except Exception as error:  # JSON of any shape, or a file that the system will not hand out
         findings = [place.finding("GP401", str(error).removeprefix(f"{where}: "))]
     part: Part = "training" if target.split == "train" else "validation"
@@ -124,13 +130,13 @@ def _plan_store(
     number: int, target: Target, limit: int, mirroring: bool, prompt_files: dict[str, Any]
 ) -> tuple[list[CaseTask], list[Finding]]:
     """The cases of a store as tasks, if its root and index are in order."""
-    store, prompts, findings = check_store_root(Place(str(target.path), target.name), mirroring=mirroring)
+    store, prompts, findings = check_store_root(Place(str(target.path), target.name), target.path, mirroring=mirroring)
     if store is None:
         return [], findings
     in_val = set(store.slices.case[store.slices.split == split_code("val")].tolist())
     tasks = []
     for case_number, case in enumerate(store.cases):
-        place = Place(str(store.case_path(case_number)), target.name, case.name)
+        place = Place(str(store.case_place(case_number)), target.name, case.name)
         part: Part = "validation" if case_number in in_val or target.split != "train" else "training"
         tasks.append(CaseTask(number, place, target.path, case_number, prompts, limit, part))
     return tasks, findings

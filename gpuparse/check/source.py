@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 import re
 import stat
+import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.errors import VolumeFormatError
+from gpuparse.remote import RemotePath
 from gpuparse.volume import Volume, check_name, read_volume
 
 __all__ = ["check_source"]
 
 _MEMBERS = ("imgs", "gts", "spacing")
+_FREE_BYTES = 1 << 20  # of a file, beside its arrays
+_PIECE_BYTES = 32 << 20
 _REFUSED = {"imgs": "GP107", "gts": "GP108", "spacing": "GP109"}
 
 
@@ -33,21 +38,42 @@ class _Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def check_source(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
+def check_source(place: Place, path: places.Place, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
     """Checks one npz file.
 
     Args:
         place: The case.
-        path: The file.
+        path: The file. A remote one is fetched to a temporary file first, unless it is larger than a volume may be.
         max_volume_bytes: Largest size, as declared by the headers, that is read.
 
     Returns:
         The volume, None where conversion would refuse the file, and the findings.
+
+    Raises:
+        StorageError: Remote storage fails.
     """
     try:
         check_name(path.stem, "case name")
     except VolumeFormatError as error:
         return None, [place.finding("GP110", str(error))]
+    if not isinstance(path, RemotePath):
+        return _check_file(place, places.local_path(path), max_volume_bytes)
+    try:
+        end = path.read_end(1)
+    except FileNotFoundError as error:
+        return None, [place.finding("GP101", f"{error}.")]
+    if end.object_bytes > max_volume_bytes + _FREE_BYTES:
+        return None, [place.finding("GP106", f"the file has {end.object_bytes / 2**30:.1f} GiB.")]
+    with tempfile.TemporaryDirectory(prefix="gpuparse-check-") as folder:
+        copy = Path(folder, path.name)
+        with copy.open("wb") as file:
+            for offset in range(0, end.object_bytes, _PIECE_BYTES):
+                file.write(path.read_range(offset, min(_PIECE_BYTES, end.object_bytes - offset), end.etag).data)
+        volume, findings = _check_file(place, copy, max_volume_bytes)
+    return volume, [replace(finding, found=finding.found.replace(str(copy), str(path))) for finding in findings]
+
+
+def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):

@@ -10,18 +10,19 @@ import contextlib
 import functools
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse import places
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Finding, Place
 from gpuparse.check.prompts import check_prompts
-from gpuparse.errors import GpuparseError
+from gpuparse.errors import GpuparseError, StorageError
 from gpuparse.prompts import ClassPrompts
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, CaseInfo, Store, open_store
+from gpuparse.remote import RemotePath
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, CaseInfo, Store, read_store
 
 __all__ = ["check_store_root", "opened_store", "read_case"]
 
@@ -30,9 +31,9 @@ _FREE_INDEX_BYTES = 1 << 20  # a column may be all zeros and have no file
 
 
 @functools.lru_cache(maxsize=4)
-def opened_store(path: str) -> Store:
+def opened_store(path: places.Place) -> Store:
     """The store at `path` with its index read; a process that checks many cases of one store opens it once."""
-    store = open_store(path)
+    store = read_store(path)
     _check_index_size(store)
     num_cases = len(store.cases)
     slices = store.slices
@@ -44,21 +45,33 @@ def opened_store(path: str) -> Store:
 
 def _check_index_size(store: Store) -> None:
     """Refuses columns whose declared size no file of theirs can hold, before memory is taken for them."""
-    for meta_path in Path(store.path, store.attributes["index"]).glob("*/zarr.json"):
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    index = store.place / store.attributes["index"]
+    names = json.loads((index / "zarr.json").read_text(encoding="utf-8"))["attributes"]["crc32c"]
+    for name in names:
+        meta = json.loads((index / name / "zarr.json").read_text(encoding="utf-8"))
         declared = 8
         for length in meta["shape"]:
             declared *= int(length)
-        stored = sum(p.stat().st_size for p in meta_path.parent.rglob("*") if p.is_file())
+        stored = _stored_bytes(index / name / "/".join(["c", *("0" for _ in meta["shape"])]))
         if declared > _MAX_RATIO * stored + _FREE_INDEX_BYTES:
-            raise ValueError(f"{meta_path.parent.name} declares {meta['shape']} values in {stored} bytes")
+            raise ValueError(f"{name} declares {meta['shape']} values in {stored} bytes")
 
 
-def check_store_root(place: Place, *, mirroring: bool) -> tuple[Store | None, ClassPrompts | None, list[Finding]]:
+def _stored_bytes(path: places.Place) -> int:
+    try:
+        return path.read_end(1).object_bytes if isinstance(path, RemotePath) else places.local_path(path).stat().st_size
+    except FileNotFoundError:
+        return 0  # nothing but zeros
+
+
+def check_store_root(
+    place: Place, path: places.Place, *, mirroring: bool
+) -> tuple[Store | None, ClassPrompts | None, list[Finding]]:
     """Checks what a store's cases have in common.
 
     Args:
-        place: The store.
+        place: The store, for findings.
+        path: The store.
         mirroring: Whether training will mirror slices whatever the prompts say.
 
     Returns:
@@ -67,15 +80,19 @@ def check_store_root(place: Place, *, mirroring: bool) -> tuple[Store | None, Cl
     findings: list[Finding] = []
     prompts = None
     with contextlib.suppress(Exception):  # opening the store says what is wrong
-        root = json.loads(Path(place.path, "zarr.json").read_text(encoding="utf-8"))
+        root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
         entry = root["attributes"]["gpuparse"]["class_prompts"]
         prompts, findings = check_prompts(place, entry, mirroring=mirroring)
     try:
-        open_store(place.path)
+        read_store(path)
+    except StorageError as error:
+        return None, prompts, [*findings, place.finding("GP902", str(error))]
     except Exception as error:
         return None, prompts, [*findings, place.finding("GP201", _describe(error))]
     try:
-        store = opened_store(place.path)
+        store = opened_store(path)
+    except StorageError as error:
+        return None, prompts, [*findings, place.finding("GP902", str(error))]
     except Exception as error:
         return None, prompts, [*findings, place.finding("GP202", _describe(error))]
     return store, prompts, findings
@@ -97,14 +114,18 @@ def read_case(
     """
     case = store.cases[number]
     import zarr  # takes most of the time that importing gpuparse.check would take
+    from zarr.buffer.cpu import Buffer
 
     try:
-        findings = _check_summary(place, store.case_path(number), case)
+        findings = _check_summary(place, store.case_place(number), case)
         layouts = [store.layout(number, array_path) for array_path in (IMAGE_PATH, LABELS_PATH)]
         if layouts[0].dtype != np.uint8:
             raise ValueError(f"the image has dtype {layouts[0].dtype}; expected uint8")
         for layout in layouts:  # gpuparse reads only what it needs of the metadata; other Zarr readers read all
-            zarr.open_array(layout.path, mode="r", zarr_format=3)
+            metadata = Buffer.from_bytes((layout.place / "zarr.json").read_bytes())
+            zarr.open_array({"zarr.json": metadata}, mode="r", zarr_format=3)
+    except StorageError:
+        raise
     except Exception as error:
         return None, None, [place.finding("GP203", _describe(error))]
     declared = sum(int(np.prod(case.shape, dtype=np.float64)) * layout.dtype.itemsize for layout in layouts)
@@ -116,7 +137,7 @@ def read_case(
     return image, labels, [*findings, *image_findings, *label_findings]
 
 
-def _check_summary(place: Place, folder: Path, case: CaseInfo) -> list[Finding]:
+def _check_summary(place: Place, folder: places.Place, case: CaseInfo) -> list[Finding]:
     """Compares the case's own attributes, for gpuparse and for viewers, with the slice index."""
     attributes = _attributes(folder)
     summary = attributes["gpuparse"]
@@ -140,7 +161,7 @@ def _check_summary(place: Place, folder: Path, case: CaseInfo) -> list[Finding]:
     return [place.finding("GP203", "; ".join(wrong) + ".")] if wrong else []
 
 
-def _attributes(folder: Path) -> dict[str, Any]:
+def _attributes(folder: places.Place) -> dict[str, Any]:
     attributes: dict[str, Any] = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]
     return attributes
 

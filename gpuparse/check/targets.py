@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, StorageError
+from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import PROMPTS_FILE
+from gpuparse.remote import RemoteOptions, RemotePath, is_url
 
 __all__ = ["Target", "find_targets"]
 
@@ -32,41 +34,51 @@ class Target:
     kind: Literal["source", "store"]
     name: str
     split: str
-    path: Path
-    files: tuple[Path, ...]
-    prompts_path: Path
+    path: Place
+    files: tuple[Place, ...]
+    prompts_path: Place
 
 
 def find_targets(
-    paths: Sequence[str | os.PathLike[str]], splits: Sequence[str], datasets: Sequence[str] | None
+    paths: Sequence[str | os.PathLike[str]],
+    splits: Sequence[str],
+    datasets: Sequence[str] | None,
+    remote: RemoteOptions | None = None,
 ) -> list[Target]:
     """Finds what there is to check.
 
     Args:
-        paths: Each a data folder, a dataset's folder, a folder of npz files, one npz file, or a store.
+        paths: Each a data folder, a dataset's folder, a folder of npz files, one npz file, or a store; or a URL of one.
         splits: Subfolders of a dataset's folder that hold source files.
         datasets: Names to keep; None keeps all.
+        remote: How URLs are read.
 
     Raises:
         InputError: A path does not exist, holds nothing to check, or a name is nowhere.
+        StorageError: Remote storage fails.
     """
     if not paths:
         raise InputError("no path to check; expected a data folder, a store, or an npz file.")
-    found: dict[Path, Target] = {}
-    for path in map(Path, paths):
+    found: dict[Place, Target] = {}
+    for given in paths:
+        place = open_place(given, remote) if is_url(given) else Path(given)
         try:
-            targets = _targets_of(path, splits)
+            targets = _targets_of(place, splits)
+        except StorageError:
+            raise
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error}. Check permissions and mounts.") from error
+            raise InputError(f"{given}: cannot be read: {error}. Check permissions and mounts.") from error
         if not targets:
             raise InputError(
-                f"{path}: nothing to check in it; expected npz files in DATASETn/{'|'.join(splits)}/, or .zarr stores. "
-                "Name the folder that holds the datasets, a dataset, a store, or a file; --split for other subfolders."
+                f"{given}: nothing to check in it; expected npz files in DATASETn/{'|'.join(splits)}/, or .zarr "
+                "stores. Name the folder that holds the datasets, a dataset, a store, or a file; --split for other "
+                "subfolders."
             )
         for target in targets:
-            place = target.path.absolute()
-            known = found.get(place, target)
-            found[place] = replace(target, files=tuple(sorted({*known.files, *target.files})))
+            key = _absolute(target.path)
+            known = found.get(key, target)
+            files = sorted({*known.files, *target.files}, key=str)
+            found[key] = replace(target, files=tuple(files))
     names = sorted({target.name for target in found.values()})
     absent = sorted(set(datasets or ()) - set(names))
     if absent:
@@ -74,44 +86,76 @@ def find_targets(
     return [target for target in found.values() if datasets is None or target.name in datasets]
 
 
-def _targets_of(path: Path, splits: Sequence[str]) -> list[Target]:
-    if path.name.endswith(".npz") and os.path.lexists(path) and not path.is_dir():
-        return [_source(path.absolute().parent, (path,))]
-    if not path.is_dir():
+def _targets_of(path: Place, splits: Sequence[str]) -> list[Target]:
+    if path.name.endswith(".npz") and _is_file(path):
+        return [_source(_absolute(path).parent, (path,))]
+    if isinstance(path, Path) and not path.is_dir():
         raise InputError(f"{path}: no such folder or npz file.")
     if _is_store(path):
         return [_store(path)]
-    if files := _npz_files(path):
-        return [_source(path, files)]
-    here = _dataset_targets(path, splits)
+    folders, files = _list(path)
+    if npz := _npz_files(path, files):
+        return [_source(path, npz)]
+    here = _dataset_targets(path, folders, splits)
     if here:
         return here
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    return [target for folder in folders for target in _dataset_targets(folder, splits)]
+    return [target for name in folders for target in _dataset_targets(path / name, None, splits)]
 
 
-def _dataset_targets(folder: Path, splits: Sequence[str]) -> list[Target]:
-    if not os.access(folder, os.R_OK | os.X_OK):  # nothing can be said of it, which is a finding
+def _dataset_targets(folder: Place, folders: Sequence[str] | None, splits: Sequence[str]) -> list[Target]:
+    """The targets of a dataset's folder, whose own folders are known or None."""
+    if isinstance(folder, Path) and not os.access(folder, os.R_OK | os.X_OK):  # nothing can be said, which is a finding
         return [_source(folder / splits[0], ())]
-    sources = [_source(folder / split, files) for split in splits if (files := _npz_files(folder / split))]
-    return sources + [_store(path) for path in sorted(folder.glob("[!.]*.zarr")) if _is_store(path)]
+    folders = _list(folder)[0] if folders is None else folders
+    inside = {split: _npz_files(folder / split, _list(folder / split)[1]) for split in splits if split in folders}
+    sources = [_source(folder / split, inside[split]) for split in splits if inside.get(split)]
+    stores = [folder / name for name in folders if name.endswith(".zarr") and not name.startswith(".")]
+    return sources + [_store(store) for store in stores if _is_store(store)]
 
 
-def _npz_files(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(folder.glob("*.npz")))
+def _list(folder: Place) -> tuple[list[str], list[str]]:
+    """Names of the folders and of everything else in a folder, each in order."""
+    if isinstance(folder, RemotePath):
+        return folder.list_folder()
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(local_path(folder)) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if is_folder:
+                folders.append(entry.name)
+            if not is_folder or entry.name.endswith(".npz"):  # a folder in the place of a file is a finding
+                files.append(entry.name)
+    return sorted(folders), sorted(files)
 
 
-def _is_store(path: Path) -> bool:
-    return path.is_dir() and (path.suffix == ".zarr" or (path / "zarr.json").exists())
+def _is_file(path: Place) -> bool:
+    if isinstance(path, RemotePath):
+        return path.exists()
+    return os.path.lexists(local_path(path)) and not local_path(path).is_dir()
 
 
-def _source(folder: Path, files: tuple[Path, ...]) -> Target:
-    place = folder.absolute()
+def _absolute(path: Place) -> Place:
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def _npz_files(folder: Place, names: Sequence[str]) -> tuple[Place, ...]:
+    return tuple(folder / name for name in names if name.endswith(".npz"))
+
+
+def _is_store(path: Place) -> bool:
+    if isinstance(path, RemotePath):
+        return path.name.endswith(".zarr") or path.is_dir()
+    return path.is_dir() and (path.name.endswith(".zarr") or (path / "zarr.json").exists())
+
+
+def _source(folder: Place, files: tuple[Place, ...]) -> Target:
+    place = _absolute(folder)
     return Target("source", place.parent.name, place.name, folder, files, place.parent.parent / PROMPTS_FILE)
 
 
-def _store(path: Path) -> Target:
-    place = path.absolute()
+def _store(path: Place) -> Target:
+    place = _absolute(path)
     name, split = place.parent.name, place.name.removesuffix(".zarr")
     # The store's own word counts. Any garbage may stand there, which the check of the store reports.
     with contextlib.suppress(Exception):

@@ -1,7 +1,7 @@
 """The command line: one module for each command, gathered here.
 
-Exit status: 0 all done, 1 some files were skipped (check, doctor: errors were found), 2 nothing was done or a bad file
-stopped the run, 130 interrupted.
+Exit status: 0 all done, 1 some files were skipped (check, doctor: errors were found; info: some stores cannot be read),
+2 nothing was done or a bad file stopped the run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from gpuparse.cli.demo import demo_command
 from gpuparse.cli.doctor import doctor_command
 from gpuparse.cli.evaluate import evaluate_command
 from gpuparse.cli.export import export_command
+from gpuparse.cli.info import info_command
+from gpuparse.cli.preview import preview_command
 from gpuparse.errors import GpuparseError
 
 __all__ = ["app", "main"]
@@ -76,3 +78,5 @@ app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)
 app.command("evaluate")(evaluate_command)
 app.command("export")(export_command)
+app.command("info")(info_command)
+app.command("preview")(preview_command)

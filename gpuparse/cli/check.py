@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from gpuparse.cli.consoles import counting_progress, error_console, table_console
 
 # What the checks need is imported when they run: the other commands start without it.
 if TYPE_CHECKING:
@@ -23,12 +23,11 @@ __all__ = ["check_command"]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _MAX_ROWS = 20  # of one code in the table; --json lists all
-_PLAIN_WIDTH = 160  # where there is no terminal to ask
 
 
 def check_command(
     paths: Annotated[
-        list[Path], typer.Argument(help="Data folders, datasets, npz files, or stores.", show_default=False)
+        list[str], typer.Argument(help="Data folders, datasets, npz files, stores, or their URLs.", show_default=False)
     ],
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Check this dataset only; may be given several times.")
@@ -73,10 +72,10 @@ def check_command(
     if source is not None and not repair_stores:
         raise typer.BadParameter("it says where --repair finds sources; add --repair.", param_hint="--source")
     num_jobs = jobs or len(os.sched_getaffinity(0))
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = error_console()
 
     def run() -> CheckReport:
-        with _progress(errors, hidden=quiet) as progress:
+        with counting_progress(errors, quiet=quiet) as progress:
             task = progress.add_task("checking", total=None)
             return check(
                 paths,
@@ -104,24 +103,10 @@ def check_command(
         raise typer.Exit(status)
 
 
-def _progress(console: Console, *, hidden: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=hidden or not console.is_terminal,
-        transient=True,
-    )
-
-
 def _print_report(report: CheckReport) -> None:
     from gpuparse.check.rules import SEVERITIES
 
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=_PLAIN_WIDTH)
+    console = table_console()
     if report.findings:
         console.print(_findings_table(report.findings))
     for dataset in report.datasets:

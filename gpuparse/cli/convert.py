@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -133,8 +134,7 @@ def convert_command(
         memory_gib = default_memory_bytes() / GIB
     if not dry_run and executor == "local":
         console.print(f"{num_jobs} processes, at most {memory_gib:.3g} GiB of volumes in work", highlight=False)
-    cases = [] if is_url(data_dir) else list_cases(data_dir, names, split, foreign)
-    with _CaseProgress(console, cases) as progress:
+    with _CaseProgress(console, () if is_url(data_dir) else list_cases(data_dir, names, split, foreign)) as progress:
         report = convert(
             data_dir,
             out_dir=out,
@@ -167,7 +167,7 @@ def convert_command(
 class _CaseProgress:
     """A progress bar over cases, on a terminal only."""
 
-    def __init__(self, console: Console, cases: list[SourceCase]) -> None:
+    def __init__(self, console: Console, cases: Sequence[SourceCase]) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -25,8 +25,10 @@ def evaluate_command(
         Path, typer.Option("--pred", help="Predictions: <case>.npz with segs or <case>.nii.gz, per dataset.")
     ],
     data: Annotated[
-        Path,
-        typer.Option("--data", help="A test set, or a folder of several: stores, test/ + test_mask/, imgs/ + gts/."),
+        str,
+        typer.Option(
+            "--data", help="A test set, or a folder of several: stores (also URLs), test/ + test_mask/, imgs/ + gts/."
+        ),
     ],
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Score this dataset only; may be given several times.")

@@ -13,10 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
+from gpuparse.check.chunks import read_checked
+from gpuparse.check.findings import Place as FindingPlace
+from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
 from gpuparse.npz import NpzFile
+from gpuparse.places import Place, open_place
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, open_store, split_code
+from gpuparse.remote import RemoteOptions, RemotePath, is_url
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, read_store, split_code
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
 
 __all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]
@@ -154,7 +158,7 @@ class StoredCase:
     @property
     def mask_file(self) -> str:
         """The label image's folder."""
-        return str(self.store.case_path(self.number) / LABELS_PATH).removesuffix("/0")
+        return str(self.store.case_place(self.number) / LABELS_PATH).removesuffix("/0")
 
     def image(self) -> npt.NDArray[np.uint8]:
         """(z, y, x) uint8."""
@@ -172,18 +176,25 @@ class StoredCase:
 
     def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
         """What conversion noted of the source, such as a NIfTI file; None where that held no directions."""
-        path = self.store.case_path(self.number) / "zarr.json"
+        path = self.store.case_place(self.number) / "zarr.json"
         try:
             attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
+        except StorageError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise StoreFormatError(f"'{path}' cannot be read ({error!r}). Convert the case again.") from error
         affine = attributes.get("origin", {}).get("affine_ras_mm")
         return None if affine is None else np.array(affine, np.float64)
 
     def _read(self, array_path: str) -> Any:
+        layout = self.store.layout(self.number, array_path)
+        if self.store.is_remote:
+            values, findings = read_checked(FindingPlace(str(layout.place), self.store.name, self.name), layout)
+            if values is None:
+                raise ChunkCorruptError(f"{findings[0].found} Remove the case there and send it again.")
+            return values
         import zarr
 
-        layout = self.store.layout(self.number, array_path)
         for key, num_bytes in (layout.shard_bytes or {}).items():
             shard = layout.path / key
             found = shard.stat().st_size if shard.is_file() else None
@@ -211,23 +222,38 @@ class CaseSet:
 
 
 def find_cases(
-    root_dir: str | os.PathLike[str], *, split: str = "test", name: str | None = None, prompts: PromptSource = None
+    root_dir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    name: str | None = None,
+    prompts: PromptSource = None,
+    remote: RemoteOptions | None = None,
 ) -> CaseSet:
     """Finds the cases of one test set.
 
     Args:
         root_dir: A store; a dataset's folder with `<split>.zarr`, with `<split>/` and `<split>_mask/` or `<split>_gt/`,
             or with `imgs/` and `gts/`; or the folder of the images itself. Where no folder holds the labels, the image
-            files do.
+            files do. Or the URL of a store, or of a folder that holds it.
         split: Which of a dataset's splits. `val` may also be the validation part of `train.zarr`.
         name: The dataset's name; None takes its folder's.
         prompts: The classes: a file in the form of `class_prompts.json`, or its content, or one dataset's entry. None
             takes the store's, or the `class_prompts.json` beside or above the dataset's folder. Where no entry is
             called as the dataset is, each case takes the one that its own name begins with.
+        remote: How a URL is read; None takes the defaults.
 
     Raises:
         InputError: There are no cases, a case lacks labels or prompts, or the prompts are unusable.
+        StorageError: Remote storage fails.
     """
+    if is_url(root_dir) or remote is not None:
+        place = open_place(root_dir, remote)
+        found = _find_store(place, split)
+        if found is None:
+            raise InputError(
+                f"'{place}': no {split}.zarr there. At a URL only stores are read, no npz files: convert them."
+            )
+        return _cases_of_store(found, place, split, name, prompts)
     root = Path(root_dir)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; {_LAYOUTS}.")
@@ -268,28 +294,32 @@ def find_case_sets(
     split: str = "test",
     datasets: Sequence[str] | None = None,
     prompts: PromptSource = None,
+    remote: RemoteOptions | None = None,
 ) -> tuple[CaseSet, ...]:
     """Finds test sets: the datasets in a folder, or the one dataset that the folder is.
 
     Args:
-        data_dir: Holds datasets, each as `find_cases` takes it, or is itself such a folder.
+        data_dir: Holds datasets, each as `find_cases` takes it, or is itself such a folder; or its URL.
         split: Which of their splits.
         datasets: Names of those to take; None takes all that have the split.
         prompts: As for `find_cases`.
+        remote: How a URL is read; None takes the defaults.
 
     Raises:
         InputError: There is none, or one asked for is not there.
+        StorageError: Remote storage fails.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
+    root = open_place(data_dir, remote) if is_url(data_dir) or remote is not None else Path(data_dir)
+    if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such folder; expected datasets, each with a store or npz files.")
     if _has_cases(root, split):
         if datasets:
             raise InputError(
                 f"{root} is one dataset; names of datasets ({', '.join(datasets)}) cannot be chosen there."
             )
-        return (find_cases(root, split=split, prompts=prompts),)
-    found = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and _has_cases(path, split)}
+        return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
+    folders = sorted(root.iterdir()) if isinstance(root, Path) else [root / name for name in _list_folders(root)]
+    found = {path.name: path for path in folders if _has_cases(path, split)}
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
@@ -297,16 +327,21 @@ def find_case_sets(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
             f"{', '.join(found) or 'none'}. For each of them {_LAYOUTS}."
         )
-    return tuple(find_cases(found[name], split=split, prompts=prompts) for name in chosen)
+    return tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
 
 
-def _has_cases(root: Path, split: str) -> bool:
-    folders = (root, root / split, root / "imgs")
-    return _find_store(root, split) is not None or any(any(f.glob("*.npz")) for f in folders)
+def _list_folders(root: Place) -> list[str]:
+    return root.list_folder()[0] if isinstance(root, RemotePath) else []
 
 
-def _find_store(root: Path, split: str) -> Path | None:
-    if root.suffix == ".zarr":
+def _has_cases(root: Place, split: str) -> bool:
+    if _find_store(root, split) is not None:
+        return True
+    return isinstance(root, Path) and any(any(f.glob("*.npz")) for f in (root, root / split, root / "imgs"))
+
+
+def _find_store(root: Place, split: str) -> Place | None:
+    if root.name.endswith(".zarr"):
         return root
     if (root / f"{split}.zarr").is_dir():
         return root / f"{split}.zarr"
@@ -314,10 +349,10 @@ def _find_store(root: Path, split: str) -> Path | None:
     return shared if split == "val" and shared.is_dir() and not (root / split).is_dir() else None
 
 
-def _cases_of_store(path: Path, root: Path, split: str, name: str | None, prompts: PromptSource) -> CaseSet:
+def _cases_of_store(path: Place, root: Place, split: str, name: str | None, prompts: PromptSource) -> CaseSet:
     if prompts is not None:
         raise InputError(f"{path}: a store has prompts of its own; prompts={prompts!r} cannot replace them. Omit it.")
-    store = open_store(path)
+    store = read_store(path)
     numbers = range(len(store.cases))
     if store.split == "train" and split in ("train", "val"):
         members = np.unique(store.slices.case[store.slices.split == split_code(split)])
@@ -327,7 +362,11 @@ def _cases_of_store(path: Path, root: Path, split: str, name: str | None, prompt
             f"{path}: no cases in split {split!r}. Convert with --val-fraction or --split-file to have a val part."
         )
     cases = sorted((StoredCase(store, n) for n in numbers), key=lambda case: case.name)
-    return CaseSet(name or (store.name if root == path else Path(os.path.abspath(root)).name), tuple(cases))
+    return CaseSet(name or (store.name if root == path else _called(root)), tuple(cases))
+
+
+def _called(root: Place) -> str:
+    return Path(os.path.abspath(root)).name if isinstance(root, Path) else root.name
 
 
 def _labels_folder(images: Path) -> Path | None:

@@ -16,6 +16,7 @@ from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, fin
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
+from gpuparse.remote import RemoteOptions
 from gpuparse.scan import orientation_of, reorient
 from gpuparse.volume import as_narrow_labels, read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
@@ -57,13 +58,14 @@ def evaluate(
     missing: MissingPolicy = "stop",
     num_jobs: int = 1,
     on_case: Callable[[CaseScores, int], None] | None = None,
+    remote: RemoteOptions | None = None,
 ) -> EvaluationReport:
     """Scores predictions.
 
     Args:
         pred_dir: Holds `<case>.npz` with `segs`, `<case>.nii.gz` or `<case>.nii`; for several datasets in a folder
             named after each.
-        data_dir: One test set, or a folder of several; see `find_cases`.
+        data_dir: One test set, or a folder of several, or a URL; see `find_cases`.
         split: Which split of the datasets.
         datasets: Names of those to score; None takes all.
         prompts: Where the classes come from; None takes the store's or `class_prompts.json`.
@@ -73,6 +75,7 @@ def evaluate(
         num_jobs: Processes that score cases side by side. Above 1, a script that calls this needs the usual
             `if __name__ == "__main__":` guard.
         on_case: Called after each case with its scores and the number of all cases.
+        remote: How a URL is read; None takes the defaults.
 
     Returns:
         The scores, by dataset and case. A set whose cases have different classes is reported in parts, named
@@ -90,7 +93,7 @@ def evaluate(
     for package in ("surface_distance", "scipy"):  # before minutes of reading
         import_metric_package(package)
     options = MetricOptions() if options is None else options
-    case_sets = find_case_sets(data_dir, split=split, datasets=datasets, prompts=prompts)
+    case_sets = find_case_sets(data_dir, split=split, datasets=datasets, prompts=prompts, remote=remote)
     jobs, absent = _plan(Path(pred_dir), case_sets, options, missing)
     scores: list[CaseScores] = []
     for result in _run_all(jobs, num_jobs):

@@ -205,7 +205,7 @@ class PreparedVolume:
         return moved
 
     def _triplets(self, window: Any, first: int, start: int, stop: int) -> torch.Tensor:
-        rows = np.array([channel_positions(position, len(self)) for position in range(start, stop)]) - first
+        rows = channel_positions(range(start, stop), len(self)) - first
         with _arrays_on(self.device) as xp:
             return _as_tensor(window[xp.asarray(rows)])
 

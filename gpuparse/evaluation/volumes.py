@@ -15,6 +15,7 @@ from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, PromptSource, find_cases
 from gpuparse.evaluation.prepare import PreparedVolume
 from gpuparse.prompts import PROMPT_SEPARATOR
+from gpuparse.remote import RemoteOptions
 from gpuparse.views import check_size
 
 __all__ = ["VolumeDataset"]
@@ -34,7 +35,8 @@ class VolumeDataset(Dataset[dict[str, Any]]):
     empty item; instance ids stay.
 
     Args:
-        root_dir: A test set, see `gpuparse.evaluation.find_cases`: a store, a dataset's folder, or the images' folder.
+        root_dir: A test set, see `gpuparse.evaluation.find_cases`: a store, a dataset's folder, the images' folder,
+            or a store's URL.
         img_size: Rows and columns of a prepared slice, which must be equal.
         interpolate_mask_size: Not used, as in the reference.
         name: The test set's name; None takes the dataset folder's.
@@ -44,6 +46,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         device: Where images are prepared and returned: "cpu", "cuda", "cuda:N", or None for a GPU where there is one.
             Labels stay on the CPU. A DataLoader
             over volumes on a GPU must have no workers.
+        remote: How a URL is read; None takes the defaults.
         num_threads: CPU threads per volume; None for all cores, or one in a DataLoader's worker.
 
     Raises:
@@ -51,6 +54,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         DeviceError: There is no such CUDA device.
         MissingDependencyError: A package that the GPU needs is missing.
         StoreFormatError: The store cannot be read.
+        StorageError: Remote storage fails.
     """
 
     def __init__(
@@ -65,11 +69,12 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         binarize: bool = False,
         device: str | torch.device | None = "cpu",
         num_threads: int | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
         rows, columns = check_size(img_size)
         if rows != columns:
             raise InputError(f"img_size is {tuple(img_size)}; expected equal rows and columns, slices become squares.")
-        found = find_cases(root_dir, split=split, name=name, prompts=prompts)
+        found = find_cases(root_dir, split=split, name=name, prompts=prompts, remote=remote)
         self.root_dir = os.fspath(root_dir)
         self.name = found.name
         self.split = split
