@@ -24,7 +24,7 @@ import numpy as np
 
 from gpuparse.arrays import write_column, write_group, write_voxels
 from gpuparse.info.storage import choose_cases
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, chunk_shape, open_store, shard_shape
+from gpuparse.store import FORMAT_VERSION, IMAGE_PATH, LABELS_PATH, chunk_shape, open_store, shard_shape
 
 NUM_CLASSES = 15
 
@@ -52,7 +52,7 @@ def make_store(path: Path, num_cases: int, sides: tuple[int, int] = (300, 600)) 
         "case_axes": np.ones(num_cases, np.uint8),
     }
     prompts = {str(i): [f"structure {i} in CT"] for i in range(1, NUM_CLASSES + 1)}
-    attributes = {"format_version": 1, "name": "LARGE", "split": "train", "index": "index/000000000001",
+    attributes = {"format_version": FORMAT_VERSION, "name": "LARGE", "split": "train", "index": "index/000000000001",
                   "class_prompts": {**prompts, "instance_label": 0}, "settings": {"level": "fast"}}  # fmt: skip
     names = [f"patient_{number:06d}" for number in range(num_cases)]
     write_group(path, {"gpuparse": attributes})

@@ -12,13 +12,16 @@ from typing import Any
 from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place
 
-__all__ = ["PROMPTS_FILE", "PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
+__all__ = ["MAX_CLASS_ID", "PROMPTS_FILE", "PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
 
 PROMPTS_FILE = "class_prompts.json"
 """Its name, in the folder that holds the datasets."""
 
 PROMPT_SEPARATOR = "[SEP]"
 """Joins the prompts of one sample into its `text`; therefore no prompt may hold it."""
+
+MAX_CLASS_ID = 2**31 - 1
+"""The largest class id: the slice index and the kernels hold them in 32 bits with a sign."""
 
 _LAYOUT = 'expected {"<class id>": "prompt" or ["prompt", "paraphrase", ...], ..., "instance_label": 0 or 1}'
 
@@ -103,6 +106,8 @@ def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
             continue
         if not (key.isascii() and key.isdigit()) or int(key) == 0 or str(int(key)) != key:
             raise InputError(f"{where}: key {key!r} is no class id; expected '1', '2', ... (0 is background).")
+        if int(key) > MAX_CLASS_ID:
+            raise InputError(f"{where}: class id {key} is too large; expected at most {MAX_CLASS_ID}. Number it anew.")
         classes[int(key)] = _check_prompts(value, f"{where}, class {key}")
     if not classes:
         raise InputError(f"{where}: no class in it; {_LAYOUT}.")

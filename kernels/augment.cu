@@ -80,12 +80,7 @@ GP_FN void augment_element(int64_t element, GP_AUGMENT_PARAMETERS) {
   const int32_t count = gp_min(4, num_pixels - first);
   const bool wide = num_pixels % 4 == 0;  // every group is whole and lies at a multiple of its size
 
-  uint32_t salt[4] = {0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu};
-  if (params.salt_threshold) {
-    const PhiloxWords words = philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0,
-                                         params.key1);
-    salt[0] = words.w0, salt[1] = words.w1, salt[2] = words.w2, salt[3] = words.w3;
-  }
+  const PhiloxWords salt = salt_words(params, quad);
   float values[3][4];
   uint32_t ids[4];
   const Plane plane = label_planes[sample];
@@ -102,20 +97,7 @@ GP_FN void augment_element(int64_t element, GP_AUGMENT_PARAMETERS) {
   }
   GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) {
     const int32_t target = params.swap && channel ? 3 - channel : channel;
-    float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (params.noise_mode) {
-      const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.stream_salt,
-                                           params.key0, params.key1);
-      const NormalPair a = gp_normal_pair(words.w0, words.w1);
-      const NormalPair b = gp_normal_pair(words.w2, words.w3);
-      normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
-    }
-    GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
-      float value = gp_add(values[channel][i], params.shift);
-      if (params.noise_mode) value = add_noise(value, normals[i], params);
-      if (params.salt_threshold) value = salt_or(value, salt[i], params.salt_threshold);
-      values[channel][i] = value;
-    }
+    change_intensity(params, quad, channel, salt, values[channel]);
     store_image(out_image, (sample * 3 + target) * num_pixels + first, values[channel], count, wide, image_type);
   }
   for (int32_t prompt = 0; prompt < num_prompts; ++prompt) {

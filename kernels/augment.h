@@ -75,6 +75,31 @@ GP_FN float salt_or(float value, uint32_t word, uint32_t threshold) {
   return (word >> 1) < threshold ? (word & 1 ? 255.0f : 0.0f) : value;
 }
 
+// The random words that decide salt and pepper for four pixels in a row of memory.
+GP_FN PhiloxWords salt_words(const AugmentParams &params, int32_t quad) {
+  if (!params.salt_threshold) return {0, 0, 0, 0};
+  return philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0, params.key1);
+}
+
+// Shift, noise, salt and pepper of four pixels of one channel in a row of memory, which share their random words.
+GP_FN void change_intensity(const AugmentParams &params, int32_t quad, int32_t channel, const PhiloxWords &salt,
+                            float *values) {
+  float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (params.noise_mode) {
+    const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.stream_salt,
+                                         params.key0, params.key1);
+    const NormalPair a = gp_normal_pair(words.w0, words.w1);
+    const NormalPair b = gp_normal_pair(words.w2, words.w3);
+    normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
+  }
+  const uint32_t words[4] = {salt.w0, salt.w1, salt.w2, salt.w3};
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
+    values[i] = gp_add(values[i], params.shift);
+    if (params.noise_mode) values[i] = add_noise(values[i], normals[i], params);
+    if (params.salt_threshold) values[i] = salt_or(values[i], words[i], params.salt_threshold);
+  }
+}
+
 GP_FN uint16_t float_to_half(float value) {
   const uint32_t bits = gp_float_bits(value);
   const uint32_t sign = bits >> 16 & 0x8000u;

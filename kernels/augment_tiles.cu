@@ -168,10 +168,7 @@ GP_FN void augment_tiles_element(int64_t element, GP_AUGMENT_PARAMETERS) {
   const int32_t *crop_table = crop_tables + 2 * sample;
   const CropTables tables = {linear_index, linear_weight, crop_nearest, crop_length};
   const Symmetry symmetry = find_symmetry(params, height, width);
-  const uint32_t salt_threshold = params.salt_threshold;
-  PhiloxWords salt = {0, 0, 0, 0};
-  if (salt_threshold)
-    salt = philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0, params.key1);
+  const PhiloxWords salt = salt_words(params, quad);
   CropTaps taps = {};
   const bool crop = params.crop && !params.zero;
   if (crop) taps = find_crop_taps(params, crop_table, tables, symmetry, height, width, y, x);
@@ -185,20 +182,7 @@ GP_FN void augment_tiles_element(int64_t element, GP_AUGMENT_PARAMETERS) {
       GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = crop_pixel(source, taps, i, params.crop_round);
     else if (!params.zero)
       load_run(source, index, step, values);
-    float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (params.noise_mode) {
-      const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.stream_salt,
-                                           params.key0, params.key1);
-      const NormalPair a = gp_normal_pair(words.w0, words.w1);
-      const NormalPair b = gp_normal_pair(words.w2, words.w3);
-      normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
-    }
-    const uint32_t salt_words[4] = {salt.w0, salt.w1, salt.w2, salt.w3};
-    GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
-      values[i] = gp_add(values[i], params.shift);
-      if (params.noise_mode) values[i] = add_noise(values[i], normals[i], params);
-      if (salt_threshold) values[i] = salt_or(values[i], salt_words[i], salt_threshold);
-    }
+    change_intensity(params, quad, channel, salt, values);
     const int32_t target = params.swap && channel ? 3 - channel : channel;
     store_image(out_image, ((int64_t)sample * 3 + target) * num_pixels + 4 * quad, values, 4, true, image_type);
   }

@@ -87,6 +87,7 @@ def test_a_missing_file_is_named_with_its_layout(tmp_path, make):
         ({"٣": "x", "instance_label": 0}, r"key '٣' is no class id"),  # int() would take it for 3
         ({"²": "x", "instance_label": 0}, r"key '²' is no class id"),  # a digit to str, none to int()
         ({"liver": "x", "instance_label": 0}, r"key 'liver' is no class id"),
+        ({"2147483648": "x", "instance_label": 0}, r"class id 2147483648 is too large; expected at most 2147483647"),
         ({"instance_label": 1}, r"file, dataset 'A': no class in it"),
         ({"1": [], "instance_label": 0}, r"dataset 'A', class 1: got \[\]; expected a prompt or a non-empty list"),
         ({"1": 5, "instance_label": 0}, r"class 1: got 5; expected a prompt or a non-empty list"),

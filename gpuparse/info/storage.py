@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from gpuparse.arrays import LEVELS
 from gpuparse.footprint import compressed_bytes, decoded_bytes, evenly_spread, num_voxels
 from gpuparse.info.model import ReadCost, StorageInfo
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.views import channel_positions
 
 __all__ = ["choose_cases", "distinct_layers", "read_cost", "storage_info"]
 
@@ -97,13 +97,9 @@ def distinct_layers(length: int, depth: int) -> npt.NDArray[np.int64]:
     >>> distinct_layers(6, 1).tolist(), distinct_layers(6, 3).tolist(), distinct_layers(1, 1).tolist()
     ([2, 3, 3, 3, 3, 2], [1, 1, 2, 2, 1, 1], [1])
     """
-    position = np.arange(length)
-    # Reflected at both ends, as `views.channel_positions` has it.
-    before = np.minimum(np.abs(position - 1), length - 1)
-    after = np.maximum(length - 1 - np.abs(length - 2 - position), 0)
-    own, left, right = (values // depth for values in (position, before, after))
-    counts: npt.NDArray[Any] = 1 + (left != own) + ((right != own) & (right != left))
-    return counts.astype(np.int64)
+    own, left, right = (channel_positions(np.arange(length), length) // depth).T
+    counts: npt.NDArray[np.int64] = 1 + (left != own) + ((right != own) & (right != left)).astype(np.int64)
+    return counts
 
 
 def _mean_chunk_bytes(layout: ArrayLayout) -> float:
