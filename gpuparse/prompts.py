@@ -12,7 +12,14 @@ from typing import Any
 from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place
 
-__all__ = ["MAX_CLASS_ID", "PROMPTS_FILE", "PROMPT_SEPARATOR", "ClassPrompts", "load_class_prompts", "parse_class_prompts"]
+__all__ = [
+    "MAX_CLASS_ID",
+    "PROMPTS_FILE",
+    "PROMPT_SEPARATOR",
+    "ClassPrompts",
+    "load_class_prompts",
+    "parse_class_prompts",
+]
 
 PROMPTS_FILE = "class_prompts.json"
 """Its name, in the folder that holds the datasets."""
