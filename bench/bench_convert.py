@@ -162,6 +162,16 @@ def convert(sources: Path, out: Path, num_jobs: int, *options: str) -> None:
     subprocess.run([*command, "-q", *options], check=True)
 
 
+def trace(sources: Path, out: Path, num_jobs: int) -> dict[str, Any]:
+    """The same command once more, with clocks: how long its workers had nothing to do, and when."""
+    target = out.with_name("trace.json")
+    program = Path(__file__).with_name("convert_trace.py")
+    command = [sys.executable, str(program), str(target), "convert", str(sources), "--out", str(out)]
+    subprocess.run([*command, "--jobs", str(num_jobs), "-q"], check=True)
+    figures: dict[str, Any] = json.loads(target.read_text())
+    return figures
+
+
 def run_reference(script: Path | None, folder: Path) -> None:
     """The reference's script over every dataset in `folder`; without it, the same method from `baselines`."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -261,6 +271,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             fast_bytes = voxel_files_bytes(out)
             shutil.rmtree(out)
             rounds.append(one)
+        result["trace"] = trace(folder / "sources", out, arguments.jobs)
+        shutil.rmtree(out)
         high = timed(convert, folder / "distinct", out, arguments.jobs, "--level", "high")
         high_bytes = voxel_files_bytes(out)
         shutil.rmtree(out)
@@ -305,6 +317,11 @@ def show(result: dict[str, Any]) -> None:
     for number, one in enumerate(result["rounds"]):
         parts = [f"{name} {t['wall_seconds']:.2f} s (CPU {t['cpu_seconds']:.2f} s)" for name, t in one.items()]
         print(f"round {number}: {', '.join(parts)}")
+    seconds = result["trace"]
+    by_busy = ", ".join(f"{number}: {time:.2f} s" for number, time in enumerate(seconds["by_busy_workers"]))
+    print(f"once with clocks: {seconds['wall']:.2f} s, {seconds['before_the_first_task']:.2f} s before the first task, "
+          f"{seconds['after_the_last_task']:.2f} s after the last")  # fmt: skip
+    print(f"time by number of busy workers: {by_busy}; idle, all together: {seconds['idle_workers']:.2f} s")
     reference = result["reference"]
     print(f"{reference['program']} over {reference['raw_bytes'] / 1e9:.3f} GB: {reference['wall_seconds']:.1f} s")
     for clock, entry in result["ratios"].items():

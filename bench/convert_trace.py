@@ -1,4 +1,4 @@
-"""Runs `gpuparse convert` and says where its time goes, by what the starting process sees of its workers.
+"""Runs the command `gpuparse` and says where a conversion's time goes, as the process that starts the workers sees it.
 
 Usage: python bench/convert_trace.py TRACE.json convert SOURCES --out STORES --jobs 2 ...
 """
@@ -15,79 +15,74 @@ from typing import Any
 START = time.perf_counter()
 
 from gpuparse.cli import main  # noqa: E402  # what the command needs to start is part of its time
-from gpuparse.run import DatasetRun  # noqa: E402
 from gpuparse.workers import WorkerPool  # noqa: E402
 
 
 class Trace:
-    """What happened when.
+    """When tasks were in work.
 
     Attributes:
-        tasks: Number -> its first and last second in a worker, the pipe included.
-        publishing: First and last second of each dataset's last step.
+        tasks: First and last second of each task, with its way through the pipe; of a worker's first task, with the
+            worker's start.
     """
 
     def __init__(self) -> None:
-        self.tasks: list[list[float]] = []
-        self.datasets: list[list[float]] = []
+        self.tasks: list[tuple[float, float]] = []
 
     def install(self) -> None:
-        """Puts clocks around the calls that matter."""
-        open_tasks: dict[int, list[float]] = {}
-        submit, results, convert = WorkerPool._submit, WorkerPool._results, DatasetRun._convert
+        """Puts clocks around the calls that hand tasks out and take results back."""
+        begun: dict[int, float] = {}
+        submit, results = WorkerPool._submit, WorkerPool._results
 
         def traced_submit(pool: WorkerPool, function: Any, number: int, task: Any) -> None:
-            open_tasks[number] = [self.now()]
+            begun[number] = time.perf_counter() - START
             submit(pool, function, number, task)
 
         def traced_results(pool: WorkerPool) -> Iterator[tuple[int, Any]]:
             for number, result in results(pool):
-                self.tasks.append([*open_tasks.pop(number), self.now()])
+                self.tasks.append((begun.pop(number), time.perf_counter() - START))
                 yield number, result
-
-        def traced_convert(run: DatasetRun, start: float) -> Any:
-            begin = self.now()
-            try:
-                return convert(run, start)
-            finally:
-                self.datasets.append([begin, self.now()])
 
         WorkerPool._submit = traced_submit  # type: ignore[method-assign]
         WorkerPool._results = traced_results  # type: ignore[method-assign]
-        DatasetRun._convert = traced_convert  # type: ignore[method-assign]
 
-    def now(self) -> float:
-        return time.perf_counter() - START
+    def summary(self, num_jobs: int, wall_seconds: float) -> dict[str, Any]:
+        """Where the time went, in seconds.
 
-    def summary(self, num_jobs: int) -> dict[str, Any]:
-        """Seconds by where they went; `idle` counts for each worker."""
-        wall, busy = self.now(), sum(stop - start for start, stop in self.tasks)
-        # At most two at a time can be waiting for the last one: what is lost at the end of each dataset.
-        edges = sorted([(start, 1) for start, _ in self.tasks] + [(stop, -1) for _, stop in self.tasks])
-        at_work, last, by_number = 0, 0.0, [0.0] * (num_jobs + 1)
-        for when, change in edges:
-            by_number[min(at_work, num_jobs)] += when - last
-            at_work, last = at_work + change, when
-        by_number[0] += wall - last
+        Returns:
+            `before_the_first_task`; `after_the_last_task`; `by_busy_workers`, how long 0, 1, ... workers had a task;
+            `idle_workers`, summed over them; `longest_task`; and `num_tasks`.
+        """
+        first = min((start for start, _ in self.tasks), default=wall_seconds)
+        last = max((stop for _, stop in self.tasks), default=wall_seconds)
+        by_busy, busy, now = [0.0] * (num_jobs + 1), 0, 0.0
+        for when, change in sorted([(start, 1) for start, _ in self.tasks] + [(stop, -1) for _, stop in self.tasks]):
+            by_busy[busy] += when - now
+            busy, now = busy + change, when
+        by_busy[0] += wall_seconds - now
         return {
-            "wall_seconds": wall,
-            "before_the_first_task_seconds": min((start for start, _ in self.tasks), default=wall),
-            "after_the_last_task_seconds": wall - max((stop for _, stop in self.tasks), default=0.0),
-            "seconds_by_busy_workers": by_number,
-            "idle_worker_seconds": num_jobs * wall - busy,
+            "wall": wall_seconds,
+            "before_the_first_task": first,
+            "after_the_last_task": wall_seconds - last,
+            "by_busy_workers": by_busy,
+            "idle_workers": sum((num_jobs - number) * seconds for number, seconds in enumerate(by_busy)),
+            "longest_task": max((stop - start for start, stop in self.tasks), default=0.0),
             "num_tasks": len(self.tasks),
-            "longest_task_seconds": max((stop - start for start, stop in self.tasks), default=0.0),
         }
 
 
-if __name__ == "__main__":
-    target, sys.argv = Path(sys.argv[1]), ["gpuparse", *sys.argv[2:]]
-    trace = Trace()
+def run(target: Path, arguments: list[str]) -> None:
+    """The command, with clocks; the figures go to `target`."""
+    trace, sys.argv = Trace(), ["gpuparse", *arguments]
     trace.install()
     try:
         main()
-    except SystemExit as status:
-        if status.code:
+    except SystemExit as end:  # how typer ends a command
+        if end.code:
             raise
-    jobs = int(sys.argv[sys.argv.index("--jobs") + 1])
-    target.write_text(json.dumps(trace.summary(jobs)))
+    num_jobs = int(arguments[arguments.index("--jobs") + 1])
+    target.write_text(json.dumps(trace.summary(num_jobs, time.perf_counter() - START)))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2:])

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,25 @@ def _stamp(case: SourceCase) -> dict[str, Any]:
         raise VolumeFormatError(f"{case.path}: cannot be read: {error}") from error
 
 
-def kept_case(case: SourceCase, folder: Path, settings: CaseSettings) -> CaseRecord | None:
-    """The record of a case in `folder` if it was written from this source under these settings, else None."""
+def kept_case(
+    case: SourceCase, folders: Sequence[Path], settings: CaseSettings, *, may_hash: bool = True
+) -> CaseRecord | None:
+    """The record of a case that was written from this source under these settings.
+
+    Args:
+        case: The source.
+        folders: Where the case may be.
+        settings: What it depends on beside its source.
+        may_hash: Whether to read the source where only its time of modification has changed, to see if it is the same.
+
+    Returns:
+        The record of the first that fits, None if none does.
+    """
+    found = (_kept_in(case, folder, settings, may_hash) for folder in folders)
+    return next((record for record in found if record is not None), None)
+
+
+def _kept_in(case: SourceCase, folder: Path, settings: CaseSettings, may_hash: bool) -> CaseRecord | None:
     summary = _summary(folder, settings)
     if summary is None:
         return None
@@ -189,7 +206,7 @@ def kept_case(case: SourceCase, folder: Path, settings: CaseSettings) -> CaseRec
         if any((folder / file).stat().st_size != size for file, size in summary["files"].items()):
             return None  # damaged since
         # A file that was touched, copied or checked out again is the same file still.
-        unchanged = stamp["mtime_ns"] == source["mtime_ns"] or case.digest() == source["sha256"]
+        unchanged = stamp["mtime_ns"] == source["mtime_ns"] or (may_hash and case.digest() == source["sha256"])
         return _record(summary, folder, kept=True) if unchanged else None
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
         return None

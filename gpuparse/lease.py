@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from gpuparse.errors import StorageError, StoreWriteError
-from gpuparse.remote import RemotePath
+from gpuparse.remote import ObjectVersion, RemotePath
 
 __all__ = ["LEASE_SECONDS", "Lease"]
 
@@ -42,7 +42,7 @@ class Lease:
         self.place = place / ".lock"
         self._owner = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
         self._process = _process()
-        self._etag = ""
+        self._version = ObjectVersion()
         self._until = 0.0
 
     def _content(self) -> bytes:
@@ -52,27 +52,27 @@ class Lease:
 
     def __enter__(self) -> Lease:
         try:
-            self._etag = self.place.write_new(self._content())
+            self._version = self.place.write_new(self._content())
         except FileExistsError as error:
             self._take_over(error)
-        if not self._etag:
+        if not any(self._version):
             _LOG.warning("%s: this storage tells no versions, so nothing keeps two runs apart.", self.place)
         return self
 
-    def _holder(self) -> tuple[str, float, str]:
+    def _holder(self) -> tuple[str, float, ObjectVersion]:
         """Whose the lock is, until when, and the version of its object. What a dead process holds is over."""
         found = self.place.read_whole()
         try:
             held = json.loads(bytes(found.data))
             until = 0.0 if _is_gone(held.get("process")) else float(held["until_seconds"])
-            return str(held["owner"]), until, found.etag
+            return str(held["owner"]), until, found.version
         except (ValueError, KeyError, TypeError, AttributeError):
-            return "its owner is unknown", 0.0, found.etag
+            return "its owner is unknown", 0.0, found.version
 
     def _take_over(self, error: FileExistsError) -> None:
-        owner, until, etag = self._holder()
+        owner, until, version = self._holder()
         if owner == self._owner:  # the answer to a request that was tried again got lost
-            self._etag = etag
+            self._version = version
             return
         if until > time.time():
             raise StoreWriteError(
@@ -82,27 +82,27 @@ class Lease:
         try:
             # Without a version to compare, several may win at once: better than a lock forever.
             data = self._content()
-            self._etag = self.place.write_over(data, etag) if etag else self._rewrite(data)
+            self._version = self.place.write_over(data, version) if any(version) else self._rewrite(data)
         except StorageError as lost:
             raise StoreWriteError(
                 f"'{self._store}': the lock of a run that died ({owner}) cannot be taken over: {lost} If no other "
                 f"conversion is running, remove '{self.place}'."
             ) from lost
 
-    def _rewrite(self, data: bytes) -> str:
+    def _rewrite(self, data: bytes) -> ObjectVersion:
         self.place.write(data)
-        return ""
+        return ObjectVersion()
 
     def renew(self) -> None:
         """Makes it hold for a while longer, if half of its time has passed."""
-        if not self._etag or time.time() < self._until - LEASE_SECONDS / 2:
+        if not any(self._version) or time.time() < self._until - LEASE_SECONDS / 2:
             return
         try:
-            self._etag = self.place.write_over(self._content(), self._etag)
+            self._version = self.place.write_over(self._content(), self._version)
         except StorageError as error:
-            owner, _, etag = self._holder()
-            if owner == self._owner:  # the answer got lost, not the request
-                self._etag = etag
+            owner, self._until, version = self._holder()
+            if owner == self._owner:  # the answer got lost; or the request, and the next call makes it again
+                self._version = version
                 return
             raise StoreWriteError(
                 f"'{self._store}': this run paused for so long that another may be writing the store ({error}). "

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from gpuparse.errors import InputError, StorageError
 from gpuparse.optional import import_optional
 
-__all__ = ["Fetched", "ObjectInfo", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
+__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
 
 Result = TypeVar("Result")
 
@@ -107,12 +107,31 @@ class Fetched(NamedTuple):
         offset: Where in the object they start.
         object_bytes: Size of the whole object.
         etag: The object's version as the server tells it, "" where it does not.
+        generation: Its version as a number, which Google Cloud Storage counts by; "" elsewhere.
     """
 
     data: memoryview
     offset: int
     object_bytes: int
     etag: str
+    generation: str = ""
+
+    @property
+    def version(self) -> ObjectVersion:
+        """What tells this version from later ones."""
+        return ObjectVersion(self.etag, self.generation)
+
+
+class ObjectVersion(NamedTuple):
+    """What tells an object from later ones of its name; a server knows one or both.
+
+    Attributes:
+        etag: As in `Fetched`.
+        generation: As in `Fetched`.
+    """
+
+    etag: str = ""
+    generation: str = ""
 
 
 class ObjectInfo(NamedTuple):
@@ -272,7 +291,21 @@ class RemotePath:
 
     def read_end(self, num_bytes: int) -> Fetched:
         """The last bytes of an object, or all of a shorter one; raises what `read_bytes` does."""
-        return self._get({"range": {"suffix": num_bytes}}, None)
+
+        def get_end(obstore: Any, store: Any) -> Fetched:
+            try:
+                return _fetch(obstore, store, self.key, {"range": {"suffix": num_bytes}})
+            except (
+                obstore.exceptions.NotSupportedError
+            ):  # Azure counts from the start only: the size is asked for first
+                meta = obstore.head(store, self.key)
+                size, etag = meta["size"], meta["e_tag"]
+                if not size:
+                    return Fetched(memoryview(b""), 0, 0, etag or "")
+                options: dict[str, Any] = {"range": (max(0, size - num_bytes), size)}
+                return _fetch(obstore, store, self.key, {**options, "if_match": etag} if etag else options)
+
+        return self.site.attempt(str(self), "cannot be read", get_end)
 
     def read_range(self, offset: int, num_bytes: int, etag: str = "") -> Fetched:
         """A part of an object.
@@ -300,7 +333,7 @@ class RemotePath:
         """
         self._put(data, {})
 
-    def write_new(self, data: bytes) -> str:
+    def write_new(self, data: bytes) -> ObjectVersion:
         """Makes the object if there is none; returns its version.
 
         Raises:
@@ -309,13 +342,14 @@ class RemotePath:
         """
         return self._put(data, {"mode": "create"})
 
-    def write_over(self, data: bytes, etag: str) -> str:
+    def write_over(self, data: bytes, version: ObjectVersion) -> ObjectVersion:
         """Replaces the object if it still is of a version; returns the new one.
 
         Raises:
             StorageError: It was changed meanwhile, is gone, or cannot be written.
         """
-        return self._put(data, {"mode": {"e_tag": etag}})
+        known = {"e_tag": version.etag, "version": version.generation}
+        return self._put(data, {"mode": {key: value for key, value in known.items() if value}})
 
     def remove(self) -> None:
         """Removes the object, if there is one.
@@ -357,22 +391,26 @@ class RemotePath:
 
         return self.site.attempt(str(self), "cannot be listed", list_one)
 
-    def _put(self, data: bytes | Path, options: dict[str, Any]) -> str:
+    def _put(self, data: bytes | Path, options: dict[str, Any]) -> ObjectVersion:
         result = self.site.attempt(
             str(self), "cannot be written", lambda obstore, store: obstore.put(store, self.key, data, **options)
         )
-        return str(result["e_tag"] or "")
+        return ObjectVersion(result["e_tag"] or "", result["version"] or "")
 
     def _get(self, options: dict[str, Any], num_bytes: int | None) -> Fetched:
-        def get(obstore: Any, store: Any) -> Fetched:
-            result = obstore.get(store, self.key, options=options)
-            (start, stop), meta = result.range, result.meta  # before the body: older versions drop them with it
-            data = memoryview(result.bytes())
-            if len(data) != stop - start or num_bytes not in (None, len(data)):
-                raise OSError(f"the answer has {len(data)} bytes; expected {num_bytes or stop - start}")
-            return Fetched(data, start, meta["size"], meta["e_tag"] or "")
+        return self.site.attempt(
+            str(self), "cannot be read", lambda obstore, store: _fetch(obstore, store, self.key, options, num_bytes)
+        )
 
-        return self.site.attempt(str(self), "cannot be read", get)
+
+def _fetch(obstore: Any, store: Any, key: str, options: Mapping[str, Any], num_bytes: int | None = None) -> Fetched:
+    """One request for an object, or for `num_bytes` of it; an answer of another length is an error."""
+    result = obstore.get(store, key, options=options)
+    (start, stop), meta = result.range, result.meta  # before the body: older versions drop them with it
+    data = memoryview(result.bytes())
+    if len(data) != stop - start or num_bytes not in (None, len(data)):
+        raise OSError(f"the answer has {len(data)} bytes; expected {num_bytes or stop - start}")
+    return Fetched(data, start, meta["size"], meta["e_tag"] or "", meta["version"] or "")
 
 
 def _last_names(keys: Iterable[str]) -> list[str]:
@@ -389,7 +427,8 @@ class _Client:
         endpoint = options.config.get("endpoint") or options.config.get("aws_endpoint")
         if endpoint is None and scheme in ("s3", "s3a"):
             endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), None)
-        plain = scheme == "http" or (endpoint or "").startswith("http://")  # whoever names it wants it
+        # Whoever names it wants it; Google's stands within the key of a service account.
+        plain = scheme == "http" or any("http://" in value for value in (endpoint or "", *options.config.values()))
         arguments: dict[str, Any] = {"config": dict(options.config)} if options.config else {}
         try:
             self.store = obstore.store.from_url(

@@ -174,15 +174,23 @@ class DatasetRun:
             return {}
         stray = self._stray_folders(set(folders.values()))
         kept: dict[str, CaseRecord] = {}
+        touched: list[tuple[SourceCase, list[Path]]] = []
         for case in self.cases:
             places = [self.target.work_path / "cases" / case.name, *stray.get(case.name, ())]
             if case.name in folders:
                 places.insert(0, folders[case.name])
-            for place in places:
-                record = kept_case(case, place, self.target.settings)
-                if record is not None:
-                    kept[case.name] = record
-                    break
+            record = kept_case(case, places, self.target.settings, may_hash=False)
+            if record is not None:
+                kept[case.name] = record
+            elif any(place.exists() for place in places):
+                touched.append((case, places))
+        # Whether those are the same files still is found by reading them, which many can do.
+        tasks = (Task((case, places, self.target.settings)) for case, places in touched)
+        results = self.pool.run(kept_case, tasks, here=self.pool.runs_here(len(touched)))
+        with contextlib.closing(results):
+            for (case, _), result in zip(touched, results, strict=True):
+                if isinstance(result, CaseRecord):
+                    kept[case.name] = result
         return kept
 
     def _stray_folders(self, known: set[Path]) -> dict[str, list[Path]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import logging
 import os
 import signal
@@ -46,23 +48,25 @@ class Door(BaseHTTPRequestHandler):
             door.stopping.wait(10)
             self.close_connection = True
             return
-        behind = http.client.HTTPConnection(*door.behind)
-        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection",)}
-        behind.request(self.command, self.path, body, headers)
-        reply = behind.getresponse()
-        data = reply.read()
+        status, kept, data = self.forward(body)
         if fault == "kill late":
             os.kill(door.victim(), signal.SIGKILL)
             self.close_connection = True
             return
-        kept = {k: v for k, v in reply.getheaders() if k.lower() not in ("connection", "transfer-encoding", "server")}
         if fault == "cut":
-            self.answer(reply.status, {**kept, "Content-Length": str(len(data))}, data[: len(data) // 2])
+            self.answer(status, {**kept, "Content-Length": str(len(data))}, data[: len(data) // 2])
             self.close_connection = True
             return
-        self.answer(reply.status, {**kept} if self.command == "HEAD" else {**kept, "Content-Length": str(len(data))},
-                    data)  # fmt: skip
-        behind.close()
+        self.answer(status, kept if self.command == "HEAD" else {**kept, "Content-Length": str(len(data))}, data)
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer from behind."""
+        with contextlib.closing(http.client.HTTPConnection(*self.server.owner.behind)) as behind:
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
+            behind.request(self.command, self.path, body, headers)
+            reply = behind.getresponse()
+            dropped = ("connection", "transfer-encoding", "server")
+            return reply.status, {k: v for k, v in reply.getheaders() if k.lower() not in dropped}, reply.read()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
@@ -76,6 +80,27 @@ class Door(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+_SIGNED = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+
+
+class GoogleDoor(Door):
+    """Speaks Google's dialect, in which versions are numbers that count up."""
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """As the server behind answers, with a number for each version of an object, and conditions on it."""
+        store: FaultyStore = self.server.owner
+        key, wanted = self.path.partition("?")[0], self.headers.get("x-goog-if-generation-match")
+        with store.generations_lock:
+            if wanted is not None and int(wanted) != store.generations.get(key, 0):
+                return 412, {}, b"<Error><Code>PreconditionFailed</Code></Error>"
+            del self.headers["Authorization"]
+            self.headers["Authorization"] = _SIGNED
+            status, headers, data = super().forward(body)
+            if self.command in ("PUT", "DELETE") and status < 300:
+                store.generations[key] = next(store.generations_made) if self.command == "PUT" else 0
+        return status, {**headers, "x-goog-generation": str(store.generations.get(key, 0))}, data
 
 
 class _Server(ThreadingHTTPServer):
@@ -95,7 +120,7 @@ class FaultyStore:
         victim: Gives the process that the faults `kill` and `kill late` kill.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, door: type[Door] = Door) -> None:
         self.behind = ("127.0.0.1", port)
         self.requests: list[tuple[str, str, str | None]] = []
         self.faults: deque[str] = deque()
@@ -106,8 +131,11 @@ class FaultyStore:
                               aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
         client.create_bucket(Bucket="bucket")
         self._objects = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]  # moto runs in this process: no request is needed
+        self.generations: dict[str, int] = {}
+        self.generations_made = itertools.count(1)
+        self.generations_lock = threading.Lock()
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), Door)
+        self._server = _Server(("127.0.0.1", 0), door)
         self._server.owner = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -155,13 +183,13 @@ class FaultyStore:
         self._server.server_close()
 
 
-def serve() -> Iterator[FaultyStore]:
+def serve(door: type[Door] = Door) -> Iterator[FaultyStore]:
     """Runs the servers while the caller uses them."""
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    store = FaultyStore(server.get_host_and_port()[1])
+    store = FaultyStore(server.get_host_and_port()[1], door)
     try:
         yield store
     finally:
@@ -169,4 +197,4 @@ def serve() -> Iterator[FaultyStore]:
         server.stop()
 
 
-__all__ = ["FAULTS", "FaultyStore", "serve"]
+__all__ = ["FAULTS", "Door", "FaultyStore", "GoogleDoor", "serve"]

@@ -39,7 +39,21 @@ def test_the_figures_are_all_there_and_fit_each_other(toy):
         assert ratios["times_as_fast_as_reference"] == pytest.approx(speed / reference)
     assert result["sources"]["raw_bytes"] == result["sources"]["distinct_raw_bytes"] * result["sources"]["copies"]
     assert 0 < result["size"]["high"] <= result["size"]["fast"]
+    trace = result["trace"]
+    assert trace["num_tasks"] == 0  # one volume is converted without workers
+    assert sum(trace["by_busy_workers"]) == pytest.approx(trace["wall"])
     assert {"cpu", "cores", "load_average_at_start", "numpy", "deflate"} <= set(result["machine"])
+
+
+def test_idle_time_of_workers_is_counted():
+    from convert_trace import Trace
+
+    trace = Trace()
+    trace.tasks = [(1.0, 4.0), (1.5, 2.0), (2.0, 3.0)]
+    found = trace.summary(2, 6.0)
+    assert found["by_busy_workers"] == [3.0, 1.5, 1.5]
+    assert found["idle_workers"] == 2 * 3.0 + 1.5 == 2 * 6.0 - (3.0 + 0.5 + 1.0)
+    assert (found["before_the_first_task"], found["after_the_last_task"], found["longest_task"]) == (1.0, 2.0, 3.0)
 
 
 def test_the_large_volume_has_its_classes_and_three_views():

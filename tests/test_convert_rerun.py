@@ -73,6 +73,19 @@ def test_a_case_without_source_that_fits_no_more_is_reported(two_cases, data_dir
     assert "written with other settings, and there is no source to write it again" in report.failures[0].reason
 
 
+def test_touched_sources_are_read_side_by_side_to_find_out(write_case, data_dir):
+    for seed in range(4):
+        write_case(np.full((3, 8, 8), seed, np.uint8), name=f"case{seed}")
+    gpuparse.convert(data_dir)
+    for path in (data_dir / "DATA/train").iterdir():
+        os.utime(path, ns=(0, 0))
+    write_case(np.full((3, 8, 8), 9, np.uint8), name="case2")  # as large as before
+    seen = []
+    (dataset,) = gpuparse.convert(data_dir, num_jobs=2, on_case=seen.append).datasets
+    assert (dataset.num_kept, dataset.num_written) == (3, 1)
+    assert [(result.path.stem, result.state) for result in seen][-1] == ("case2", "written")
+
+
 def test_a_source_that_was_touched_is_kept_and_one_with_other_bytes_is_not(two_cases, data_dir):
     path = data_dir / "DATA/train/a.npz"
     os.utime(path, ns=(0, 0))
