@@ -9,13 +9,14 @@ default:
 # everything CI checks in a checkout that is installed already
 check: lint types test
 
-# style of Python, kernels and scripts; changes nothing
+# style of Python, kernels, scripts and the Dockerfile; changes nothing
 lint:
     ruff check .
     ruff format --check .
     clang-format --dry-run -Werror {{ kernel_sources }}
     bash -n .ci/run
     bash -n tests/olympus/make_environment.sh
+    hadolint docker/Dockerfile
 
 # rewrite the files in the project's style
 format:

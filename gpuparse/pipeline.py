@@ -246,6 +246,18 @@ def dali_cuda_major() -> int:
     return int(nvidia.dali.__cuda_version__) // 1000
 
 
+def dali_version() -> str:
+    """The version that the installed DALI says it is.
+
+    Raises:
+        MissingDependencyError: DALI is not installed.
+    """
+    _import_dali()
+    import nvidia.dali
+
+    return str(nvidia.dali.__version__)
+
+
 def _import_dali() -> tuple[Any, Any, Any]:
     try:
         from nvidia.dali import fn, types

@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from checking import codes, die_at_killer, found, good_image, good_labels
+from checking import codes, die_at_killer, die_once, found, good_image, good_labels
 
 import gpuparse
 from gpuparse.check import RULES
@@ -198,6 +198,15 @@ def test_a_killed_process_costs_its_case_only(write_case, data_dir, monkeypatch)
     report = gpuparse.check(data_dir, num_jobs=2)
     assert [(finding.case, finding.code) for finding in report.findings] == [("killer", "GP901"), ("z", "GP303")]
     assert report.datasets[0].num_cases == 5
+
+
+def test_a_killed_process_gets_another_try(write_case, data_dir, monkeypatch):
+    monkeypatch.setattr(sys.modules["gpuparse.check.run"], "check_case", die_once)
+    for number, name in enumerate(["a", "killer", "z"]):
+        write_case(good_image(seed=number), good_labels() * (name == "a"), name=name)
+    report = gpuparse.check(data_dir, num_jobs=2)
+    assert list(data_dir.rglob("*.died"))
+    assert [(finding.case, finding.code) for finding in report.findings] == [("killer", "GP303"), ("z", "GP303")]
 
 
 def test_a_failure_of_the_check_itself_is_a_finding(check_one, monkeypatch):

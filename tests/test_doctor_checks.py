@@ -195,6 +195,10 @@ def test_dali_missing_broken_twice(distributions, cuda13, monkeypatch):
     monkeypatch.setattr("gpuparse.pipeline.dali_cuda_major", lambda: 13)
     (check,) = packages.check_dali()
     assert (check.status, check.found) == ("ok", "nvidia-dali-cuda130 2.4.0, CUDA 13")
+    distributions()
+    monkeypatch.setattr("nvidia.dali.__version__", "2.5.0")
+    (check,) = packages.check_dali()
+    assert (check.status, check.found) == ("ok", "2.5.0, CUDA 13")
 
 
 def test_packages_that_are_missing_or_old(distributions):

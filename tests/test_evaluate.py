@@ -20,6 +20,7 @@ from gpuparse.errors import InputError, StoreFormatError, VolumeFormatError
 from gpuparse.evaluation import MetricOptions, evaluate, find_cases, write_nifti, write_npz
 from gpuparse.evaluation.plot import draw_scores, save_plot
 from gpuparse.evaluation.report import Statistic
+from gpuparse.workers import Died, WorkerPool
 
 CELLS = {"1": ["cells"], "instance_label": 1}
 
@@ -101,6 +102,21 @@ def test_processes_and_stores_change_nothing(folders, tmp_path):
     report = evaluate(pred, tmp_path / "stores", num_jobs=2, on_case=lambda scores, total: seen.append((scores, total)))
     assert report.to_csv() == expected.to_csv()
     assert [(scores.case, total) for scores, total in seen] == [(c, 4) for c in "abab"]
+
+
+def test_what_happens_in_a_process_is_an_error_here(folders, monkeypatch):
+    pred, data, _ = folders
+    np.savez(pred / "ORGANS/b.npz", segs=np.zeros((1, 2, 3), np.uint8))
+    with pytest.raises(InputError, match="shape") as alone:
+        evaluate(pred, data)
+    with pytest.raises(InputError, match="shape") as elsewhere:
+        evaluate(pred, data, num_jobs=2)
+    assert str(alone.value) == str(elsewhere.value)
+    monkeypatch.setattr(WorkerPool, "run", lambda self, function, tasks: (Died("it ran out") for _ in tasks))
+    with pytest.raises(
+        InputError, match=r"case 'a' of 'CELLS': the process that scored it ended early: it ran out\. If"
+    ):
+        evaluate(pred, data, num_jobs=2)
 
 
 def test_one_dataset_with_predictions_beside_or_below(folders, tmp_path):

@@ -275,6 +275,36 @@ def test_a_forked_process_says_that_it_cannot_read_instead_of_waiting_forever(se
     process.join(30)
 
 
+def test_doctor_measures_a_remote_store(server, monkeypatch):
+    for name, value in {**ENVIRONMENT, "aws_endpoint": server.endpoint, "aws_allow_http": "true"}.items():
+        monkeypatch.setenv(name.upper(), value)
+    from gpuparse.doctor.storage import check_storage
+
+    (check,) = check_storage("s3://bucket/data/SAMPLE_CT/train.zarr", 0.2)
+    assert (check.name, check.status) == ("random slices", "ok")
+    assert check.values["bytes_per_second"] > 0
+    assert gets(server)
+    (check,) = check_storage("s3://bucket/data/nothing.zarr", 0.2)
+    assert (check.name, check.status) == ("storage", "error")
+    assert "s3://bucket/data/nothing.zarr" in check.found
+
+
+def test_export_reads_a_remote_store(server, sample_stores, tmp_path, monkeypatch):
+    for name, value in {**ENVIRONMENT, "aws_endpoint": server.endpoint, "aws_allow_http": "true"}.items():
+        monkeypatch.setenv(name.upper(), value)
+    from gpuparse.export import export_store
+
+    with pytest.raises(InputError, match=r"'s3://bucket/data/SAMPLE_CT/train\.zarr' is a URL; name the local folder"):
+        export_store("s3://bucket/data/SAMPLE_CT")
+    monkeypatch.setattr("gpuparse.export.SIZE", (32, 32))
+    for kind in ("png", "npz"):
+        export_store("s3://bucket/data/SAMPLE_CT", tmp_path / "far", format=kind)
+        export_store(sample_stores["SAMPLE_CT"], tmp_path / "near", format=kind)
+    for path in (tmp_path / "near").rglob("*.*"):
+        assert (tmp_path / "far" / path.relative_to(tmp_path / "near")).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "far").rglob("*.*"))) == 2 * 114 + 1 + 4 + 1
+
+
 def test_other_commands_say_that_they_need_a_local_store(server, options):
     far = gpuparse.open_store("s3://bucket/data/SAMPLE_CT/train.zarr", remote=options)
     assert repr(far).startswith("Store('s3://bucket/data/SAMPLE_CT/train.zarr', ")

@@ -18,13 +18,16 @@ __all__ = ["export_command"]
 
 
 def export_command(
-    store: Annotated[Path, typer.Argument(help="A store, or a dataset's folder with train.zarr.", show_default=False)],
+    store: Annotated[
+        str, typer.Argument(help="A store, or a dataset's folder with train.zarr; path or URL.", show_default=False)
+    ],
     format_name: Annotated[
         Literal["png", "npz"],
         typer.Option("--format", help="png: the processed/ tree of BiomedParse; npz: its volumes.", show_default=False),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where the dataset's folder goes; default: where the store's is.")
+        Path | None,
+        typer.Option("--out", help="Where the dataset's folder goes; default: where the store's is; a URL needs it."),
     ] = None,
     split: Annotated[
         list[str] | None,

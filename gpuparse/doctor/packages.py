@@ -103,9 +103,10 @@ def check_dali() -> Iterator[Check]:
         )
         return
     try:
-        from gpuparse.pipeline import dali_cuda_major
+        from gpuparse.pipeline import dali_cuda_major, dali_version
 
         major = dali_cuda_major()
+        names = names or dali_version()  # installed without metadata, as conda may do it
     except MissingDependencyError as error:
         if found:
             remedy = f"Run: pip uninstall -y {' '.join(found)} && {install(wanted)}"
@@ -124,7 +125,7 @@ def check_dali() -> Iterator[Check]:
         yield Check("DALI", "error", f"not tried: {describe(error)}", remedy, values)
         return
     values["cuda_major"] = major
-    yield Check("DALI", "ok", f"{names or 'version unknown'}, CUDA {major}", values=values)
+    yield Check("DALI", "ok", f"{names}, CUDA {major}", values=values)
 
 
 def check_extras() -> Iterator[Check]:

@@ -12,7 +12,7 @@ __all__ = ["CUDA_EXTRAS", "OPTIONAL", "REQUIRED", "install", "installed", "is_at
 # Those of pyproject.toml; tests/test_doctor.py compares them. numpy and torch have checks of their own.
 REQUIRED = {
     "zarr": "3.1",
-    "numcodecs": "0.15",
+    "numcodecs": "0.16",
     "google-crc32c": "1.5",
     "connected-components-3d": "3.18",
     "deflate": "0.8",
