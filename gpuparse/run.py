@@ -124,7 +124,7 @@ class DatasetRun:
             state: CaseState = "kept" if case.name in kept else "written"
             if state == "written":
                 try:
-                    case.reader.declared_bytes(case)
+                    case.check_headers()
                 except VolumeFormatError as error:
                     state = "failed"
                     self.failures.append(Failure(case.path, str(error)))

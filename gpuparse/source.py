@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpuparse.errors import VolumeFormatError
-from gpuparse.volume import MAX_VOLUME_BYTES, Volume, declared_bytes, read_volume
+from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_regular, declared_bytes, read_volume
 
 __all__ = ["NpzReader", "Reader", "SourceCase", "find_npz_cases"]
 
@@ -75,14 +75,26 @@ class SourceCase:
         Raises:
             VolumeFormatError: It is unusable.
         """
+        for path in self.paths:
+            check_regular(path)
         return self.reader.read(self)
 
     def declared_bytes(self) -> int:
         """The memory that `read` takes, by the headers; 0 where they cannot be read, which `read` will explain."""
         try:
-            return self.reader.declared_bytes(self)
+            return self.check_headers()
         except VolumeFormatError:
             return 0
+
+    def check_headers(self) -> int:
+        """The memory that `read` takes, by the headers.
+
+        Raises:
+            VolumeFormatError: By what the headers say, it is unusable.
+        """
+        for path in self.paths:
+            check_regular(path)
+        return self.reader.declared_bytes(self)
 
     def stamp(self) -> dict[str, Any]:
         """What can be told of the files at a glance: `file`, `bytes` and `mtime_ns`.

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from gpuparse.errors import VolumeFormatError
 from gpuparse.npz import Member, NpzFile
 
-__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_spacing_mm", "as_uint8", "check_name",
+__all__ = ["MAX_VOLUME_BYTES", "Volume", "as_narrow_labels", "as_spacing_mm", "as_uint8", "check_name", "check_regular",
            "declared_bytes", "read_arrays", "read_volume", "too_large"]  # fmt: skip
 
 MAX_SIDE = 2**31 - 1
@@ -76,6 +77,21 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def check_regular(path: Path) -> None:
+    """Refuses what is no regular file: opening a pipe, for example, waits for ever.
+
+    Raises:
+        VolumeFormatError: It is a folder, a pipe, a socket or a device, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
+        raise VolumeFormatError(f"{path}: it is no regular file but a {kind}. Take it out of the folder.")
+
+
 def read_volume(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES) -> Volume:
     """Reads one npz case and checks it.
 
@@ -93,6 +109,7 @@ def read_volume(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYTES)
     """
     path = Path(path)
     name = check_name(path.stem, f"{path}: case name")
+    check_regular(path)
     try:
         num_bytes = path.stat().st_size
         if num_bytes <= max_bytes + _SMALL_BYTES:  # a volume that may be read fits into a file of about its own size
@@ -139,6 +156,7 @@ def read_arrays(
         VolumeFormatError: The file cannot be read, lacks an array, or holds what must not be read.
     """
     path = Path(path)
+    check_regular(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -167,6 +185,7 @@ def declared_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYT
         VolumeFormatError: The file cannot be read, or `read_volume` would refuse it by its headers.
     """
     path = Path(path)
+    check_regular(path)
     try:
         with path.open("rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size

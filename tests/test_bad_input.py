@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ FAULTS = {
     "cut at the end": (cut(0.999), "not a complete npz", "Copy or export it again"),
     "text": (lambda path: path.write_text("id,age\n1,40\n"), "not a complete npz", "Copy or export it again"),
     "a bare array": (save_bare_array, "not a complete npz", "Copy or export it again"),
-    "a folder": (lambda path: path.mkdir(), "cannot be read", ""),
+    "a folder": (lambda path: path.mkdir(), "no regular file but a folder", "Take it out of the folder"),
+    "a pipe": (os.mkfifo, "no regular file but a pipe", "Take it out of the folder"),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), "cannot be read: .*No such file", ""),
 }
 

@@ -287,7 +287,7 @@ def test_what_cannot_be_read_at_all_is_refused(tmp_path):
     with pytest.raises(VolumeFormatError, match=r"gone\.npz: cannot be read: .*No such file"):
         read_volume(tmp_path / "gone.npz")
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(VolumeFormatError, match=r"folder\.npz: cannot be read"):
+    with pytest.raises(VolumeFormatError, match=r"folder\.npz: it is no regular file but a folder"):
         read_volume(tmp_path / "folder.npz")
 
 

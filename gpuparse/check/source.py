@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.errors import VolumeFormatError
 from gpuparse.remote import RemotePath
-from gpuparse.volume import Volume, check_name, read_volume
+from gpuparse.volume import Volume, check_name, check_regular, read_volume
 
 __all__ = ["check_source"]
 
@@ -75,11 +74,11 @@ def check_source(place: Place, path: places.Place, max_volume_bytes: int) -> tup
 
 def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            return None, [place.finding("GP101", f"it is no regular file but a {_kind(mode)}.")]
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             headers = {name.removesuffix(".npy"): _read_header(archive, name) for name in _members(archive)}
+    except VolumeFormatError as error:
+        return None, [place.finding("GP101", str(error).removeprefix(f"{path}: "))]
     except Exception as error:  # damaged archives make zipfile and numpy raise nearly anything
         return None, [place.finding("GP101", f"{type(error).__name__}: {error}.")]
     findings = _check_headers(place, headers, max_volume_bytes)
@@ -92,10 +91,6 @@ def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume
         # Messages begin with what they are about; a file that is damaged behind its headers names no member first.
         about = re.match("(imgs|gts|spacing) ", found)
         return None, [*findings, place.finding(_REFUSED[about[1]] if about else "GP101", found)]
-
-
-def _kind(mode: int) -> str:
-    return "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
 
 
 def _members(archive: zipfile.ZipFile) -> list[str]:
