@@ -1,0 +1,8 @@
+"""stub"""
+
+from pathlib import Path
+from typing import Any
+
+
+def write_page(result: dict[str, Any], out: Path) -> list[Path]:
+    return []

@@ -1,0 +1,83 @@
+"""Time to the first batch, in fresh processes: from what each side keeps prepared, and from the raw npz files."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpuparse.bench.contest import Contestant, SideFailedError
+from gpuparse.bench.context import Context
+from gpuparse.bench.measuring import ratio_of_medians, summary
+from gpuparse.bench.sides import OURS, SIDES
+
+__all__ = ["measure"]
+
+_KINDS = ("prepared", "raw")
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """Seconds from the start of a process to its first batch.
+
+    "prepared": stores, PNG or blosc2 files are there. "raw": they are not, and the process makes them first.
+    """
+    names = [name for name in (OURS, *context.peers) if SIDES[name].missing() is None]
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in _KINDS}
+    left_out = {name: SIDES[name].missing() for name in context.peers if SIDES[name].missing()}
+    for name in list(names):
+        context.tell(f"preparing {SIDES[name].title}")
+        try:
+            _run(context, name, raw=False)
+        except SideFailedError as error:
+            left_out[name] = f"failed: {error}"
+            names.remove(name)
+    for number in range(context.settings.slow_rounds):
+        for kind in _KINDS:
+            for name in names:
+                context.tell(f"round {number + 1} of {context.settings.slow_rounds}: {kind}, {SIDES[name].title}")
+                runs[kind].setdefault(name, []).append(_run(context, name, raw=kind == "raw"))
+    result: dict[str, Any] = {"left_out": left_out}
+    for kind in _KINDS:
+        sides = {
+            name: {key: summary([run[key] for run in found]) for key in found[0]} for name, found in runs[kind].items()
+        }
+        whole = {name: side["process_seconds"]["rounds"] for name, side in sides.items()}
+        result[kind] = {
+            "sides": sides,
+            "ratios": {
+                name: ratio_of_medians(values, whole[OURS])
+                for name, values in whole.items()
+                if name != OURS and OURS in whole
+            },
+        }
+    return result
+
+
+def _run(context: Context, name: str, *, raw: bool) -> dict[str, float]:
+    """One fresh process: seconds as a whole, and of importing, making (with all preparation) and the batch."""
+    data = context.data
+    folder = Path(tempfile.mkdtemp(prefix="raw-", dir=data.scratch)) if raw else None
+    if folder is not None:
+        data = replace(data, stores=folder / "stores", scratch=folder)
+    start = time.perf_counter()
+    try:
+        contestant = Contestant(name, data, context.settings, from_raw=raw)
+        try:
+            batch = contestant.ask("first")
+            whole = time.perf_counter() - start
+        finally:
+            contestant.close()
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    about = contestant.description
+    return {
+        "process_seconds": whole,
+        "import_seconds": about["import_seconds"],
+        "make_seconds": about["make_seconds"],
+        "batch_seconds": batch["batch_seconds"],
+        "after_imports_seconds": about["make_seconds"] + batch["batch_seconds"],
+    }
