@@ -186,12 +186,10 @@ def _fastest(name: str, data: BenchData, settings: BenchSettings) -> tuple[Conte
     """The side in the configuration that was fastest in one turn each."""
     variants = SIDES[name].variants(settings.num_cores)
     trials: dict[str, float] = {}
-    for number in range(len(variants)):
-        if len(variants) == 1:
-            break
+    for number in range(len(variants) if len(variants) > 1 and settings.level != "toy" else 0):
         contestant = Contestant(name, data, settings, number)
         try:
-            for _ in range(1 if settings.level == "toy" else 2):  # the first turn fills caches
+            for _ in range(2):  # the first turn fills caches
                 trials[variants[number]] = contestant.ask("turn")["samples_per_second"]
         finally:
             contestant.close()

@@ -117,6 +117,20 @@ class BenchData:
             (root / "done").touch()
         return sorted(path.parent for path in root.glob("*/*/train.json"))
 
+    def repeated(self, raw_bytes: int, folder: Path) -> BenchData:
+        """The volumes under several names, until there are `raw_bytes` of voxels; `folder` gets links to the files."""
+        copies = -(-raw_bytes // max(1, self.raw_bytes))
+        if copies <= 1:
+            return self
+        folder.mkdir()
+        (folder / PROMPTS_FILE).symlink_to((self.folder / PROMPTS_FILE).resolve())
+        for volume in self.volumes:
+            target = folder / volume.dataset / "train"
+            target.mkdir(parents=True, exist_ok=True)
+            for number in range(copies):
+                (target / f"{volume.path.stem}_{number:03d}.npz").symlink_to(volume.path.resolve())
+        return BenchData(folder, self.names, self.stores, self.scratch)
+
     def to_json(self) -> dict[str, Any]:
         """The folders and names as JSON values."""
         paths = {key: str(getattr(self, key)) for key in ("folder", "stores", "scratch")}

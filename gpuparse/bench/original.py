@@ -79,10 +79,8 @@ def compare_with_original(data: BenchData, checkout: Path, rounds: int) -> dict[
 
 def _compare_items(tree: Path, checkout: Path, rounds: int) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location("biomedparse_dataset", checkout / _DATASET)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{checkout / _DATASET} cannot be imported.")
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # a .py file has a spec
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
     plain, anew = module.BiomedParseDataset(str(tree), transforms=None), PngDataset(tree)
     by_name = {entry["file_name"]: i for i, entry in enumerate(anew.entries)}
     differ = 0

@@ -29,6 +29,8 @@ class BenchSettings:
         slow_rounds: Turns in comparisons that take minutes.
         train_steps: Training steps in a turn.
         train_width: Channels of the first layer of the network that is trained.
+        raw_bytes: Voxels that are prepared on the way from raw files to a first batch, at least; the volumes are
+            repeated to come to so many.
         memory_batches: Batches over which memory is watched.
         index_slices: Lengths of the synthetic indexes.
         access_slices: Slices read for each view and chunk shape.
@@ -46,6 +48,7 @@ class BenchSettings:
     slow_rounds: int = 3
     train_steps: int = 12
     train_width: int = 12
+    raw_bytes: int = 300_000_000
     memory_batches: int = 5000
     index_slices: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
     access_slices: int = 400
@@ -72,11 +75,12 @@ class BenchSettings:
         if level == "quick":
             return cls(
                 level, device, cores, rounds=4, turn_seconds=2.0, turn_batches=8, slow_rounds=2, train_steps=6,
+                raw_bytes=0,
                 memory_batches=500, access_slices=100, kernel_repeats=60, index_slices=(100, 10_000, 1_000_000),
             )  # fmt: skip
         return cls(
-            level, device, cores, size=64, batch_size=2, rounds=2, turn_seconds=0.0, turn_batches=3, slow_rounds=2,
-            train_steps=2, train_width=2, memory_batches=20, index_slices=(100, 1000), access_slices=6,
+            level, device, cores, size=64, batch_size=2, rounds=2, turn_seconds=0.0, turn_batches=3, slow_rounds=1,
+            train_steps=2, train_width=2, raw_bytes=0, memory_batches=20, index_slices=(100, 1000), access_slices=6,
             kernel_repeats=5,
         )  # fmt: skip
 

@@ -139,7 +139,8 @@ FIRST_BATCH_TITLES = {
 def _first_batch(part: dict[str, Any]) -> list[Table]:
     tables = []
     for kind, title in FIRST_BATCH_TITLES.items():
-        table = _table(title, FIRST_BATCH_COLUMNS)
+        size = f": {megabytes(part['raw_bytes'])} of voxels, {part['raw_slices']} slices" if kind == "raw" else ""
+        table = _table(title + size, FIRST_BATCH_COLUMNS)
         for row in first_batch_rows(part, kind):
             table.add_row(*row)
         tables.append(table)

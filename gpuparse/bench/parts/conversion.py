@@ -37,7 +37,8 @@ write_files(BenchData(folder, tuple(sys.argv[4:]), folder, Path(sys.argv[2])), i
 
 def measure(context: Context) -> dict[str, Any]:
     """Wall seconds and bytes on disk of each way, in turns; no side writes with more processes than there are cores."""
-    data, settings = context.data, context.settings
+    settings = context.settings
+    data = context.data.repeated(settings.raw_bytes, context.data.scratch / "many-to-convert")
     chosen = [option for name in data.names for option in ("--dataset", name)]
     jobs = ["--jobs", str(settings.num_cores), "-q"]
 

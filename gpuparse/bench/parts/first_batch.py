@@ -11,6 +11,7 @@ from typing import Any
 
 from gpuparse.bench.contest import Contestant, SideFailedError
 from gpuparse.bench.context import Context
+from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from gpuparse.bench.sides import OURS, SIDES
 
@@ -30,16 +31,17 @@ def measure(context: Context) -> dict[str, Any]:
     for name in list(names):
         context.tell(f"preparing {SIDES[name].title}")
         try:
-            _run(context, name, raw=False)
+            _run(context, name)
         except SideFailedError as error:
             left_out[name] = f"failed: {error}"
             names.remove(name)
+    many = context.data.repeated(context.settings.raw_bytes, context.data.scratch / "many")
     for number in range(context.settings.slow_rounds):
         for kind in _KINDS:
             for name in names:
                 context.tell(f"round {number + 1} of {context.settings.slow_rounds}: {kind}, {SIDES[name].title}")
-                runs[kind].setdefault(name, []).append(_run(context, name, raw=kind == "raw"))
-    result: dict[str, Any] = {"left_out": left_out}
+                runs[kind].setdefault(name, []).append(_run(context, name, many if kind == "raw" else None))
+    result: dict[str, Any] = {"left_out": left_out, "raw_bytes": many.raw_bytes, "raw_slices": len(many.slices)}
     for kind in _KINDS:
         sides = {
             name: {key: summary([run[key] for run in found]) for key in found[0]} for name, found in runs[kind].items()
@@ -56,15 +58,21 @@ def measure(context: Context) -> dict[str, Any]:
     return result
 
 
-def _run(context: Context, name: str, *, raw: bool) -> dict[str, float]:
-    """One fresh process: seconds as a whole, and of importing, making (with all preparation) and the batch."""
-    data = context.data
+def _run(context: Context, name: str, raw: BenchData | None = None) -> dict[str, float]:
+    """One fresh process: seconds as a whole, and of importing, making (with all preparation) and the batch.
+
+    Args:
+        context: The run.
+        name: The side.
+        raw: Volumes to begin with; None for what is prepared.
+    """
+    data = raw or context.data
     folder = Path(tempfile.mkdtemp(prefix="raw-", dir=data.scratch)) if raw else None
     if folder is not None:
         data = replace(data, stores=folder / "stores", scratch=folder)
     start = time.perf_counter()
     try:
-        contestant = Contestant(name, data, context.settings, from_raw=raw)
+        contestant = Contestant(name, data, context.settings, from_raw=raw is not None)
         try:
             batch = contestant.ask("first")
             whole = time.perf_counter() - start
