@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import gpuparse
 from gpuparse import SliceDataset
 from gpuparse.bench import contest, worker
 from gpuparse.bench.contest import Contestant, SideFailedError, gather_field
+from gpuparse.bench.context import Context
 from gpuparse.bench.data import BenchData, plain_sample, prepare
 from gpuparse.bench.machine import tree_cpu_seconds, tree_memory_bytes
 from gpuparse.bench.original import compare_with_original
@@ -130,7 +132,7 @@ class TestCatching:
     def test_a_side_that_is_left_out_says_why(self, data, monkeypatch):
         monkeypatch.setitem(SIDES, "absent", SideInfo("absent", "none", ("no_such_module",)))
         broken = BenchData(data.folder, data.names, data.scratch / "no stores", data.scratch)
-        with gather_field(["absent", "gpuparse"], broken, SETTINGS, lambda _: None) as field:
+        with gather_field(["absent", "gpuparse"], Context(broken, SETTINGS, (), lambda _: None)) as field:
             assert field.contestants == []
             assert field.left_out["absent"] == "no_such_module not installed"
             assert "StoreFormatError" in field.left_out["gpuparse"] or "InputError" in field.left_out["gpuparse"]
@@ -143,7 +145,7 @@ class TestCatching:
             return {**result, "passed": False} if do == "check" else result
 
         monkeypatch.setattr(Contestant, "ask", answer)
-        with gather_field(["gpuparse"], data, SETTINGS, lambda _: None) as field:
+        with gather_field(["gpuparse"], Context(data, SETTINGS, (), lambda _: None)) as field:
             assert field.contestants == []
             assert field.left_out["gpuparse"].startswith("makes other samples: ")
 

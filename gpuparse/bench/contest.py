@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from gpuparse.bench.context import Context
 from gpuparse.bench.data import BenchData
 from gpuparse.bench.settings import BenchSettings
 from gpuparse.bench.sides import SIDES
@@ -94,9 +97,6 @@ class Contestant:
 
     def close(self) -> None:
         """Ends the process and its children."""
-        import os
-        import signal
-
         if self._process.poll() is None:
             with contextlib.suppress(SideFailedError):
                 self.ask("close")
@@ -144,16 +144,12 @@ class Field:
 
 
 @contextlib.contextmanager
-def gather_field(
-    names: Sequence[str], data: BenchData, settings: BenchSettings, tell: Callable[[str], None]
-) -> Iterator[Field]:
+def gather_field(names: Sequence[str], context: Context) -> Iterator[Field]:
     """Starts sides, each in the fastest of its configurations, and compares what they make before anything is timed.
 
     Args:
         names: The sides.
-        data: The volumes.
-        settings: How much to measure.
-        tell: Called with what is being done.
+        context: What to measure, and with what.
     """
     found = Field()
     try:
@@ -162,9 +158,9 @@ def gather_field(
             if reason is not None:
                 found.left_out[name] = reason
                 continue
-            tell(f"setting up {SIDES[name].title}")
+            context.tell(f"setting up {SIDES[name].title}")
             try:
-                contestant, about = _fastest(name, data, settings)
+                contestant, about = _fastest(name, context)
             except SideFailedError as error:
                 found.left_out[name] = f"failed: {error}"
                 continue
@@ -182,17 +178,19 @@ def gather_field(
         found.close()
 
 
-def _fastest(name: str, data: BenchData, settings: BenchSettings) -> tuple[Contestant, dict[str, Any]]:
-    """The side in the configuration that was fastest in one turn each."""
+def _fastest(name: str, context: Context) -> tuple[Contestant, dict[str, Any]]:
+    """The side in the configuration that was fastest in a trial."""
+    data, settings = context.data, context.settings
     variants = SIDES[name].variants(settings.num_cores)
-    trials: dict[str, float] = {}
-    for number in range(len(variants) if len(variants) > 1 and settings.level != "toy" else 0):
-        contestant = Contestant(name, data, settings, number)
-        try:
-            for _ in range(2):  # the first turn fills caches
-                trials[variants[number]] = contestant.ask("turn")["samples_per_second"]
-        finally:
-            contestant.close()
+    trials = context.trials.setdefault(name, {})
+    if not trials and len(variants) > 1 and settings.level != "toy":
+        for number, variant in enumerate(variants):
+            contestant = Contestant(name, data, settings, number)
+            try:
+                for _ in range(2):  # the first turn fills caches
+                    trials[variant] = contestant.ask("turn")["samples_per_second"]
+            finally:
+                contestant.close()
     best = max(range(len(variants)), key=lambda i: trials.get(variants[i], 0.0))
     contestant = Contestant(name, data, settings, best)
     about = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpuparse.bench.data import BenchData
 from gpuparse.bench.settings import BenchSettings
@@ -24,9 +24,11 @@ class Context:
         settings: How much to measure.
         peers: The sides that gpuparse is compared with, by name.
         tell: Called with what is being done.
+        trials: Side -> its configurations' samples/s, of the part that has tried them; later parts go by these.
     """
 
     data: BenchData
     settings: BenchSettings
     peers: tuple[str, ...]
     tell: Callable[[str], None]
+    trials: dict[str, dict[str, float]] = field(default_factory=dict)

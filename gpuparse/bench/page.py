@@ -27,7 +27,7 @@ figure { margin: .8rem 0; max-width: 38rem; } svg { width: 100%; height: auto; d
 table { border-collapse: collapse; font-size: .86rem; width: 100%; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
-th, td { overflow-wrap: normal; } td.words { text-align: left; }
+th, td { overflow-wrap: normal; } th.words, td.words { text-align: left; }
 tr.ours td { font-weight: 600; color: var(--ours); }
 .met { color: var(--ours); font-weight: 600; } .missed { color: #a3281f; font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .86rem; } dd { margin: 0; }
@@ -86,7 +86,7 @@ def write_page(result: dict[str, Any], out_dir: Path) -> list[Path]:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         page = out_dir / PAGE_FILE
-        replace_text(page, _page(result, {name: plots.to_svg(figure) for name, figure in figures.items()}))
+        replace_text(page, _page(result, {name: plots.to_svg(figure, name) for name, figure in figures.items()}))
         files = [page]
         for name, figure in figures.items():
             files.append(out_dir / f"{name}.png")
@@ -162,12 +162,13 @@ def _configurations(part: dict[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
-    head = "".join(f"<th>{_text(column)}</th>" for column in columns)
+    kind = " class=words" if words else ""
+    head = "".join(f"<th{kind}>{_text(column)}</th>" for column in columns)
     lines = []
     for row in rows:
         ours = ' class="ours"' if row[0] == "gpuparse" else ""
         cells = "".join(
-            f'<td{" class=words" if words else ""} data-label="{_text(column)}">{_text(cell)}</td>'
+            f'<td{kind} data-label="{_text(column)}">{_text(cell)}</td>'
             for column, cell in zip(columns, row, strict=True)
         )
         lines.append(f"<tr{ours}>{cells}</tr>")
@@ -186,7 +187,7 @@ def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
             f'<td class=words data-label="figure">{_text(verdict["figure"])}</td>'
             f'<td data-label="met"><span class="{word}">{word}</span></td></tr>'
         )
-    head = "<thead><tr><th>target</th><th>figure</th><th></th></tr></thead>"
+    head = "<thead><tr><th>target</th><th class=words>figure</th><th></th></tr></thead>"
     return f'<h2>Targets</h2><table class="stack">{head}<tbody>{"".join(lines)}</tbody></table>'
 
 

@@ -24,16 +24,16 @@ def draw(name: str, result: dict[str, Any]) -> Any | None:
         return None
     from matplotlib import rc_context
 
-    with rc_context({"font.size": 9, "svg.hashsalt": name, "svg.fonttype": "path", "axes.edgecolor": _LIGHT}):
+    with rc_context({"font.size": 9, "axes.edgecolor": _LIGHT}):
         return PLOTS[name](part)
 
 
-def to_svg(figure: Any) -> str:
-    """The figure as an svg element that takes the width it is given."""
+def to_svg(figure: Any, name: str) -> str:
+    """The figure as an svg element; its ids are made from `name`, so that the same figure gives the same text."""
     from matplotlib import rc_context
 
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "path"}):
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
@@ -57,9 +57,7 @@ def _axes(height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _bars(
-    rows: list[tuple[str, float, list[float], bool]], label: str, text: Callable[[float], str], log: bool = False
-) -> Any:
+def _bars(rows: list[tuple[str, float, list[float], bool]], label: str, text: Callable[[float], str]) -> Any:
     """Horizontal bars with their intervals; (name, value, interval, whether it is gpuparse's) from the top down."""
     figure, axes = _axes(0.75 + 0.36 * len(rows))
     for number, (_, value, (low, high), ours) in enumerate(rows):
@@ -69,11 +67,7 @@ def _bars(
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    if log:
-        axes.set_xscale("log")
-        axes.set_xlim(0.6 * min(row[1] for row in rows), 4 * max(row[2][1] for row in rows))
-    else:
-        axes.set_xlim(0, 1.22 * max(row[2][1] for row in rows))
+    axes.set_xlim(0, 1.22 * max(row[2][1] for row in rows))
     axes.spines["left"].set_visible(False)
     return figure
 
@@ -97,7 +91,7 @@ def _first_batch(kind: str) -> Callable[[dict[str, Any]], Any]:
     def plot(part: dict[str, Any]) -> Any:
         seconds = {name: side["process_seconds"] for name, side in part[kind]["sides"].items()}
         label = "s from the start of the process (less is better)"
-        return _bars(_from_summaries(seconds, False), label, lambda value: f"{value:.1f}", log=kind == "raw")
+        return _bars(_from_summaries(seconds, False), label, lambda value: f"{value:.1f}")
 
     return plot
 
@@ -109,7 +103,7 @@ def _epoch(part: dict[str, Any]) -> Any:
         rows.append(
             (_SHORT.get(name, name), 1e3 * entry["median"], [1e3 * v for v in entry["median_95"]], name == OURS)
         )
-    figure = _bars(rows, "ms a training step; the line is the step with loading taken out", lambda v: f"{v:.0f}")
+    figure = _bars(rows, "ms a training step (less is better)", lambda v: f"{v:.0f}")
     held = [side["seconds_per_step"]["held"]["median"] for side in part["sides"].values()]
     figure.axes[0].axvline(1e3 * sorted(held)[len(held) // 2], color=_INK, linestyle="--", linewidth=1)
     return figure

@@ -109,8 +109,9 @@ def run_bench(
         if request.original is not None:
             tell("original", "comparing the reference's own code with the baseline")
             result["original"] = compare_with_original(data, request.original, settings.slow_rounds)
+        trials: dict[str, dict[str, float]] = {}
         for name in request.parts:
-            context = Context(data, settings, request.peers, functools.partial(tell, name))
+            context = Context(data, settings, request.peers, functools.partial(tell, name), trials)
             result["parts"][name] = _measure(name, context)
             result["verdicts"] = judge(result)
             replace_text(out_dir / RESULTS_FILE, json.dumps(result, indent=2) + "\n")

@@ -42,7 +42,7 @@ class BenchSettings:
     cores: tuple[int, ...]
     size: int = 512
     batch_size: int = 8
-    rounds: int = 9
+    rounds: int = 7
     turn_seconds: float = 4.0
     turn_batches: int = 24
     slow_rounds: int = 3

@@ -16,7 +16,7 @@ def measure(context: Context) -> dict[str, Any]:
     """Seconds per step of a small network, each side with its own batches and with a held one, in turns."""
     settings = context.settings
     steps: dict[str, dict[str, list[float]]] = {}
-    with gather_field([OURS, *context.peers], context.data, settings, context.tell) as field:
+    with gather_field([OURS, *context.peers], context) as field:
         for number, order in enumerate(field.rounds(settings.slow_rounds + 1)):
             context.tell(f"round {number} of {settings.slow_rounds}")
             for contestant in order:

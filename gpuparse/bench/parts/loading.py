@@ -16,7 +16,7 @@ def measure(context: Context) -> dict[str, Any]:
     """Samples per second, CPU time per sample and memory of every side."""
     settings = context.settings
     rates: dict[str, list[dict[str, float]]] = {}
-    with gather_field([OURS, *context.peers], context.data, settings, context.tell) as field:
+    with gather_field([OURS, *context.peers], context) as field:
         for number, order in enumerate(field.rounds(settings.rounds + 1)):
             context.tell(f"round {number} of {settings.rounds}")
             for contestant in order:

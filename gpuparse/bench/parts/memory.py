@@ -26,7 +26,7 @@ def measure(context: Context) -> dict[str, Any]:
 
 def trend(batches: list[int], memory_bytes: list[int]) -> dict[str, float]:
     """How memory moves after the first fifth: bytes gained per 1000 batches by a straight line, and the span."""
-    settled = max(1, len(batches) // 5)
+    settled = len(batches) // 5
     x, y = np.array(batches[settled:], float), np.array(memory_bytes[settled:], float)
     slope = float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else 0.0
     return {
