@@ -84,9 +84,11 @@ for _ in range(120):
         masks |= set(np.unique(labels).tolist())
         salted += bool(0.005 < np.isin(image, (0, 255)).all(axis=0).mean() and image.max() == 255)
 print(json.dumps([whole, salted, sorted(masks)]), flush=True)
+del batches
+side.close()
 os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     whole, salted, masks = json.loads(done.stdout.splitlines()[-1])
     spread = 4.5 * np.sqrt(240 * 0.25)
@@ -231,7 +233,7 @@ class TestSynthetic:
 
     def test_other_chunks_hold_the_same_voxels(self, tmp_path):
         store = cube_store(tmp_path / "cube", 44)
-        other = with_chunks(store, tmp_path / "other", (1, 44, 44))
+        other = with_chunks(store, tmp_path / "other.zarr", (1, 44, 44))
         first, second = (SliceDataset(path, img_size=(64, 64), transforms=None) for path in (store, other))
         assert first.store.layout(0, "0").chunks == (22, 22, 22)
         assert second.store.layout(0, "0").chunks == (1, 44, 44)

@@ -122,14 +122,18 @@ def _convert(part: dict[str, Any]) -> Any:
 
 
 def _scaling(part: dict[str, Any]) -> Any:
-    figure, axes = _axes(3.2)
-    for name, rates in part["sides"].items():
+    figure, axes = _axes(3.6)
+    ends = {name: rates[max(rates, key=int)]["median"] for name, rates in part["sides"].items()}
+    gap, last = 0.055 * max(ends.values()), -1.0
+    for name in sorted(ends, key=lambda name: ends[name]):
+        rates = part["sides"][name]
         counts = [count for count in part["cores"] if str(count) in rates]
         values = [rates[str(count)]["median"] for count in counts]
         ours = name == OURS
+        last = max(values[-1], last + gap)  # labels keep apart
         axes.plot(counts, values, "o-", color=_OURS if ours else _THEIRS, linewidth=2 if ours else 1, markersize=4)
-        axes.annotate(_SHORT.get(name, name), (counts[-1], values[-1]), (6, 0), textcoords="offset points",
-                      va="center", fontsize=8)  # fmt: skip
+        place = {"xy": (counts[-1], last), "xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(_SHORT.get(name, name), **place, fontsize=8)
     axes.set_xticks(part["cores"])
     axes.set_xlim(min(part["cores"]) * 0.95, max(part["cores"]) * 1.35)
     axes.set_ylim(0, None)
