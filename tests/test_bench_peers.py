@@ -158,8 +158,12 @@ class TestCatching:
         with pytest.raises(SideFailedError, match="gpuparse: its process ended"):
             contestant.ask("turn")
         contestant.close()
+        contestant = Contestant("gpuparse", data, SETTINGS)
         with pytest.raises(SideFailedError, match="KeyError: 'no_such'"):
-            contest.Contestant("gpuparse", data, SETTINGS).ask("no_such")
+            contestant.ask("no_such")
+        with pytest.raises(SideFailedError, match="gpuparse: no answer to 'turn' within 0 s"):
+            contestant.ask("turn", limit_seconds=0)
+        contestant.close()
 
     def test_everybody_begins_a_round_in_turn(self):
         sides = [SimpleNamespace(name=name) for name in "abc"]

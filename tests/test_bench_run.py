@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,22 @@ def test_tables_and_page_are_made_again_from_the_results_alone(toy, tmp_path):
     again = tmp_path / "again"
     assert (again / "results.html").read_text() == (out / "results.html").read_text()
     assert {path.name for path in again.iterdir()} == {path.name for path in out.iterdir()} - {"results.json"}
+
+
+def test_plots_of_the_documents_come_from_the_results(toy, tmp_path, capsys):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    import plot_results
+
+    results = toy[0] / "results.json"
+    plot_results.main([str(results), str(tmp_path / "images")])
+    for name in plot_results.README_PLOTS:
+        assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
+    content = json.loads(results.read_text())
+    content["parts"]["loader"] = {"not_run": "no reason"}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        plot_results.main([str(tmp_path / "results.json"), str(tmp_path)])
+    assert "has no figures for the plot 'loader'" in capsys.readouterr().err
 
 
 def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from gpuparse.errors import GpuparseError
 __all__ = ["Contestant", "Field", "SideFailedError", "gather_field"]
 
 _LOG_LINES = 12
+LIMIT_SECONDS = 3600.0
+"""How long an answer may take: libraries that meet a fork at a bad moment wait for ever."""
 
 
 class SideFailedError(GpuparseError, RuntimeError):
@@ -69,18 +72,27 @@ class Contestant:
             self.close()
             raise
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, do: str, limit_seconds: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Sends a command and waits for its result.
 
+        Args:
+            do: The command.
+            limit_seconds: How long to wait; None for `LIMIT_SECONDS`.
+            **arguments: The command's.
+
         Raises:
-            SideFailedError: It failed, or the process has ended.
+            SideFailedError: It failed, the process has ended, or there is no answer in time.
         """
+        limit = LIMIT_SECONDS if limit_seconds is None else limit_seconds
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise SideFailedError(f"{self.name}: its process has no pipes")
         try:
             stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             stdin.flush()
+            if not select.select([stdout], [], [], limit)[0]:
+                self._process.kill()
+                raise SideFailedError(f"{self.name}: no answer to {do!r} within {limit:g} s{self._end_of_log()}")
             line = stdout.readline()
         except OSError:
             line = ""
@@ -99,7 +111,7 @@ class Contestant:
         """Ends the process and its children."""
         if self._process.poll() is None:
             with contextlib.suppress(SideFailedError):
-                self.ask("close")
+                self.ask("close", limit_seconds=30)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
         with contextlib.suppress(ProcessLookupError, PermissionError):

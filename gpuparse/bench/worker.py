@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -246,8 +247,9 @@ def main() -> None:
     os.dup2(2, 1)
     _serve(sys.stdin, answers)
     answers.close()
-    # Threads of libraries may still wait for something; there is nothing left to do for them.
-    os._exit(0)
+    # Threads and workers of libraries may still wait for something: the process leads a group of its own, which goes.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
