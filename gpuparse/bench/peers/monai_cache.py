@@ -114,11 +114,12 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
             swap = self.R.random_sample() < 0.5
             class_ids = draw_class_ids(self.R, prompts)
             image = data["image"].to(torch.float32)
-            image = image[[0, 2, 1]] if swap else image.contiguous()
-            wanted = torch.from_numpy(class_ids).to(data["mask"].dtype)[:, None, None]
+            image = torch.stack([image[0], image[2], image[1]]) if swap else image.contiguous()
+            mask = data["mask"].to(torch.uint8)
+            wanted = torch.from_numpy(class_ids).to(torch.uint8)[:, None, None]
             return {
                 "image": image,
-                "labels": (data["mask"] == wanted).long(),
+                "labels": (mask == wanted).long(),
                 "text": draw_text(self.R, prompts, class_ids.tolist()),
                 "class_ids": "&".join(map(str, class_ids)),
             }

@@ -149,10 +149,11 @@ class _Generator:
                 image=torch.from_numpy(planes).float(), segmentation=torch.from_numpy(ids).to(torch.float32)
             )
             swap = self._random.random_sample() < 0.5
-            images[n] = found["image"][[0, 2, 1]] if swap else found["image"]
+            for k in range(3):
+                images[n, k] = found["image"][(0, 2, 1)[k] if swap else k]
             prompts = self._prompts[ref.volume.dataset]
             class_ids = draw_class_ids(self._random, prompts)
-            torch.eq(found["segmentation"], torch.from_numpy(class_ids).float()[:, None, None], out=labels[n])
+            labels[n] = found["segmentation"] == torch.from_numpy(class_ids).float()[:, None, None]
             texts.append(draw_text(self._random, prompts, class_ids.tolist()))
             names.append("&".join(map(str, class_ids)))
         return {"image": images, "labels": labels, "text": texts, "class_ids": names}
