@@ -25,6 +25,9 @@ from gpuparse.bench.targets import judge
 from gpuparse.cli import app
 from gpuparse.errors import InputError
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import plot_results
+
 cv2 = pytest.importorskip("cv2")
 
 
@@ -157,20 +160,38 @@ def test_tables_and_page_are_made_again_from_the_results_alone(toy, tmp_path):
     assert {path.name for path in again.iterdir()} == {path.name for path in out.iterdir()} - {"results.json"}
 
 
-def test_plots_of_the_documents_come_from_the_results(toy, tmp_path, capsys):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-    import plot_results
+class TestDocuments:
+    """README's table and plots are made from results by bench/plot_results.py."""
 
-    results = toy[0] / "results.json"
-    plot_results.main([str(results), str(tmp_path / "images")])
-    for name in plot_results.README_PLOTS:
-        assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
-    content = json.loads(results.read_text())
-    content["parts"]["loader"] = {"not_run": "no reason"}
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        plot_results.main([str(tmp_path / "results.json"), str(tmp_path)])
-    assert "has no figures for the plot 'loader'" in capsys.readouterr().err
+    def test_of_a_run(self, toy, tmp_path, capsys):
+        results, readme = toy[0] / "results.json", tmp_path / "README.md"
+        readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+        arguments = ["--images", str(tmp_path / "images"), "--readme", str(readme)]
+        plot_results.main([str(results), *arguments])
+        for name in plot_results.README_PLOTS:
+            assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench -->\n")
+        assert text.endswith("\n<!-- /bench -->\nafter\n")
+        side = toy[1]["parts"]["loader"]["sides"]["gpuparse"]
+        assert f"| **gpuparse** | {side['samples_per_second']['median']:.0f} (" in text
+        assert "old" not in text
+        content = json.loads(results.read_text())
+        content["parts"]["loader"] = {"not_run": "no reason"}
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            plot_results.main([str(tmp_path / "results.json"), *arguments])
+        assert "has no figures for loader; expected a run of these parts" in capsys.readouterr().err
+        readme.write_text("no marks")
+        with pytest.raises(SystemExit, match=r"README\.md has 0 places"):
+            plot_results.main([str(results), *arguments])
+
+    def test_readme_shows_the_figures_that_are_kept(self):
+        root = Path(__file__).parents[1]
+        text, kept = (root / "README.md").read_text(), root / "bench/results/bench-cpu.json"
+        assert len(plot_results.MARKS.findall(text)) == 1
+        if kept.exists():
+            assert plot_results.fill(text, load_results(kept)) == text
 
 
 def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):
