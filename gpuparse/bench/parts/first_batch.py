@@ -25,26 +25,29 @@ def measure(context: Context) -> dict[str, Any]:
 
     "prepared": stores, PNG or blosc2 files are there. "raw": they are not, and the process makes them first.
     """
-    names = [name for name in (OURS, *context.peers) if SIDES[name].missing() is None]
+    left_out: dict[str, str] = {}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in _KINDS}
-    left_out = {name: SIDES[name].missing() for name in context.peers if SIDES[name].missing()}
-    for name in list(names):
-        context.tell(f"preparing {SIDES[name].title}")
-        try:
-            _run(context, name)
-        except SideFailedError as error:
-            left_out[name] = f"failed: {error}"
-            names.remove(name)
     many = context.data.repeated(context.settings.raw_bytes, context.data.scratch / "many")
-    for number in range(context.settings.slow_rounds):
-        for kind in _KINDS:
-            for name in names:
-                context.tell(f"round {number + 1} of {context.settings.slow_rounds}: {kind}, {SIDES[name].title}")
-                runs[kind].setdefault(name, []).append(_run(context, name, many if kind == "raw" else None))
+    for number in range(context.settings.slow_rounds + 1):  # the first round prepares, and is thrown away
+        for kind in _KINDS if number else _KINDS[:1]:
+            for name in (OURS, *context.peers):
+                reason = left_out.get(name) or SIDES[name].missing()
+                if reason is None:
+                    context.tell(f"round {number} of {context.settings.slow_rounds}: {kind}, {SIDES[name].title}")
+                    try:
+                        run = _run(context, name, many if kind == "raw" else None)
+                    except SideFailedError as error:
+                        reason = f"failed: {error}"
+                if reason is not None:
+                    left_out[name] = reason
+                elif number:
+                    runs[kind].setdefault(name, []).append(run)
     result: dict[str, Any] = {"left_out": left_out, "raw_bytes": many.raw_bytes, "raw_slices": len(many.slices)}
     for kind in _KINDS:
         sides = {
-            name: {key: summary([run[key] for run in found]) for key in found[0]} for name, found in runs[kind].items()
+            name: {key: summary([run[key] for run in found]) for key in found[0]}
+            for name, found in runs[kind].items()
+            if name not in left_out
         }
         whole = {name: side["process_seconds"]["rounds"] for name, side in sides.items()}
         result[kind] = {

@@ -41,8 +41,14 @@ def measure(context: Context) -> dict[str, Any]:
                     reason = f"failed: {error}"
                 result["left_out"][name] = reason
             for number in range(settings.slow_rounds + 1):
-                for contestant in contestants:
-                    rate = contestant.ask("turn")["samples_per_second"]
+                for contestant in list(contestants):
+                    try:
+                        rate = contestant.ask("turn")["samples_per_second"]
+                    except SideFailedError as error:
+                        result["left_out"][contestant.name] = f"failed: {error}"
+                        contestants.remove(contestant)
+                        contestant.close()
+                        continue
                     if number:
                         rates.setdefault(contestant.name, []).append(rate)
         finally:
