@@ -67,6 +67,7 @@ def test_the_loaders_figures_fit_each_other(toy):
         rates = side["samples_per_second"]
         assert len(rates["rounds"]) == 2
         assert rates["median_95"][0] <= rates["median"] <= rates["median_95"][1]
+    assert ours["stage_ms_per_batch"].keys() >= {"plan", "read", "decode", "encode", "augment", "wait"}
     ratio = part["ratios"]["reference"]
     medians = [side["samples_per_second"]["median"] for side in (ours, reference)]
     assert ratio["ratio"] == pytest.approx(medians[0] / medians[1])

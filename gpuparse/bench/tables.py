@@ -112,7 +112,13 @@ def _loader(part: dict[str, Any]) -> list[Table]:
     table = _table(f"Loaders by themselves, batches of {part['batch_size']}", LOADER_COLUMNS, left=2)
     for row in loader_rows(part):
         table.add_row(*row)
-    return [table]
+    stages = part["sides"].get(OURS, {}).get("stage_ms_per_batch", {})
+    if not stages:
+        return [table]
+    # Reading runs ahead in a thread of its own; "wait" is what the loop that takes batches waited.
+    where = _table("Where gpuparse's time goes, ms a batch by the clock", list(stages), left=0)
+    where.add_row(*(f"{value:.1f}" for value in stages.values()))
+    return [table, where]
 
 
 def first_batch_rows(part: dict[str, Any], kind: str) -> list[list[str]]:

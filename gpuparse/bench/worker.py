@@ -161,6 +161,11 @@ class _Worker:
 
         return {"memory_bytes": tree_memory_bytes()}
 
+    def stages(self) -> dict[str, Any]:
+        """Milliseconds a batch in each stage, where the side counts them."""
+        counted: dict[str, Any] = getattr(self._side, "stages", dict)()
+        return counted
+
     def watch_memory(self) -> dict[str, Any]:
         """Memory after every so many batches."""
         from gpuparse.bench.machine import tree_memory_bytes
@@ -222,7 +227,7 @@ def _answer(line: str, state: dict[str, _Worker]) -> dict[str, Any]:
     methods: dict[str, Callable[..., dict[str, Any]]] = {
         "first": _Worker.first, "skip": _Worker.skip, "check": _Worker.check, "turn": _Worker.turn,
         "train": _Worker.train, "memory_used": _Worker.memory_used, "watch_memory": _Worker.watch_memory,
-        "close": _Worker.close,
+        "stages": _Worker.stages, "close": _Worker.close,
     }  # fmt: skip
     return methods[do](state["worker"], **command)
 

@@ -35,6 +35,7 @@ def measure(context: Context) -> dict[str, Any]:
                 "samples_per_second": summary([turn["samples_per_second"] for turn in turns]),
                 "cpu_ms_per_sample": summary([turn["cpu_ms_per_sample"] for turn in turns]),
                 **contestant.ask("memory_used"),
+                "stage_ms_per_batch": contestant.ask("stages"),
             }
     return {
         "batch_size": settings.batch_size,

@@ -72,6 +72,10 @@ class _GpuparseSide:
         stores = [Path(self._data.stores / name) for name in self._data.names]
         return {"disk_bytes": sum(folder_bytes(store) for store in stores)}
 
+    def stages(self) -> dict[str, float]:
+        report = self.loader.report()
+        return {name: 1e3 * seconds / max(1, report.num_batches) for name, seconds in report.seconds.items()}
+
     def close(self) -> None:
         del self.loader
 
