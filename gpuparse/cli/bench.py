@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,15 @@ def bench_command(
         Path, typer.Option("--out", help="Receives results.json, the page results.html and its plots.")
     ] = Path("gpuparse-bench"),
     cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores for each side; default: all.")] = None,
+    raw_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--raw-gb",
+            min=0,
+            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 0.4, and "
+            "none with --quick or --toy.",
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds: minutes.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The smallest run, only to see that it works.")] = False,
     original: Annotated[
@@ -69,6 +79,8 @@ def bench_command(
     else:
         level = "toy" if toy else "quick" if quick else "full"
         settings = BenchSettings.choose(level, _device(device), cores)
+        if raw_gb is not None:
+            settings = replace(settings, raw_bytes=int(raw_gb * 1e9))
         request = BenchRequest(
             data=data,
             settings=settings,
