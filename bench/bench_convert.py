@@ -38,8 +38,6 @@ from gpuparse.sample_data import make_sample_data
 from gpuparse.store import chunk_shape, shard_shape
 from gpuparse.views import select_axes
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 TARGETS = {
     "reference": "at least 20 times as fast as the reference's preprocessing (voxels per second)",
     "floor": "at most 1.5 times the time of the floor",
@@ -173,13 +171,12 @@ def trace(sources: Path, out: Path, num_jobs: int) -> dict[str, Any]:
 
 
 def run_reference(script: Path | None, folder: Path) -> None:
-    """The reference's script over every dataset in `folder`; without it, the same method from `baselines`."""
+    """The reference's script over every dataset in `folder`; without it, the same method written anew."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if script is None:
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            "from pathlib import Path\nfrom baselines.process_2d import process_dataset\n"
-            f"for name in {names!r}: process_dataset(Path(name))"
+            "from pathlib import Path\nfrom gpuparse.bench.baselines.process_2d import write_png_tree\n"
+            f"for name in {names!r}: write_png_tree(Path(), name, Path(name))"
         )
     else:
         code = re.sub(r"(?m)^datasets = .*$", f"datasets = {names!r}", script.read_text())

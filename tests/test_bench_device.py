@@ -175,7 +175,7 @@ class TestPngBaseline:
 
     @pytest.fixture
     def written(self, write_case, data_dir, tmp_path):
-        from baselines.dataset import write_png_tree
+        from gpuparse.bench.baselines.process_2d import write_png_tree
 
         random = np.random.default_rng(0)
         image = random.integers(0, 256, (40, 37, 44), np.uint8)
@@ -197,8 +197,7 @@ class TestPngBaseline:
                 np.testing.assert_array_equal(mask, masks[i])
 
     def test_axes_are_those_of_conversion(self):
-        from baselines.dataset import slice_axes
-
+        from gpuparse.bench.baselines.process_2d import slice_axes
         from gpuparse.views import select_axes
 
         random = np.random.default_rng(0)
@@ -208,7 +207,7 @@ class TestPngBaseline:
             assert slice_axes(shape, spacing) == list(select_axes(shape, tuple(spacing)))
 
     def test_items_have_the_references_form(self, written):
-        from baselines.dataset import PngDataset
+        from gpuparse.bench.baselines.dataset import PngDataset
 
         _, labels, folders = written
         dataset = PngDataset(folders[0], num_prompts=2, seed=1)
@@ -227,7 +226,7 @@ class TestPngBaseline:
             assert (item["instance_label"], item["multiclass_label"]) == (0, False)
 
     def test_binary_pictures_are_blanked_and_instances_repeated(self, written):
-        from baselines.dataset import PngDataset
+        from gpuparse.bench.baselines.dataset import PngDataset
 
         folder = written[2][0]
         mask = np.zeros((64, 64), np.uint8)
@@ -246,7 +245,7 @@ class TestPngBaseline:
         np.testing.assert_array_equal(item["labels"], [stored] * 3)
 
     def test_a_lost_file_is_named(self, written):
-        from baselines.dataset import PngDataset
+        from gpuparse.bench.baselines.dataset import PngDataset
 
         folder = written[2][0]
         (folder / "train_mask" / "case_003.png").unlink()

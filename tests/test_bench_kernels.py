@@ -64,7 +64,7 @@ def test_ratios_lie_within_their_intervals(toy):
 
 @pytest.mark.parametrize("arguments", [["--size", "4"], ["--repeats", "1"]])
 def test_runs_too_small_are_refused(arguments, capsys):
-    from bench_kernels import main
+    from gpuparse.bench.kernels import main
 
     with pytest.raises(SystemExit):
         main(arguments)
@@ -72,7 +72,7 @@ def test_runs_too_small_are_refused(arguments, capsys):
 
 
 def test_the_interval_of_a_ratio_is_right_in_known_cases():
-    from bench_kernels import ratio_interval
+    from gpuparse.bench.kernels import ratio_interval
 
     rng = np.random.default_rng(0)
     theirs = rng.uniform(1, 2, 400)
@@ -90,7 +90,7 @@ class TestBaseline:
 
     @staticmethod
     def results(count=300, **options):
-        from baselines.augment import ReferenceAugmentation
+        from gpuparse.bench.baselines.augment import ReferenceAugmentation
 
         method = ReferenceAugmentation(seed=1, **options)
         image = np.full((48, 48, 3), 100, np.uint8)
@@ -127,7 +127,7 @@ class TestBaseline:
         assert stats.ks_2samp(*shares, method="asymp").pvalue > 1e-3
 
     def test_crops_follow_cv2_on_the_padded_image(self):
-        from baselines.augment import ReferenceAugmentation
+        from gpuparse.bench.baselines.augment import ReferenceAugmentation
 
         image = np.random.default_rng(0).integers(0, 256, (50, 50, 3)).astype(np.uint8)
         mask = image[..., 0] % 5
@@ -142,7 +142,7 @@ class TestBaseline:
             np.testing.assert_array_equal(ids, cv2.resize(wide, (50, 50), interpolation=cv2.INTER_NEAREST))
 
     def test_tensors_are_the_items(self):
-        from baselines.augment import to_tensors
+        from gpuparse.bench.baselines.augment import to_tensors
 
         image = np.random.default_rng(0).uniform(-20, 280, (8, 8, 3))
         mask = np.arange(64, dtype=np.uint8).reshape(8, 8)

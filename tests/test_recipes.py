@@ -366,8 +366,8 @@ def smooth_images(count, side):
 
 
 def test_pixels_are_distributed_as_those_of_the_method_itself():
-    """Whole images through the method written anew (bench/baselines) and through the kernel: the same statistics."""
-    from baselines.augment import ReferenceAugmentation
+    """Whole images through the method written anew and through the kernel: the same statistics."""
+    from gpuparse.bench.baselines.augment import ReferenceAugmentation
 
     side, count = 64, 1500
     images, masks = smooth_images(count, side)

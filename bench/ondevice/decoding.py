@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import ratio_of_medians, summary
 
 from gpuparse import kernels
 from gpuparse.augment import OutputTypes
+from gpuparse.bench.measuring import ratio_of_medians, summary
 from gpuparse.device import DeviceRenderer
 from gpuparse.pack import PackedBatch
 from gpuparse.pipeline import BatchPipeline, PipelineOptions, inflate_inputs

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import ratio_of_medians, summary
 from torch.utils.data import ConcatDataset, Subset
 
 from gpuparse import DataLoader
+from gpuparse.bench.measuring import ratio_of_medians, summary
 from ondevice.clock import Clock
 from ondevice.setup import Data, NotRunError, Settings
 
@@ -95,8 +95,9 @@ class _Reference:
     """
 
     def __init__(self, data: Data, settings: Settings) -> None:
-        from baselines.augment import ReferenceAugmentation
-        from baselines.dataset import PngDataset, write_png_tree
+        from gpuparse.bench.baselines.augment import ReferenceAugmentation
+        from gpuparse.bench.baselines.dataset import PngDataset
+        from gpuparse.bench.baselines.process_2d import write_png_tree
 
         folders = [
             folder

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import ratio_of_medians, summary
 from torch import nn
 
 from gpuparse import DataLoader
+from gpuparse.bench.measuring import ratio_of_medians, summary
 from ondevice.clock import Clock
 from ondevice.setup import Data, Settings
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from gpuparse import __version__
+from gpuparse.cli.bench import bench_command
 from gpuparse.cli.check import check_command
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
@@ -72,6 +73,7 @@ def _root(
 
 
 # A new command: its module in this folder, and one line here.
+app.command("bench")(bench_command)
 app.command("check")(check_command)
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)

@@ -8,10 +8,14 @@ at a time in Python. It serves for timing and for comparing distributions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
+
+__all__ = ["ReferenceAugmentation", "to_tensors"]
 
 _FLIP_CODES = (0, 1, -1)  # rows, columns, both
 
@@ -38,7 +42,7 @@ class ReferenceAugmentation:
     def _happens(self) -> bool:
         return self.random.random_sample() < self.probability
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: npt.NDArray[Any], mask: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Augments (rows, columns, 3) uint8 and (rows, columns) uint8; returns other types where arithmetic did."""
         if not self._happens():
             return image, mask
@@ -57,7 +61,7 @@ class ReferenceAugmentation:
             image = self._salt(image)
         return image, mask
 
-    def _crop(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _crop(self, image: npt.NDArray[Any], mask: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         side = np.array(image.shape[:2])
         margin = int(2 * side[0] * self.strength + 1)
         scaled = side * (1 + self.random.uniform(-self.strength, self.strength))
@@ -72,7 +76,7 @@ class ReferenceAugmentation:
             cv2.resize(wide_mask[top:bottom, left:right], size, interpolation=cv2.INTER_NEAREST),
         )
 
-    def _salt(self, image: np.ndarray) -> np.ndarray:
+    def _salt(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
         rows, columns = image.shape[:2]
         out = image.copy()
         count = int(rows * columns * self.random.uniform(0.02, 0.1))
@@ -87,7 +91,7 @@ class ReferenceAugmentation:
 
 
 def to_tensors(
-    image: np.ndarray, mask: np.ndarray, class_ids: Sequence[int] | int, random: np.random.RandomState
+    image: npt.NDArray[Any], mask: npt.NDArray[Any], class_ids: Sequence[int] | int, random: np.random.RandomState
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of an item: the channel swap, a mask per prompt, float32 (3, rows, columns) and int64 tensors.
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 NUM_RESAMPLES = 2000
 
 
 def ratio_interval(
-    ours: np.ndarray, theirs: np.ndarray, statistic: Callable[..., np.ndarray], paired: bool
+    ours: npt.NDArray[Any], theirs: npt.NDArray[Any], statistic: Callable[..., npt.NDArray[Any]], paired: bool
 ) -> tuple[float, list[float]]:
     """statistic(ours) / statistic(theirs) and its 95 % bootstrap interval over rounds."""
     random = np.random.default_rng(0)
@@ -29,10 +30,13 @@ def ratio_of_medians(ours: Any, theirs: Any) -> dict[str, Any]:
 
 
 def summary(values: Any) -> dict[str, Any]:
-    """Median, smallest, largest and all values of some rounds."""
+    """Median with its 95 % bootstrap interval, smallest, largest and all values of some rounds."""
     values = np.asarray(values, float)
+    chosen = np.random.default_rng(0).integers(0, len(values), (NUM_RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(values[chosen], axis=1), (0.025, 0.975))
     return {
         "median": float(np.median(values)),
+        "median_95": [float(low), float(high)],
         "range": [float(values.min()), float(values.max())],
         "rounds": values.tolist(),
     }

@@ -1,1 +1,0 @@
-"""What gpuparse is measured against: the methods of the reference, written anew."""

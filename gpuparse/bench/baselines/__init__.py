@@ -1,0 +1,1 @@
+"""The methods of the reference, written anew: what gpuparse is measured against."""

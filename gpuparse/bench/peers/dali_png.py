@@ -1,0 +1,189 @@
+"""DALI with PNG files: two readers in one order, decoded, augmented and turned into masks by DALI's CPU operators.
+
+Written with DALI's conditional execution, so that an operator runs only for the samples that draw it, and with sizes
+and types kept as small as the laws allow until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuparse.bench.baselines.process_2d import folder_name
+from gpuparse.bench.data import BenchData, SliceRef
+from gpuparse.bench.peers.shared import folder_bytes
+from gpuparse.bench.settings import NUM_PROMPTS, BenchSettings
+from gpuparse.bench.sides import PlainBatch
+
+__all__ = ["make", "variants"]
+
+_DEPTH = 2
+
+
+def variants(num_cores: int) -> list[str]:
+    """One configuration: as many threads as cores."""
+    return [f"{num_cores} threads, prefetch {_DEPTH}"]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """PNG pairs, and for each the number of its dataset.
+
+    Attributes:
+        images: Paths of images.
+        masks: Paths of their masks.
+        datasets: Of each pair.
+    """
+
+    images: list[str]
+    masks: list[str]
+    datasets: list[int]
+
+
+def _all_files(data: BenchData, size: int) -> _Files:
+    folders = data.png_folders(size)
+    pairs = [(path, folder.parent.name) for folder in folders for path in sorted((folder / "train").glob("*.png"))]
+    masks = [str(path.parent.parent / "train_mask" / path.name) for path, _ in pairs]
+    names = list(data.prompts)
+    return _Files([str(path) for path, _ in pairs], masks, [names.index(name) for _, name in pairs])
+
+
+def _import_dali() -> tuple[Any, Any, Any, Any]:
+    from nvidia.dali import fn, math, types
+    from nvidia.dali.pipeline import pipeline_def
+
+    return fn, types, math, pipeline_def
+
+
+def _augmented(image: Any, mask: Any, size: int) -> tuple[Any, Any]:
+    """The reference's laws; called while a pipeline is defined, (rows, columns, channels) 8 bits wide."""
+    fn, types, math, _ = _import_dali()
+
+    if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
+        # Quarter turns and the flip as one transposition, where the turns are odd, and one flip.
+        turns = fn.cast(fn.random.uniform(range=(0.0, 4.0)), dtype=types.INT32)
+        which = fn.cast(fn.random.uniform(range=(0.0, 3.0)), dtype=types.INT32)  # rows, columns, both
+        rows = ((turns == 1) | (turns == 2)) ^ (which != 1)
+        columns = ((turns == 2) | (turns == 3)) ^ (which != 0)
+        if (turns & 1) == 1:
+            turned = {"perm": [1, 0, 2], "transpose_layout": False}
+            image, mask = fn.transpose(image, **turned), fn.transpose(mask, **turned)
+        if rows | columns:
+            both = {"vertical": fn.cast(rows, dtype=types.INT32), "horizontal": fn.cast(columns, dtype=types.INT32)}
+            image, mask = fn.flip(image, **both), fn.flip(mask, **both)
+        if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
+            side = size * (1.0 + fn.random.uniform(range=(-0.1, 0.1)))
+            centre = size * (0.5 + fn.random.uniform(range=(-0.1, 0.1), shape=[2]))
+            start = fn.cast(centre - 0.5 * side, dtype=types.INT32)
+            shape = fn.cast(centre + 0.5 * side, dtype=types.INT32) - start
+            where = {"start": start, "shape": shape, "axes": (0, 1), "out_of_bounds_policy": "pad", "fill_values": 0}
+            image, mask = fn.slice(image, **where), fn.slice(mask, **where)
+            full = {"size": (size, size), "antialias": False}
+            image = fn.resize(image, interp_type=types.INTERP_LINEAR, dtype=types.UINT8, **full)
+            mask = fn.resize(mask, interp_type=types.INTERP_NN, **full)
+        image = fn.cast(image, dtype=types.FLOAT) + 255.0 * fn.random.uniform(range=(-0.1, 0.1))
+        if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
+            image = fn.noise.gaussian(image, stddev=fn.random.uniform(range=(0.0, 25.0)))
+        if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
+            share = 1.0 - math.exp(-fn.random.uniform(range=(0.02, 0.1)))  # of draws with replacement
+            image = fn.noise.salt_and_pepper(image, prob=share, salt_val=255.0, pepper_val=0.0)
+    else:
+        image = fn.cast(image, dtype=types.FLOAT)
+    return image, mask
+
+
+class _DaliSide:
+    def __init__(self, data: BenchData, settings: BenchSettings) -> None:
+        self._data, self._settings = data, settings
+        self._classes = [list(prompts) for prompts in data.prompts.values()]
+        self._pipeline = self._build(_all_files(data, settings.size), settings.batch_size, augment=True)
+        self.num_ahead = _DEPTH + 1
+
+    def _build(self, files: _Files, batch_size: int, augment: bool) -> Any:
+        fn, types, _, pipeline_def = _import_dali()
+
+        size, classes = self._settings.size, self._classes
+        random = np.random.RandomState(0)
+
+        def draw(numbers: list[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int32]]:
+            found = []
+            for number in numbers:
+                mine = classes[int(number[0])]
+                drawn = random.choice(mine, NUM_PROMPTS, replace=len(mine) < NUM_PROMPTS) if augment else mine * 4
+                found.append(np.array(drawn[:NUM_PROMPTS], np.int32).reshape(NUM_PROMPTS, 1, 1))
+            return found
+
+        @pipeline_def(enable_conditionals=True)  # type: ignore
+        def graph() -> tuple[Any, Any, Any]:
+            options = {"seed": 1, "random_shuffle": augment, "initial_fill": 4096, "labels": files.datasets}
+            encoded, number = fn.readers.file(files=files.images, **options)
+            encoded_mask, _ = fn.readers.file(files=files.masks, **options)  # the same seed: the same order
+            image = fn.decoders.image(encoded, device="cpu", output_type=types.BGR)  # as OpenCV wrote the channels
+            mask = fn.decoders.image(encoded_mask, device="cpu", output_type=types.GRAY)
+            image, mask = _augmented(image, mask, size) if augment else (fn.cast(image, dtype=types.FLOAT), mask)
+            image = fn.transpose(image, perm=[2, 0, 1])
+            swap = fn.random.coin_flip(probability=0.5 if augment else 0.0, dtype=types.BOOL)
+            if swap:
+                image = fn.cat(image[0:1], image[2:3], image[1:2], axis=0)
+            class_ids = fn.python_function(number, function=draw, num_outputs=1, batch_processing=True)
+            labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == class_ids, dtype=types.INT64)
+            return image, labels, class_ids
+
+        pipeline = graph(
+            batch_size=batch_size,
+            num_threads=self._settings.num_cores,
+            device_id=None,
+            prefetch_queue_depth=_DEPTH,
+            seed=1,
+        )
+        pipeline.build()
+        return pipeline
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        import torch
+        from nvidia.dali.plugin import pytorch
+
+        feed: Any = vars(pytorch)["feed_ndarray"]
+        settings = self._settings
+        shape = (settings.batch_size, 3, settings.size, settings.size)
+        while True:
+            image, labels, class_ids = self._pipeline.run()
+            # One copy each: DALI uses its buffers again.
+            batch = {
+                "image": torch.empty(shape, dtype=torch.float32),
+                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64),
+            }
+            feed(image.as_tensor(), batch["image"])
+            feed(labels.as_tensor(), batch["labels"])
+            ids = class_ids.as_array().reshape(shape[0], NUM_PROMPTS).tolist()
+            yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
+
+    def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
+        root = self._data.scratch / f"png{self._settings.size}"
+        names = list(self._data.prompts)
+        images, masks = [], []
+        for ref in refs:
+            view = f"_view{ref.axis}" if ref.axis else ""
+            folder = root / ref.volume.dataset / folder_name(ref.axis)
+            name = f"{ref.volume.path.stem}{view}_{ref.position:03d}.png"
+            images.append(str(folder / "train" / name))
+            masks.append(str(folder / "train_mask" / name))
+        files = _Files(images, masks, [names.index(ref.volume.dataset) for ref in refs])
+        image, labels, class_ids = self._build(files, len(refs), augment=False).run()
+        ids = class_ids.as_array().reshape(len(refs), NUM_PROMPTS).astype(np.int64)
+        return PlainBatch(np.array(image.as_array()), np.array(labels.as_array()), ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {"disk_bytes": folder_bytes(self._data.scratch / f"png{self._settings.size}")}
+
+    def close(self) -> None:
+        del self._pipeline
+
+
+def make(data: BenchData, settings: BenchSettings, variant: int) -> _DaliSide:
+    """See `peers`."""
+    return _DaliSide(data, settings)

@@ -1,0 +1,202 @@
+"""MONAI: CacheDataset over the slices of the volumes, random dictionary transforms, its loaders.
+
+Set up as its documentation advises: everything deterministic (reading, padding, resizing, 8-bit rounding) stands before
+the first random transform, so that CacheDataset keeps its result, and `cache_rate=1` keeps all of it in memory; the
+cache is not copied per access, for no transform writes into it; metadata tracking is off, so that no MetaTensor is
+made; workers are processes that stay and share the cache, or MONAI's thread, whichever a trial finds faster.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpuparse.bench.baselines.process_2d import channel_numbers, read_volume
+from gpuparse.bench.data import BenchData, SliceRef
+from gpuparse.bench.peers.shared import EPOCH_SAMPLES, draw_class_ids, draw_text, worker_variants
+from gpuparse.bench.settings import BenchSettings
+from gpuparse.bench.sides import PlainBatch
+
+__all__ = ["make", "variants"]
+
+
+def variants(num_cores: int) -> list[str]:
+    """Its two loaders, with workers as processes or without."""
+    processes = [f"DataLoader, {n} worker processes" for n in worker_variants(num_cores)]
+    threads = [f"ThreadDataLoader, {num_cores} worker processes", f"ThreadDataLoader, 1 thread, torch {num_cores}"]
+    return [*processes, *threads]
+
+
+@functools.lru_cache(maxsize=4)
+def _planes(path: Any, axis: int) -> tuple[Any, Any]:
+    image, labels, _ = read_volume(path)
+    return tuple(np.ascontiguousarray(np.moveaxis(array.astype(np.uint8), axis, 0)) for array in (image, labels))  # type: ignore[return-value]
+
+
+def _deterministic(settings: BenchSettings) -> list[Any]:
+    """Reading to 8-bit pixels at training size: what CacheDataset keeps."""
+    import torch
+    from monai.transforms import Lambdad, MapTransform, Resized
+
+    class ReadSliced(MapTransform):  # type: ignore[misc]
+        """A slice with its neighbours as channels and its mask, padded to a square."""
+
+        def __call__(self, data: Any) -> dict[str, Any]:
+            ref: SliceRef = data["ref"]
+            planes, ids = _planes(ref.volume.path, ref.axis)
+            height, width = planes.shape[1:]
+            before, rest = abs(height - width) // 2, abs(height - width) - abs(height - width) // 2
+            pad = ((0, 0), (before, rest), (0, 0)) if height < width else ((0, 0), (0, 0), (before, rest))
+            channels = np.pad(planes[channel_numbers(ref.position, len(planes))], pad)
+            mask = np.pad(ids[ref.position : ref.position + 1], pad)
+            return {**data, "image": torch.from_numpy(channels).float(), "mask": torch.from_numpy(mask).float()}
+
+    size = (settings.size, settings.size)
+    return [
+        ReadSliced(keys=("image", "mask")),
+        Resized(keys=("image", "mask"), spatial_size=size, mode=("bicubic", "nearest"), anti_aliasing=False),
+        Lambdad(keys=("image", "mask"), func=_to_bytes),
+    ]
+
+
+def _to_bytes(values: Any) -> Any:
+    import torch
+
+    return torch.as_tensor(values).round().clamp_(0, 255).to(torch.uint8)
+
+
+def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
+    """The reference's laws in MONAI's transforms; salt and pepper and the prompts, which it does not have, in torch."""
+    import torch
+    from monai.transforms import (
+        CastToTyped,
+        Compose,
+        Flipd,
+        Identityd,
+        MapTransform,
+        OneOf,
+        RandAffined,
+        RandGaussianNoised,
+        RandomizableTransform,
+        RandRotate90d,
+        RandShiftIntensityd,
+    )  # fmt: skip
+
+    class RandSaltAndPepperd(RandomizableTransform, MapTransform):  # type: ignore[misc]
+        """Sets a share U(0.02, 0.1) of the pixels to 0 or 255 in all channels."""
+
+        def __init__(self, keys: Any, prob: float) -> None:
+            MapTransform.__init__(self, keys)
+            RandomizableTransform.__init__(self, prob)
+
+        def __call__(self, data: Any) -> dict[str, Any]:
+            self.randomize(None)
+            if not self._do_transform:
+                return dict(data)
+            hit = 1 - np.exp(-self.R.uniform(0.02, 0.1))  # of draws with replacement
+            image = data["image"]  # the shift has made a new one
+            words = torch.rand(image.shape[1:])
+            image.masked_fill_(words < hit / 2, 0.0).masked_fill_((words >= hit / 2) & (words < hit), 255.0)
+            return dict(data)
+
+    class RandPromptsd(RandomizableTransform, MapTransform):  # type: ignore[misc]
+        """The channel swap, prompts, a mask for each, and the types that training wants."""
+
+        def __init__(self, keys: Any) -> None:
+            MapTransform.__init__(self, keys)
+            RandomizableTransform.__init__(self)
+
+        def __call__(self, data: Any) -> dict[str, Any]:
+            prompts = data["prompts"]
+            swap = self.R.random_sample() < 0.5
+            class_ids = draw_class_ids(self.R, prompts)
+            image = data["image"].to(torch.float32)
+            image = torch.stack([image[0], image[2], image[1]]) if swap else image.contiguous()
+            mask = data["mask"].to(torch.uint8)
+            wanted = torch.from_numpy(class_ids).to(torch.uint8)[:, None, None]
+            return {
+                "image": image,
+                "labels": (mask == wanted).long(),
+                "text": draw_text(self.R, prompts, class_ids.tolist()),
+                "class_ids": "&".join(map(str, class_ids)),
+            }
+
+    keys, size = ("image", "mask"), (settings.size, settings.size)
+    augment = Compose(
+        [
+            RandRotate90d(keys, prob=0.75, max_k=3),
+            OneOf([Flipd(keys, 0), Flipd(keys, 1), Flipd(keys, (0, 1))]),
+            RandAffined(
+                keys, prob=0.5, scale_range=(0.1, 0.1), translate_range=(0.1 * size[0], 0.1 * size[1]),
+                spatial_size=size, mode=("bilinear", "nearest"), padding_mode="zeros", cache_grid=True,
+            ),
+            CastToTyped("image", torch.float32),
+            RandShiftIntensityd("image", offsets=25.5, prob=1.0),
+            RandGaussianNoised("image", prob=0.5, mean=0.0, std=25.0),
+            RandSaltAndPepperd("image", prob=0.5),
+        ]
+    )  # fmt: skip
+    return [OneOf([augment, Identityd(keys)], weights=[0.5, 0.5]), RandPromptsd(keys)]
+
+
+class _MonaiSide:
+    def __init__(self, data: BenchData, settings: BenchSettings, variant: int) -> None:
+        import torch
+        from monai.data import CacheDataset, DataLoader, ThreadDataLoader, set_track_meta
+        from monai.transforms import Compose
+        from torch.utils.data import RandomSampler
+
+        set_track_meta(False)
+        self._data, self._settings = data, settings
+        items = [{"ref": ref, "prompts": data.prompts[ref.volume.dataset]} for ref in data.slices]
+        transform = Compose([*_deterministic(settings), *_random(data, settings)])
+        # One thread: neighbours in the list share the volume that was just read.
+        torch.set_num_threads(settings.num_cores)
+        dataset = CacheDataset(items, transform, cache_rate=1.0, num_workers=1, progress=False, copy_cache=False)
+        self.cache_bytes = len(items) * settings.size**2 * 4
+        counts = worker_variants(settings.num_cores)
+        workers = [*counts, settings.num_cores, 0][variant]
+        options: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "sampler": RandomSampler(dataset, num_samples=max(EPOCH_SAMPLES, len(items))),
+            "num_workers": workers,
+            "drop_last": True,
+            "pin_memory": settings.device != "cpu",
+        }
+        if workers:
+            options |= {"persistent_workers": True, "prefetch_factor": 2}
+        if variant < len(counts):
+            self._loader: Any = DataLoader(dataset, **options)
+        else:
+            self._loader = ThreadDataLoader(dataset, buffer_size=2, **options)
+        self.num_ahead = 2 * workers + 3
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from self._loader
+
+    def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
+        from monai.transforms import Compose
+
+        transform = Compose(_deterministic(self._settings))
+        items = [transform({"ref": ref}) for ref in refs]
+        ids = np.array([sorted(self._data.prompts[ref.volume.dataset])[:4] for ref in refs], dtype=object)
+        ids = np.array([(list(row) * 4)[:4] for row in ids], np.int64)
+        labels = [(item["mask"].long().numpy() == row[:, None, None]) for item, row in zip(items, ids, strict=True)]
+        images = np.stack([item["image"].float().numpy() for item in items])
+        return PlainBatch(images, np.stack(labels).astype(np.int64), ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {"disk_bytes": self._data.npz_bytes, "cache_bytes": self.cache_bytes,
+                "num_workers": self._loader.num_workers}  # fmt: skip
+
+    def close(self) -> None:
+        del self._loader
+
+
+def make(data: BenchData, settings: BenchSettings, variant: int) -> _MonaiSide:
+    """See `peers`."""
+    return _MonaiSide(data, settings, variant)

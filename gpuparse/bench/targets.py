@@ -1,0 +1,61 @@
+"""What gpuparse is to reach on a CPU, and whether a run's figures do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuparse.bench.sides import OURS
+
+__all__ = ["judge"]
+
+REFERENCE_SPEEDUP = 8.0
+RAW_SPEEDUP = 20.0
+FIRST_BATCH_SECONDS = 2.0
+MEMORY_BYTES_PER_1000_BATCHES = 4 * 2**20
+MEMORY_SHARE_PER_1000_BATCHES = 0.01
+
+
+def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets that the run's parts say something about, each with its figure and whether it is met.
+
+    Returns:
+        `target`, `figure` (text) and `met` for each.
+    """
+    parts = {name: part for name, part in result["parts"].items() if "failed" not in part and "not_run" not in part}
+    found: list[dict[str, Any]] = []
+
+    def add(target: str, figure: str, met: bool) -> None:
+        found.append({"target": target, "figure": figure, "met": met})
+
+    ratios = parts.get("loader", {}).get("ratios", {})
+    if "reference" in ratios:
+        ratio = ratios["reference"]
+        add(f"samples/s at least {REFERENCE_SPEEDUP:g} times the reference's", _times(ratio),
+            ratio["ratio"] >= REFERENCE_SPEEDUP)  # fmt: skip
+    if ratios:
+        nearest = min(ratios, key=lambda name: ratios[name]["ratio"])
+        title = parts["loader"]["sides"][nearest]["title"]
+        add("samples/s ahead of every peer", f"nearest: {title}, {_times(ratios[nearest])}",
+            ratios[nearest]["ratio"] > 1)  # fmt: skip
+    first = parts.get("first-batch", {})
+    if OURS in first.get("prepared", {}).get("sides", {}):
+        side = first["prepared"]["sides"][OURS]
+        after, whole = side["after_imports_seconds"]["median"], side["process_seconds"]["median"]
+        add(f"first batch from a store in less than {FIRST_BATCH_SECONDS:g} s",
+            f"{after:.2f} s after the imports, {whole:.2f} s with them and Python's start",
+            after < FIRST_BATCH_SECONDS)  # fmt: skip
+    if "reference" in first.get("raw", {}).get("ratios", {}):
+        ratio = first["raw"]["ratios"]["reference"]
+        add(f"raw npz to first batch at least {RAW_SPEEDUP:g} times sooner than the reference", _times(ratio),
+            ratio["ratio"] >= RAW_SPEEDUP)  # fmt: skip
+    if "memory" in parts:
+        slope, level = parts["memory"]["bytes_per_1000_batches"], parts["memory"]["settled_bytes"]
+        limit = max(MEMORY_BYTES_PER_1000_BATCHES, MEMORY_SHARE_PER_1000_BATCHES * level)
+        add(f"memory flat: less than {limit / 2**20:.0f} MiB per 1000 batches",
+            f"{slope / 2**20:+.2f} MiB per 1000 batches at {level / 2**20:.0f} MiB", slope < limit)  # fmt: skip
+    return found
+
+
+def _times(ratio: dict[str, Any]) -> str:
+    low, high = ratio["ratio_95"]
+    return f"{ratio['ratio']:.1f} times (95 %: {low:.1f} to {high:.1f})"

@@ -1,0 +1,118 @@
+"""`gpuparse bench`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gpuparse.errors import InputError
+
+__all__ = ["bench_command"]
+
+
+def bench_command(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Volumes in BiomedParse's layout; default: generated ones.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where batches are wanted: cpu, cuda, or auto.")] = "auto",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="What to compare with, separated by commas: reference, reference-mended, monai, nnunet, zarr, "
+            "dali-png; default: all that is installed.",
+        ),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--part",
+            help="Only this part; may be given several times: loader, first-batch, epoch, convert, kernels, scaling, "
+            "slices, resume, access, memory.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Receives results.json, the page results.html and its plots.")
+    ] = Path("gpuparse-bench"),
+    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores for each side; default: all.")] = None,
+    raw_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--raw-gb",
+            min=0,
+            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 0.4, and "
+            "none with --quick or --toy.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds: minutes.")] = False,
+    toy: Annotated[bool, typer.Option("--toy", help="The smallest run, only to see that it works.")] = False,
+    original: Annotated[
+        Path | None,
+        typer.Option("--original", help="A checkout of BiomedParse v2: its own code is compared with the baseline."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option("--work-dir", help="Where stores and files of the sides go meanwhile.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--from", help="Measures nothing: makes tables, page and plots from this results.json."),
+    ] = None,
+) -> None:
+    """Measure gpuparse beside other ways to feed the same training, on this machine.
+
+    Example: gpuparse bench --data data --out bench --against reference,monai
+    """
+    from gpuparse.bench.page import write_page
+    from gpuparse.bench.run import BenchRequest, check_parts, load_results, run_bench
+    from gpuparse.bench.settings import BenchSettings
+    from gpuparse.bench.sides import chosen_peers
+    from gpuparse.bench.tables import print_results
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if results is not None:
+        found = load_results(results)
+    else:
+        level = "toy" if toy else "quick" if quick else "full"
+        settings = BenchSettings.choose(level, _device(device), cores)
+        if raw_gb is not None:
+            settings = replace(settings, raw_bytes=int(raw_gb * 1e9))
+        request = BenchRequest(
+            data=data,
+            settings=settings,
+            peers=tuple(chosen_peers(against)),
+            parts=check_parts(part),
+            work_dir=work_dir,
+            command=("gpuparse", *sys.argv[1:]),
+            original=original,
+        )
+        with console.status("starting") as status:
+            found = run_bench(request, out, lambda name, what: status.update(f"{name}: {what}"))
+    print_results(console, found)
+    for path in write_page(found, out):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    if any("failed" in entry for entry in found["parts"].values()):
+        raise typer.Exit(1)
+
+
+def _device(name: str) -> str:
+    """The device's name with "auto" decided.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; expected cpu, cuda or auto.")
+    if name == "cpu":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise InputError("--device is cuda, and torch finds no GPU. Take --device cpu.")
+    return "cpu"

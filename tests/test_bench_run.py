@@ -1,0 +1,364 @@
+"""`gpuparse bench` at toy size: every part runs, its figures fit each other, the page comes from the JSON alone."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from gpuparse.bench import page, plots, tables
+from gpuparse.bench.context import Context, NotRunError
+from gpuparse.bench.data import prepare
+from gpuparse.bench.measuring import ratio_of_medians, summary
+from gpuparse.bench.parts import conversion, kernels, memory, scaling
+from gpuparse.bench.run import PARTS, BenchRequest, check_parts, load_results, run_bench
+from gpuparse.bench.settings import BenchSettings
+from gpuparse.bench.targets import judge
+from gpuparse.cli import app
+from gpuparse.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import plot_results
+
+cv2 = pytest.importorskip("cv2")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """(folder, results) of a run of all parts against the reference, on one core."""
+    out = tmp_path_factory.mktemp("bench") / "new"
+    command = [sys.executable, "-m", "gpuparse", "bench", "--toy", "--device", "cpu", "--cores", "1"]
+    done = subprocess.run([*command, "--against", "reference", "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for word in ("Loaders by themselves", "ahead", "Targets", "per 1000 batches", "raw npz"):
+        assert word in done.stdout
+    return out, json.loads((out / "results.json").read_text())
+
+
+def test_every_part_has_run(toy):
+    _, result = toy
+    assert list(result["parts"]) == list(PARTS)
+    for name, part in result["parts"].items():
+        assert not {"failed", "not_run"} & part.keys(), (name, part)
+        assert part.get("left_out", {}) == {}
+    assert result["machine"].keys() >= {"cpu", "cores", "commit", "versions", "load_average_at_start", "command"}
+    assert "bench --toy --device cpu --cores 1 --against reference" in result["machine"]["command"]
+    assert result["settings"]["level"] == "toy"
+    assert len(result["settings"]["cores"]) == 1
+    assert result["data"] == {**result["data"], "generated": True, "datasets": ["SMALL"], "volumes": 2}
+    assert result["data"]["slices"] == 6 + 20 + 22 + 21
+
+
+def test_the_loaders_figures_fit_each_other(toy):
+    part = toy[1]["parts"]["loader"]
+    ours, reference = part["sides"]["gpuparse"], part["sides"]["reference"]
+    for side in (ours, reference):
+        assert side["check"]["passed"] is True
+        assert side["check"]["largest_difference"] == 0
+        assert side["check"]["mask_share_equal"] == 1
+        rates = side["samples_per_second"]
+        assert len(rates["rounds"]) == 2
+        assert rates["median_95"][0] <= rates["median"] <= rates["median_95"][1]
+    assert ours["stage_ms_per_batch"].keys() >= {"plan", "read", "decode", "encode", "augment", "wait"}
+    ratio = part["ratios"]["reference"]
+    medians = [side["samples_per_second"]["median"] for side in (ours, reference)]
+    assert ratio["ratio"] == pytest.approx(medians[0] / medians[1])
+    assert ratio["ratio_95"][0] <= ratio["ratio"] <= ratio["ratio_95"][1]
+
+
+def test_times_of_a_first_batch_add_up(toy):
+    part = toy[1]["parts"]["first-batch"]
+    for kind in ("prepared", "raw"):
+        for side in part[kind]["sides"].values():
+            after = side["make_seconds"]["median"] + side["batch_seconds"]["median"]
+            assert side["after_imports_seconds"]["median"] == pytest.approx(after)
+            assert side["process_seconds"]["median"] > after + side["import_seconds"]["median"]
+        sides = part[kind]["sides"]
+        theirs, mine = (sides[name]["process_seconds"]["median"] for name in ("reference", "gpuparse"))
+        assert part[kind]["ratios"]["reference"]["ratio"] == pytest.approx(theirs / mine)
+
+
+def test_the_other_parts_measure_what_they_say(toy):
+    parts = toy[1]["parts"]
+    step = parts["epoch"]["sides"]["gpuparse"]["seconds_per_step"]
+    ratio = parts["epoch"]["sides"]["gpuparse"]["loader_over_held"]["ratio"]
+    assert ratio == pytest.approx(step["loader"]["median"] / step["held"]["median"])
+    ways = parts["convert"]["ways"]
+    assert list(ways) == ["gpuparse", "gpuparse, level high", "reference"]
+    assert ways["gpuparse, level high"]["disk_bytes"] < ways["reference"]["disk_bytes"]
+    assert parts["scaling"]["cores"] == [1]
+    assert parts["scaling"]["sides"].keys() == {"gpuparse", "reference"}
+    assert [entry["num_slices"] for entry in parts["slices"]["lengths"]] == [100, 1000]
+    assert all(place["same_batch"] for place in parts["resume"]["places"])
+    assert [place["batches_before"] for place in parts["resume"]["places"]] == [0, 17, 31]
+    assert parts["resume"]["reference"]["batches_before"] == 3
+    access = parts["access"]["slices"]
+    assert len(access) == 4 * 3
+    one = next(e for e in access if e["chunks"] == "slices along z" and e["axis"] == 0)
+    across = next(e for e in access if e["chunks"] == "slices along z" and e["axis"] == 2)
+    assert one["chunks_per_slice"] <= 4  # three planes and a mask
+    assert across["chunks_per_slice"] > 44  # every slice of the volume
+    assert parts["memory"]["batches"] == list(range(1, 21))
+
+
+class _Links(html.parser.HTMLParser):
+    """Whatever a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [v for k, v in attributes if k in ("src", "href", "srcset", "data") and not v.startswith("#")]
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+        assert tag not in ("script", "link", "img", "iframe")
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else_and_has_every_part(toy):
+    out, result = toy
+    text = (out / "results.html").read_text()
+    links = _Links()
+    links.feed(text)
+    assert links.found == []
+    assert links.open == []
+    assert "url(" not in re.sub(r"url\(#", "", text)
+    assert text.count("<svg") == len(plots.PLOTS)
+    for title in ("Targets", "Loaders by themselves", "Time to the first batch", "Random access", "Memory"):
+        assert f"<h2>{title}</h2>" in text
+    median = result["parts"]["loader"]["sides"]["reference"]["samples_per_second"]["median"]
+    assert f"{median:.1f}" in text
+    assert "A toy run" in text
+    for name in plots.PLOTS:
+        picture = cv2.imread(str(out / f"{name}.png"))
+        assert picture.shape[1] > 600
+        assert picture.std() > 5  # not blank
+
+
+def test_tables_and_page_are_made_again_from_the_results_alone(toy, tmp_path):
+    out, _ = toy
+    done = CliRunner().invoke(app, ["bench", "--from", str(out / "results.json"), "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    assert "Loaders by themselves" in done.output
+    again = tmp_path / "again"
+    assert (again / "results.html").read_text() == (out / "results.html").read_text()
+    assert {path.name for path in again.iterdir()} == {path.name for path in out.iterdir()} - {"results.json"}
+
+
+class TestDocuments:
+    """README's table and plots are made from results by bench/plot_results.py."""
+
+    def test_of_a_run(self, toy, tmp_path, capsys):
+        results, readme = toy[0] / "results.json", tmp_path / "README.md"
+        readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+        arguments = ["--images", str(tmp_path / "images"), "--readme", str(readme)]
+        plot_results.main([str(results), *arguments])
+        for name in plot_results.README_PLOTS:
+            assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench -->\n")
+        assert text.endswith("\n<!-- /bench -->\nafter\n")
+        side = toy[1]["parts"]["loader"]["sides"]["gpuparse"]
+        assert f"| **gpuparse** | {side['samples_per_second']['median']:.0f} (" in text
+        assert "old" not in text
+        content = json.loads(results.read_text())
+        content["parts"]["loader"] = {"not_run": "no reason"}
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            plot_results.main([str(tmp_path / "results.json"), *arguments])
+        assert "has no figures for loader; expected a run of these parts" in capsys.readouterr().err
+        readme.write_text("no marks")
+        with pytest.raises(SystemExit, match=r"README\.md has 0 places"):
+            plot_results.main([str(results), *arguments])
+
+    def test_readme_shows_the_figures_that_are_kept(self):
+        root = Path(__file__).parents[1]
+        text, kept = (root / "README.md").read_text(), root / "bench/results/bench-cpu.json"
+        assert len(plot_results.MARKS.findall(text)) == 1
+        if kept.exists():
+            assert plot_results.fill(text, load_results(kept)) == text
+
+
+def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):
+    def fail(_):
+        raise RuntimeError("made to fail")
+
+    def refuse(_):
+        raise NotRunError("needs another machine")
+
+    monkeypatch.setattr(memory, "measure", fail)
+    monkeypatch.setattr(kernels, "measure", refuse)
+    told = []
+    request = BenchRequest(None, BenchSettings.choose("toy", "cpu"), (), check_parts(["memory", "kernels", "slices"]),
+                           None, ("gpuparse", "bench"))  # fmt: skip
+    result = run_bench(request, tmp_path, lambda part, what: told.append(part))
+    assert result["parts"]["memory"]["failed"] == "RuntimeError: made to fail"
+    assert result["parts"]["kernels"]["not_run"] == "needs another machine"
+    assert "lengths" in result["parts"]["slices"]
+    assert set(told) == {"data", "slices"}
+    page.write_page(result, tmp_path)
+    text = (tmp_path / "results.html").read_text()
+    assert "made to fail" in text
+    assert "needs another machine" in text
+    assert plots.draw("memory", result) is None
+    console = Console(record=True, width=120)
+    tables.print_results(console, result)
+    assert "memory: RuntimeError: made to fail" in console.export_text()
+    path = tmp_path / "results.json"
+    done = CliRunner().invoke(app, ["bench", "--from", str(path), "--out", str(tmp_path)])
+    assert done.exit_code == 1
+
+
+def test_processes_that_fail_are_not_taken_for_measurements(monkeypatch):
+    with prepare(None, small=True) as data:
+        context = Context(data, BenchSettings.choose("toy", "cpu"), (), lambda _: None)
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(NotRunError, match="gpuparse failed: "):
+            conversion.measure(context)
+        with pytest.raises(NotRunError, match="it failed: "):
+            kernels.measure(context)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(NotRunError, match=r"OpenCV \(cv2\) is not installed"):
+            kernels.measure(context)
+
+
+class TestJudging:
+    """Targets against made-up figures."""
+
+    @staticmethod
+    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0):
+        def ratio(value):
+            return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value]}
+
+        return {
+            "parts": {
+                "loader": {
+                    "ratios": {"reference": ratio(speed), "monai": ratio(other)},
+                    "sides": {"monai": {"title": "MONAI"}, "reference": {"title": "reference"}},
+                },
+                "first-batch": {
+                    "prepared": {
+                        "sides": {
+                            "gpuparse": {k: {"median": first} for k in ("after_imports_seconds", "process_seconds")}
+                        }
+                    },
+                    "raw": {"ratios": {"reference": ratio(raw)}},
+                },
+                "memory": {"bytes_per_1000_batches": slope, "settled_bytes": 500 * 2**20},
+            }
+        }
+
+    def test_all_met(self):
+        verdicts = judge(self.result())
+        assert [v["met"] for v in verdicts] == [True] * 5
+        assert verdicts[1]["figure"] == "nearest: MONAI, 1.5 times (95 %: 1.4 to 1.7)"
+
+    @pytest.mark.parametrize(
+        ("changed", "missed"),
+        [({"speed": 7.9}, 0), ({"other": 0.9}, 1), ({"first": 2.1}, 2), ({"raw": 19.0}, 3), ({"slope": 6 * 2**20}, 4)],
+    )
+    def test_one_missed(self, changed, missed):
+        assert [v["met"] for v in judge(self.result(**changed))] == [number != missed for number in range(5)]
+
+    def test_what_has_not_run_is_not_judged(self):
+        assert judge({"parts": {"loader": {"failed": "x"}, "memory": {"not_run": "y"}}}) == []
+
+    def test_who_is_ahead(self):
+        for interval, expected in (([1.1, 2], "gpuparse"), ([0.5, 0.9], "the peer"), ([0.9, 1.1], "neither")):
+            assert tables.winner({"ratio_95": interval}) == expected
+
+    def test_memory_trends(self):
+        batches = list(range(10, 510, 10))
+        rising = [1000 if b < 100 else 5000 + 3 * b for b in batches]  # the start is left out
+        found = memory.trend(batches, rising)
+        assert found["bytes_per_1000_batches"] == pytest.approx(3000)
+        assert memory.trend(batches, [7000] * 50)["bytes_per_1000_batches"] == pytest.approx(0, abs=1e-6)
+        assert memory.trend([1], [7])["span_bytes"] == 0
+
+    def test_numbers_of_cores(self):
+        assert [scaling.core_counts(n) for n in (1, 2, 3, 8, 12)] == [
+            [1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12],
+        ]  # fmt: skip
+
+
+def test_summaries_hold_their_medians():
+    found = summary([3, 1, 2, 9])
+    assert found["median"] == 2.5
+    assert found["median_95"][0] <= 2.5 <= found["median_95"][1]
+    assert found["range"] == [1, 9]
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        low, high = summary(random.exponential(1, 25))["median_95"]
+        covered += low <= np.log(2) <= high
+    assert covered >= 50
+    assert ratio_of_medians([2, 4, 6], [1, 2, 3]) == {"ratio": 2, "ratio_95": [2, 2]}
+
+
+class TestRefusals:
+    """Arguments that cannot be used."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--against", "reference,nothing"], "--against is 'reference,nothing'; expected some of reference, "),
+            (["--against", ","], "--against is ','; expected some of"),
+            (["--part", "speed"], "--part is 'speed'; expected one of loader, first-batch, "),
+            (["--device", "tpu"], "--device is 'tpu'; expected cpu, cuda or auto"),
+            (["--device", "cuda"], "--device is cuda, and torch finds no GPU. Take --device cpu"),
+            (["--device", "cpu", "--cores", "4000"], "--cores is 4000; expected 1 to "),
+            (
+                ["--device", "cpu", "--data", "/nowhere"],
+                "--data is /nowhere; expected a folder with class_prompts",
+            ),
+            (
+                ["--device", "cpu", "--original", "/nowhere"],
+                "--original is /nowhere; expected a checkout of Biomed",
+            ),
+            (["--from", "/nowhere/results.json"], "/nowhere/results.json holds no results"),
+        ],
+    )
+    def test_of_the_command(self, arguments, message, monkeypatch, tmp_path):
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        done = CliRunner().invoke(app, ["bench", "--toy", "--out", str(tmp_path), *arguments])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, InputError)
+        assert message in str(done.exception)
+
+    def test_results_of_another_version(self, tmp_path):
+        (tmp_path / "results.json").write_text('{"results_version": 0}')
+        with pytest.raises(InputError, match="has results_version 0; this gpuparse reads 1"):
+            load_results(tmp_path / "results.json")
+
+    def test_folders_that_cannot_be_written(self, tmp_path, toy):
+        (tmp_path / "file").touch()
+        request = BenchRequest(None, BenchSettings.choose("toy", "cpu"), (), (), None, ())
+        with pytest.raises(InputError, match=r"--out .*file/out cannot be made"):
+            run_bench(request, tmp_path / "file/out")
+        with pytest.raises(InputError, match="the page cannot be written"):
+            page.write_page(toy[1], tmp_path / "file/out")
+
+    def test_data_of_instances_alone(self, write_case, data_dir):
+        labels = np.zeros((4, 20, 20), np.uint8)
+        labels[1:3, 3:9, 4:9] = 2
+        write_case(np.full((4, 20, 20), 9, np.uint8), labels, instance_label=1)
+        with pytest.raises(InputError, match="holds no dataset whose ids are classes"), prepare(data_dir):
+            pass
