@@ -65,6 +65,8 @@ def bench_command(
 ) -> None:
     """Measure gpuparse beside other ways to feed the same training, on this machine.
 
+    Exit status: 0 all measured, 1 a part failed and the others were measured, 2 nothing was measured, 130 interrupted.
+
     Example: gpuparse bench --data data --out bench --against reference,monai
     """
     from gpuparse.bench.page import write_page
