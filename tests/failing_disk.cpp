@@ -1,5 +1,6 @@
-// Preloaded into a program, it makes a folder's disk fail from some call on: files below FAILING_FOLDER are opened, read
-// and written FAILING_AFTER times in each process; every call after that ends in FAILING_ERRNO, as on a lost mount.
+// Preloaded into a program, it makes a folder's disk fail from some call on: files below FAILING_FOLDER are opened,
+// read and written FAILING_AFTER times in each process; every call after that ends in FAILING_ERRNO, as on a lost
+// mount.
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,8 +19,8 @@ namespace {
 
 std::atomic<long> calls{0};
 
-bool fails(const char* path) {
-  static const char* folder = getenv("FAILING_FOLDER");
+bool fails(const char *path) {
+  static const char *folder = getenv("FAILING_FOLDER");
   static const long after = atol(getenv("FAILING_AFTER") ? getenv("FAILING_AFTER") : "0");
   if (!folder || !path || strncmp(path, folder, strlen(folder)) != 0) return false;
   if (calls++ < after) return false;
@@ -37,8 +38,8 @@ bool fails(int file) {
 }
 
 template <class Function>
-Function* next(const char* name) {
-  return reinterpret_cast<Function*>(dlsym(RTLD_NEXT, name));
+Function *next(const char *name) {
+  return reinterpret_cast<Function *>(dlsym(RTLD_NEXT, name));
 }
 
 }  // namespace
@@ -47,22 +48,22 @@ extern "C" {
 
 #define FIRST(name, type, parameters, arguments, what, failed) \
   type name parameters {                                       \
-    static auto* real = next<type parameters>(#name);          \
+    static auto *real = next<type parameters>(#name);          \
     return fails(what) ? failed : real arguments;              \
   }
 
-FIRST(read, ssize_t, (int file, void* data, size_t n), (file, data, n), file, -1)
-FIRST(write, ssize_t, (int file, const void* data, size_t n), (file, data, n), file, -1)
-FIRST(mkdir, int, (const char* path, mode_t mode), (path, mode), path, -1)
-FIRST(rename, int, (const char* from, const char* to), (from, to), from, -1)
-FIRST(unlink, int, (const char* path), (path), path, -1)
-FIRST(rmdir, int, (const char* path), (path), path, -1)
-FIRST(opendir, DIR*, (const char* path), (path), path, nullptr)
-FIRST(stat64, int, (const char* path, struct stat64* found), (path, found), path, -1)
-FIRST(lstat64, int, (const char* path, struct stat64* found), (path, found), path, -1)
+FIRST(read, ssize_t, (int file, void *data, size_t n), (file, data, n), file, -1)
+FIRST(write, ssize_t, (int file, const void *data, size_t n), (file, data, n), file, -1)
+FIRST(mkdir, int, (const char *path, mode_t mode), (path, mode), path, -1)
+FIRST(rename, int, (const char *from, const char *to), (from, to), from, -1)
+FIRST(unlink, int, (const char *path), (path), path, -1)
+FIRST(rmdir, int, (const char *path), (path), path, -1)
+FIRST(opendir, DIR *, (const char *path), (path), path, nullptr)
+FIRST(stat64, int, (const char *path, struct stat64 *found), (path, found), path, -1)
+FIRST(lstat64, int, (const char *path, struct stat64 *found), (path, found), path, -1)
 
-int open64(const char* path, int flags, ...) {
-  static auto* real = next<int(const char*, int, ...)>("open64");
+int open64(const char *path, int flags, ...) {
+  static auto *real = next<int(const char *, int, ...)>("open64");
   va_list rest;
   va_start(rest, flags);
   const mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;

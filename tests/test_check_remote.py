@@ -155,7 +155,12 @@ def test_what_is_not_there_is_refused(server, options, tmp_path):
 
 
 def test_a_store_at_a_url_is_repaired_by_sending_it_anew(server, options, data, tmp_path):
-    arguments = {"out_dir": "s3://bucket/stores", "work_dir": tmp_path / "work", "remote": options}
+    arguments = {
+        "out_dir": "s3://bucket/stores",
+        "work_dir": tmp_path / "work",
+        "remote": options,
+        "datasets": ["DATA"],
+    }
     gpuparse.convert(data, **arguments)
     (key,) = [key for key in server.list_keys("stores/DATA/train.zarr/cases/b.") if key.endswith("/0/c/0/0/0")
               and "labels" not in key]  # fmt: skip
