@@ -25,6 +25,7 @@ from ondevice import decoding, kernels, loading, training
 from ondevice.setup import Data, NotRunError, Settings, prepare
 
 import gpuparse
+from gpuparse.bench.machine import commit
 from gpuparse.kernels import source_digest
 
 PARTS: dict[str, Callable[[Data, Settings], dict[str, Any]]] = {
@@ -69,15 +70,6 @@ def version(name: str) -> str:
     except (ImportError, OSError) as error:
         return f"none ({type(error).__name__})"
     return str(getattr(module, "__version__", "unknown"))
-
-
-def commit() -> str:
-    """The commit of this checkout; where git cannot say, what GPUPARSE_COMMIT says."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GPUPARSE_COMMIT", "unknown")
 
 
 def driver() -> str:

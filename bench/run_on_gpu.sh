@@ -9,7 +9,7 @@
 #            PYTHON  the interpreter (python3)
 #            DATA    volumes to measure with, in BiomedParse's layout (generated ones)
 #            LIMIT_SECONDS    for the whole (530)
-#            GPUPARSE_COMMIT  what to call this checkout where git cannot say
+#            GPUPARSE_COMMIT  what to call this checkout, where git is not to be asked
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
@@ -67,7 +67,7 @@ sanitize() {
   run "$1" 55 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 DALI_USE_DEVICE_MEM_POOL=0 DALI_USE_VMM=0 \
     "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 "$python" bench/small_pipeline.py
   say "=== $1: lines that name gpuparse's kernels: $(sed -n "/^=== $1: env/,/^=== $1: status/p" "$log" \
-    | grep -cE '^=========.*\b(encode|encode_mask|augment|place_blocks)\b')"
+    | grep -cE '^=========.*\b(encode|encode_mask|augment|augment_tiles|place_blocks)\b')"
 }
 
 # The checkout itself is what runs, not a copy that was installed earlier.

@@ -75,13 +75,16 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the checkout that runs; where git cannot say, what GPUPARSE_COMMIT says."""
+    """The commit of the checkout that runs: what GPUPARSE_COMMIT says, else what git does."""
+    named = os.environ.get("GPUPARSE_COMMIT")
+    if named:
+        return named
     folder = Path(__file__).parents[2]
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ.get("GPUPARSE_COMMIT", "unknown")
+    return "unknown"
 
 
 def _tree(pid: int) -> list[int]:
