@@ -20,6 +20,7 @@ OUTSIDE = {
     "ARCHITECTURE.md": "architecture.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "bench/README.md": "benchmarks.md",
     "examples/finetune.py": "examples/finetune.py",
 }
 SAME = {"README.md": "index.md"}  # says the same as a page of the site
