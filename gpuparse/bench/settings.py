@@ -48,7 +48,7 @@ class BenchSettings:
     slow_rounds: int = 3
     train_steps: int = 12
     train_width: int = 12
-    raw_bytes: int = 400_000_000
+    raw_bytes: int = 1_200_000_000
     memory_batches: int = 5000
     index_slices: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
     access_slices: int = 400

@@ -45,7 +45,7 @@ def bench_command(
         typer.Option(
             "--raw-gb",
             min=0,
-            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 0.4, and "
+            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 1.2, and "
             "none with --quick or --toy.",
         ),
     ] = None,
