@@ -21,7 +21,7 @@ from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.batch import BufferPool, collate, host_tensors
 from gpuparse.cache import ChunkCache, PageCacheBudget
 from gpuparse.device import DeviceBatch, DeviceRenderer
-from gpuparse.errors import BlockError, ChunkCorruptError, SliceReadError
+from gpuparse.errors import BlockError, ChunkCorruptError, InputError, SliceReadError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, Order
 from gpuparse.pack import PackedBatch, pack
@@ -212,11 +212,20 @@ class Supply:
             probes: Where to book the time.
         """
         together = max(1, _SAMPLES_PER_DRAW // plan.batch_size)
-        for first in range(0, plan.num_batches, together):
+        first = 0
+        while first < plan.num_batches:
             with probes.stage("plan"):
                 steps = [plan.positions(step) for step in range(first, min(first + together, plan.num_batches))]
                 draws = self.order.draw(np.concatenate(steps), epoch)
-                samples = self.flat.describe(draws)
+                try:
+                    samples = self.flat.describe(draws)
+                except InputError:
+                    if together == 1:
+                        raise
+                    # Labels of different shapes may follow one another, as long as no batch mixes them.
+                    together = 1
+                    continue
+            first += len(steps)
             start = 0
             for positions in steps:
                 mine = slice(start, start := start + len(positions))

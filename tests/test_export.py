@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,8 +18,6 @@ from gpuparse.cli import app
 from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.export import CaseExport, export_store
 from gpuparse.workers import Died
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 THICK, CUBIC = (1.0, 0.75, 5.0), (1.0, 1.0, 1.0)
 SIZE = 64
@@ -88,7 +84,7 @@ def load(path):
 
 @pytest.mark.parametrize("dataset", ["ORGANS", "CELLS"])
 def test_files_are_those_of_the_references_method(source, exported, tmp_path, dataset):
-    from baselines.dataset import write_png_tree
+    from gpuparse.bench.baselines.process_2d import write_png_tree
 
     out, _ = exported
     folders = write_png_tree(source, dataset, tmp_path, SIZE)
@@ -155,7 +151,7 @@ def test_real_slices_are_those_that_the_reference_made(golden_dir, volumes_dir, 
 
 def test_the_references_dataset_trains_on_it(exported):
     """The method of `BiomedParseDataset`, written anew, gives the items that gpuparse gives, and a loss that falls."""
-    from baselines.dataset import PngDataset
+    from gpuparse.bench.baselines.dataset import PngDataset
 
     out, _ = exported
     dataset = PngDataset(out / "ORGANS" / "processed", num_prompts=2)

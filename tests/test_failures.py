@@ -44,7 +44,7 @@ def damage(path, case, array, numbers):
 
 
 def write_nonsense(path, case, number):
-    """Puts what is no LZ4 into a chunk, with the checksum that goes with it."""
+    """Puts what is no LZ4 into a chunk's first block, with the checksum that goes with it."""
     store = open_store(path)
     layout = store.layout([c.name for c in store.cases].index(case), "0")
     shard = layout.path / "c/0/0/0"
@@ -52,7 +52,8 @@ def write_nonsense(path, case, number):
     index = np.frombuffer(bytes(raw[-16 * layout.chunks_per_shard - 4 : -4]), "<u8").reshape(-1, 2)
     start, num_bytes = (int(n) for n in index[number])
     (block,) = struct.unpack_from("<I", raw, start + 16)
-    raw[start + block + 4 : start + num_bytes - 4] = b"\xff" * (num_bytes - block - 8)
+    (block_bytes,) = struct.unpack_from("<I", raw, start + block)
+    raw[start + block + 4 : start + block + 4 + block_bytes] = b"\xff" * block_bytes
     struct.pack_into("<I", raw, start + num_bytes - 4, google_crc32c.value(bytes(raw[start : start + num_bytes - 4])))
     shard.write_bytes(raw)
 

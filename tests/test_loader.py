@@ -217,3 +217,15 @@ def test_missing_dali_is_named(ct, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(MissingDependencyError, match=r"needs NVIDIA DALI.*pip install gpuparse\[cuda12\]"):
         list(DataLoader(ct, batch_size=4))
+
+
+def test_labels_of_different_shapes_may_follow_one_another(sample_stores):
+    root = sample_stores["SAMPLE_CT"].parent
+    parts = [SliceDataset(root, img_size=(32, 32), num_prompts=n) for n in (2, 3)]
+    dataset = ConcatDataset([Subset(part, range(20, 28)) for part in parts])
+    shapes = [tuple(batch["labels"].shape) for batch in DataLoader(dataset, 4)]
+    assert shapes == [(4, 2, 32, 32)] * 2 + [(4, 3, 32, 32)] * 2
+    batches = iter(DataLoader(dataset, 3))
+    assert [next(batches)["labels"].shape[1] for _ in range(2)] == [2, 2]
+    with pytest.raises(InputError, match="make labels of different shapes; expected equal num_prompts"):
+        next(batches)  # samples 6 to 8 are from both

@@ -18,9 +18,10 @@ import torch
 from comparing import same
 from torch.utils.data import ConcatDataset, Subset
 
-from gpuparse import DataLoader, SliceDataset
+from gpuparse import DataLoader, SliceDataset, production
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.pack import pack
 
 SIZE = (32, 32)
 KINDS = {
@@ -76,9 +77,8 @@ def step_through(loader, count):
 
 
 def test_states_are_small_plain_json_and_count_batches_handed_out(both, monkeypatch):
-    described = []
-    original = FlatDataset.describe
-    monkeypatch.setattr(FlatDataset, "describe", lambda self, draws: described.append(1) or original(self, draws))
+    packed = []
+    monkeypatch.setattr(production, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
     loader = DataLoader(both, 4, seed=2**64 - 1, prefetch_depth=4, num_threads=1)
     before = loader.state_dict()
     assert before == {"version": 1, "seed": 2**64 - 1, "epoch": 0, "position": 0, "plan_hash": before["plan_hash"]}
@@ -90,9 +90,9 @@ def test_states_are_small_plain_json_and_count_batches_handed_out(both, monkeypa
         assert json.loads(json.dumps(state)) == state
         assert len(json.dumps(state)) < 150
     deadline = time.monotonic() + 10
-    while len(described) < 5 and time.monotonic() < deadline:
+    while len(packed) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(described) >= 5  # read ahead, and not counted
+    assert len(packed) >= 5  # read ahead, and not counted
     assert loader.state_dict()["position"] == 8
 
 
