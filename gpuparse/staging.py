@@ -94,13 +94,16 @@ class StagingRing:
     def put(self, slot: Slot) -> None:
         """Takes a slot back; `Slot.release` calls it."""
         with self._changed:
-            self._free.append(slot)
+            if not self._closed:
+                self._free.append(slot)
             self._changed.notify()
 
     def close(self) -> None:
-        """Wakes whoever waits; the memory goes with the ring."""
+        """Wakes whoever waits, and lets go of the slots: they know the ring, and a circle would keep their memory."""
         with self._changed:
             self._closed = True
+            self._slots.clear()
+            self._free.clear()
             self._changed.notify_all()
 
 

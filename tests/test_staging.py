@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -147,3 +149,18 @@ def test_many_holders_never_share_a_slot():
         thread.join(30)
     assert wrong == []
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_memory_goes_when_the_ring_is_closed_without_a_collector():
+    gc.disable()
+    try:
+        ring = StagingRing(2, lambda num_bytes: np.zeros(num_bytes, np.uint8))
+        slot = ring.acquire()
+        memory = weakref.ref(slot.take(10).base)
+        ring.close()
+        slot.release()
+        assert ring.num_bytes == 0
+        del slot
+        assert memory() is None
+    finally:
+        gc.enable()
