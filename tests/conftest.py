@@ -151,6 +151,28 @@ def write_case(data_dir):
     return write
 
 
+@pytest.fixture(scope="module")
+def running_server():
+    """An object store on loopback that fails when told to, for all tests of a module."""
+    yield from pytest.importorskip("object_store", reason="needs moto[server]").serve()
+
+
+@pytest.fixture
+def server(running_server):
+    """The object store, empty."""
+    yield running_server
+    running_server.settle()
+    for key in running_server.list_keys():
+        running_server.delete(key)
+
+
+@pytest.fixture
+def options(server):
+    """How gpuparse reaches the object store, with one retry and no waiting."""
+    config = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region": "us-east-1"}
+    return gpuparse.RemoteOptions(num_attempts=2, backoff_seconds=0.0, config={**config, "endpoint": server.endpoint})
+
+
 class Trap:
     """Unpickled, it makes the folder `path`: proof that something ran."""
 

@@ -16,29 +16,10 @@ from gpuparse.cli import app
 from gpuparse.errors import InputError, StorageError, StoreWriteError
 from gpuparse.lease import Lease
 from gpuparse.read import ChunkReader, SliceKey
-from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
+from gpuparse.remote import RemotePath, RemoteSite
 
-serve = pytest.importorskip("object_store", reason="needs moto[server]").serve
+pytest.importorskip("object_store", reason="needs moto[server]")
 pytest.importorskip("obstore")
-
-
-@pytest.fixture(scope="module")
-def running():
-    yield from serve()
-
-
-@pytest.fixture
-def server(running):
-    yield running
-    running.settle()
-    for key in running.list_keys():
-        running.delete(key)
-
-
-@pytest.fixture
-def options(server):
-    config = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region": "us-east-1"}
-    return RemoteOptions(num_attempts=2, backoff_seconds=0.0, config={**config, "endpoint": server.endpoint})
 
 
 @pytest.fixture
