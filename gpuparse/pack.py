@@ -146,7 +146,7 @@ def pack(
     Args:
         reader: Reads the chunks.
         keys: The slices.
-        params: (batch,) PARAMS_DTYPE.
+        params: (batch,) PARAMS_DTYPE, as `sample_params` draws them; they are not checked again.
         labels: What labels to make.
         size: Rows and columns of a sample.
         types: Element types of the outputs.
@@ -155,7 +155,7 @@ def pack(
 
     Raises:
         ChunkCorruptError: A chunk cannot be read; the message names the slice.
-        InputError: The parameters do not fit the batch, or uint8 labels cannot hold the stored ids.
+        InputError: uint8 labels cannot hold the stored ids, or the batch takes 2 GiB compressed.
     """
     gathering = gather(keys, size)
     finish = prepare_finish(params, labels, gathering.label_planes, size, types)
