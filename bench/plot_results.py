@@ -30,13 +30,14 @@ def block(result: dict[str, Any]) -> str:
     """README's paragraph, table and plots, in Markdown."""
     about, data, settings, parts = result["machine"], result["data"], result["settings"], result["parts"]
     loader, first = parts["loader"], parts["first-batch"]["raw"]
+    size = f"{first['raw_bytes'] / 1e9:.1f} GB"
     volumes = "generated" if data["generated"] else "public"
     lines = [
         f"{about['cpu']}, {len(settings['cores'])} cores for each side, batches of {settings['batch_size']}, all "
         f"augmentation, from the page cache; {data['slices']} slices of {data['volumes']} {volumes} volumes "
         f"({', '.join(data['datasets'])}). Every side took turns in one run; medians, in brackets 95 % intervals.",
         "",
-        "| | samples/s | gpuparse / it | memory | raw npz to first batch, s |",
+        f"| | samples/s | gpuparse / it | memory | raw npz ({size}) to first batch, s |",
         "|---|---|---|---|---|",
     ]
     sides = sorted(loader["sides"].items(), key=lambda item: -item[1]["samples_per_second"]["median"])

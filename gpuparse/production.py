@@ -49,7 +49,7 @@ class Maker(Protocol):
         """The CUDA device, None for the CPU."""
 
     def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Memory to read batches into."""
+        """Memory to read batches into, at least so many bytes."""
 
     def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[Any, Any]:
         """The batch, perhaps still under way; and an event after which its buffer is free, None for at once."""
@@ -75,7 +75,7 @@ class HostMaker:
         size: Rows and columns.
         types: Element types.
         num_threads: CPU threads.
-        max_free: Buffers kept for reuse.
+        max_free: Buffers for results kept for reuse, and twice as many to read into.
         slab_bytes: Memory for decoded chunks that outlive their batch, 0 for none.
     """
 
@@ -86,13 +86,17 @@ class HostMaker:
     ) -> None:
         self._size, self._types, self._num_threads = size, types, num_threads
         self._pool = BufferPool(max_free)
+        self._staging = BufferPool(2 * max_free)
         self._slab = np.empty(slab_bytes, np.uint8) if slab_bytes else None
         self._arena = np.empty(0, np.uint8)
         self._lock = threading.Lock()  # two iterations of one loader take turns
 
     def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Ordinary memory."""
-        return np.empty(num_bytes, np.uint8)
+        """Ordinary memory, at least so much of it, that an earlier iteration may have had."""
+        # Given back to the system it would leave holes: the second iteration of a process took 20 MB more.
+        # Sizes by powers of two are few, and pages that nobody touches are not there.
+        memory: npt.NDArray[np.uint8] = self._staging.take((1 << (num_bytes - 1).bit_length(),), np.uint8)
+        return memory
 
     def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[AugmentedBatch, None]:
         """Decodes, encodes and augments; done when it returns."""

@@ -76,7 +76,9 @@ def test_the_loaders_figures_fit_each_other(toy):
 
 def test_times_of_a_first_batch_add_up(toy):
     part = toy[1]["parts"]["first-batch"]
-    for kind in ("prepared", "raw"):
+    assert part["raw-large"]["sides"].keys() == {"gpuparse", "reference"}
+    assert part["raw"]["raw_bytes"] == part["raw-large"]["raw_bytes"] > 0  # toy: the volumes as they are
+    for kind in ("prepared", "raw", "raw-large"):
         for side in part[kind]["sides"].values():
             after = side["make_seconds"]["median"] + side["batch_seconds"]["median"]
             assert side["after_imports_seconds"]["median"] == pytest.approx(after)
@@ -242,7 +244,7 @@ class TestJudging:
     """Targets against made-up figures."""
 
     @staticmethod
-    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0):
+    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0, large=None):
         def ratio(value):
             return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value]}
 
@@ -258,7 +260,8 @@ class TestJudging:
                             "gpuparse": {k: {"median": first} for k in ("after_imports_seconds", "process_seconds")}
                         }
                     },
-                    "raw": {"ratios": {"reference": ratio(raw)}},
+                    "raw": {"ratios": {"reference": ratio(raw)}, "raw_bytes": 1.2e9},
+                    **({"raw-large": {"ratios": {"reference": ratio(large)}, "raw_bytes": 6e9}} if large else {}),
                 },
                 "memory": {"bytes_per_1000_batches": slope, "settled_bytes": 500 * 2**20},
             }
@@ -275,6 +278,14 @@ class TestJudging:
     )
     def test_one_missed(self, changed, missed):
         assert [v["met"] for v in judge(self.result(**changed))] == [number != missed for number in range(5)]
+
+    def test_raw_files_are_judged_by_the_larger_set(self):
+        for small, large, met in ((12.0, 22.0, True), (22.0, 12.0, False)):
+            verdict = judge(self.result(raw=small, large=large))[3]
+            assert verdict["met"] is met
+            assert f"{small:.1f} times" in verdict["figure"]
+            assert f"{large:.1f} times" in verdict["figure"]
+            assert verdict["figure"].endswith("with 6.0 GB")
 
     def test_what_has_not_run_is_not_judged(self):
         assert judge({"parts": {"loader": {"failed": "x"}, "memory": {"not_run": "y"}}}) == []

@@ -9,6 +9,8 @@ import weakref
 import numpy as np
 import pytest
 
+from gpuparse.augment import OutputTypes
+from gpuparse.production import HostMaker
 from gpuparse.staging import RingClosedError, StagingRing
 
 MIB = 1 << 20
@@ -164,3 +166,31 @@ def test_memory_goes_when_the_ring_is_closed_without_a_collector():
         assert memory() is None
     finally:
         gc.enable()
+
+
+class TestMemoryOfTheHost:
+    """What iterations on the CPU read into."""
+
+    @staticmethod
+    def read(ring, num_bytes):
+        return [slot.take(num_bytes).ctypes.data for slot in (ring.acquire(), ring.acquire())]
+
+    @pytest.fixture
+    def maker(self):
+        return HostMaker((8, 8), OutputTypes("float32", "int64"), num_threads=1, max_free=2)
+
+    def test_is_that_of_the_iteration_before(self, maker):
+        rings = [StagingRing(2, maker.memory) for _ in range(2)]
+        first = self.read(rings[0], 3 * MIB)
+        rings[0].close()
+        assert sorted(self.read(rings[1], 3 * MIB + 5)) == sorted(first)
+
+    def test_is_not_shared_by_two_at_once(self, maker):
+        rings = [StagingRing(2, maker.memory) for _ in range(2)]
+        assert len({*self.read(rings[0], MIB), *self.read(rings[1], MIB)}) == 4
+
+    def test_stays_with_a_batch_that_outlives_its_ring(self, maker):
+        ring = StagingRing(1, maker.memory)
+        batch = ring.acquire().take(10)
+        ring.close()
+        assert StagingRing(1, maker.memory).acquire().take(10).ctypes.data != batch.ctypes.data

@@ -45,7 +45,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; fo
 
 _SECTIONS = {
     "loader": ("Loaders by themselves", ("loader", "cpu")),
-    "first-batch": ("Time to the first batch", ("first-batch-prepared", "first-batch-raw")),
+    "first-batch": ("Time to the first batch", ("first-batch-prepared", "first-batch-raw", "first-batch-raw-large")),
     "epoch": ("Training", ("epoch",)),
     "convert": ("Conversion", ("convert",)),
     "kernels": ("Kernels", ()),
@@ -61,7 +61,7 @@ _WORDS = {
     "slices without augmentation were compared with OpenCV's. Lines on the bars are 95 % bootstrap intervals of the "
     "median over rounds.",
     "first-batch": "Each figure is a fresh process. Prepared: stores, PNG or blosc2 files are there (MONAI fills its "
-    "cache each time). Raw: only the npz files are there.",
+    "cache each time). Raw: only the npz files are there; the smaller set for all sides, the larger for two.",
     "epoch": "A small network that segments, trained on the same cores that load. The dashed line is the median step "
     "with one batch held in memory.",
     "slices": "Synthetic indexes over one small case.",

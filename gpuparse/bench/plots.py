@@ -89,8 +89,11 @@ def _cpu(part: dict[str, Any]) -> Any:
 
 def _first_batch(kind: str) -> Callable[[dict[str, Any]], Any]:
     def plot(part: dict[str, Any]) -> Any:
+        if kind not in part:
+            return None
         seconds = {name: side["process_seconds"] for name, side in part[kind]["sides"].items()}
-        label = "s from the start of the process (less is better)"
+        size = "" if kind == "prepared" else f", {part[kind]['raw_bytes'] / 1e9:.1f} GB of voxels"
+        label = f"s from the start of the process{size} (less is better)"
         return _bars(_from_summaries(seconds, False), label, lambda value: f"{value:.1f}")
 
     return plot
@@ -192,6 +195,7 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "cpu": _cpu,
     "first-batch-prepared": _first_batch("prepared"),
     "first-batch-raw": _first_batch("raw"),
+    "first-batch-raw-large": _first_batch("raw-large"),
     "epoch": _epoch,
     "convert": _convert,
     "scaling": _scaling,
@@ -201,6 +205,6 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 _PART = {
     "loader": "loader", "cpu": "loader", "first-batch-prepared": "first-batch", "first-batch-raw": "first-batch",
-    "epoch": "epoch", "convert": "convert", "scaling": "scaling", "slices": "slices", "access": "access",
-    "memory": "memory",
+    "first-batch-raw-large": "first-batch", "epoch": "epoch", "convert": "convert", "scaling": "scaling",
+    "slices": "slices", "access": "access", "memory": "memory",
 }  # fmt: skip

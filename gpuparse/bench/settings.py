@@ -31,6 +31,8 @@ class BenchSettings:
         train_width: Channels of the first layer of the network that is trained.
         raw_bytes: Voxels that are prepared on the way from raw files to a first batch, at least; the volumes are
             repeated to come to so many.
+        large_raw_bytes: The same once more for gpuparse and the reference alone, since more takes the other peers too
+            long; nothing if not above `raw_bytes`.
         memory_batches: Batches over which memory is watched.
         index_slices: Lengths of the synthetic indexes.
         access_slices: Slices read for each view and chunk shape.
@@ -49,6 +51,7 @@ class BenchSettings:
     train_steps: int = 12
     train_width: int = 12
     raw_bytes: int = 1_200_000_000
+    large_raw_bytes: int = 6_000_000_000
     memory_batches: int = 5000
     index_slices: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
     access_slices: int = 400
@@ -75,13 +78,13 @@ class BenchSettings:
         if level == "quick":
             return cls(
                 level, device, cores, rounds=4, turn_seconds=2.0, turn_batches=8, slow_rounds=2, train_steps=6,
-                raw_bytes=0,
+                raw_bytes=0, large_raw_bytes=0,
                 memory_batches=500, access_slices=100, kernel_repeats=60, index_slices=(100, 10_000, 1_000_000),
             )  # fmt: skip
         return cls(
             level, device, cores, size=64, batch_size=2, rounds=2, turn_seconds=0.0, turn_batches=3, slow_rounds=1,
-            train_steps=2, train_width=2, raw_bytes=0, memory_batches=20, index_slices=(100, 1000), access_slices=6,
-            kernel_repeats=5,
+            train_steps=2, train_width=2, raw_bytes=0, large_raw_bytes=1, memory_batches=20, index_slices=(100, 1000),
+            access_slices=6, kernel_repeats=5,
         )  # fmt: skip
 
     @property

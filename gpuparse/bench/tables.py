@@ -139,14 +139,19 @@ FIRST_BATCH_COLUMNS = ["side", "whole process, s (95 %)", "after imports, s (95 
 FIRST_BATCH_TITLES = {
     "prepared": "To the first batch, everything prepared",
     "raw": "To the first batch, from the raw npz files",
+    "raw-large": "The same, from more of them",
 }
 
 
 def _first_batch(part: dict[str, Any]) -> list[Table]:
     tables = []
     for kind, title in FIRST_BATCH_TITLES.items():
-        size = f": {megabytes(part['raw_bytes'])} of voxels, {part['raw_slices']} slices" if kind == "raw" else ""
-        table = _table(title + size, FIRST_BATCH_COLUMNS)
+        if kind not in part:
+            continue
+        found = part[kind]
+        if kind != "prepared":
+            title += f": {megabytes(found['raw_bytes'])} of voxels, {found['raw_slices']} slices"
+        table = _table(title, FIRST_BATCH_COLUMNS)
         for row in first_batch_rows(part, kind):
             table.add_row(*row)
         tables.append(table)

@@ -45,8 +45,8 @@ def bench_command(
         typer.Option(
             "--raw-gb",
             min=0,
-            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 1.2, and "
-            "none with --quick or --toy.",
+            help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 1.2, then "
+            "6 for gpuparse and the reference alone; as they are with --quick or --toy.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds: minutes.")] = False,
@@ -82,7 +82,7 @@ def bench_command(
         level = "toy" if toy else "quick" if quick else "full"
         settings = BenchSettings.choose(level, _device(device), cores)
         if raw_gb is not None:
-            settings = replace(settings, raw_bytes=int(raw_gb * 1e9))
+            settings = replace(settings, raw_bytes=int(raw_gb * 1e9), large_raw_bytes=0)
         request = BenchRequest(
             data=data,
             settings=settings,

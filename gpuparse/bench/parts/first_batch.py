@@ -17,7 +17,6 @@ from gpuparse.bench.sides import OURS, SIDES
 
 __all__ = ["measure"]
 
-_KINDS = ("prepared", "raw")
 _LIKE_THE_REFERENCE = ("reference-mended", "dali-png")  # on the way from raw files: the same PNG files
 
 
@@ -25,27 +24,28 @@ def measure(context: Context) -> dict[str, Any]:
     """Seconds from the start of a process to its first batch.
 
     "prepared": stores, PNG or blosc2 files are there. "raw": they are not, and the process makes them first.
+    "raw-large": the same with more volumes, gpuparse and the reference alone.
     """
     left_out: dict[str, str] = {}
-    runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in _KINDS}
-    many = context.data.repeated(context.settings.raw_bytes, context.data.scratch / "many")
+    sources = _sources(context)
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in sources}
     for number in range(context.settings.slow_rounds + 1):  # the first round prepares, and is thrown away
-        for kind in _KINDS if number else _KINDS[:1]:
-            names = [n for n in context.peers if kind == "prepared" or n not in _LIKE_THE_REFERENCE]
-            for name in (OURS, *names):
+        for kind, raw in sources.items() if number else [("prepared", None)]:
+            names = [n for n in context.peers if raw is None or n not in _LIKE_THE_REFERENCE]
+            for name in (OURS, *(n for n in names if kind != "raw-large" or n == "reference")):
                 reason = left_out.get(name) or SIDES[name].missing()
                 if reason is None:
                     context.tell(f"round {number} of {context.settings.slow_rounds}: {kind}, {SIDES[name].title}")
                     try:
-                        run = _run(context, name, many if kind == "raw" else None)
+                        run = _run(context, name, raw)
                     except SideFailedError as error:
                         reason = f"failed: {error}"
                 if reason is not None:
                     left_out[name] = reason
                 elif number:
                     runs[kind].setdefault(name, []).append(run)
-    result: dict[str, Any] = {"left_out": left_out, "raw_bytes": many.raw_bytes, "raw_slices": len(many.slices)}
-    for kind in _KINDS:
+    result: dict[str, Any] = {"left_out": left_out}
+    for kind, raw in sources.items():
         sides = {
             name: {key: summary([run[key] for run in found]) for key in found[0]}
             for name, found in runs[kind].items()
@@ -60,7 +60,18 @@ def measure(context: Context) -> dict[str, Any]:
                 if name != OURS and OURS in whole
             },
         }
+        if raw is not None:
+            result[kind] |= {"raw_bytes": raw.raw_bytes, "raw_slices": len(raw.slices)}
     return result
+
+
+def _sources(context: Context) -> dict[str, BenchData | None]:
+    """Kind of start -> the volumes that it begins with, None where everything is prepared."""
+    settings, data = context.settings, context.data
+    sources = {"prepared": None, "raw": data.repeated(settings.raw_bytes, data.scratch / "many")}
+    if settings.large_raw_bytes > settings.raw_bytes:
+        sources["raw-large"] = data.repeated(settings.large_raw_bytes, data.scratch / "very-many")
+    return sources
 
 
 def _run(context: Context, name: str, raw: BenchData | None = None) -> dict[str, float]:
