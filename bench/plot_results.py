@@ -1,7 +1,7 @@
 """Makes what the documents show of a benchmark from its results, so that no figure is typed by hand.
 
-Draws the plots as docs/images/bench-<plot>.png and writes table and machine into README.md between the marks
-`<!-- bench -->` and `<!-- /bench -->`.
+Draws the plots as docs/images/bench-<plot>.png, writes table and machine into README.md between the marks
+`<!-- bench -->` and `<!-- /bench -->`, and all tables and plots into docs/figures.md.
 
 Example: python bench/plot_results.py bench/results/bench-cpu.json
 """
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpuparse.bench.page import CONFIGURATION_COLUMNS, SECTIONS, WORDS, configuration_rows
 from gpuparse.bench.plots import PLOTS, draw, to_png
 from gpuparse.bench.run import load_results
 from gpuparse.bench.sides import OURS
-from gpuparse.bench.tables import megabytes
+from gpuparse.bench.tables import cells, megabytes, original_line, part_tables
 
 README_PLOTS = {
     "loader": "Samples per second of gpuparse and of other loaders",
@@ -63,6 +64,58 @@ def _targets(verdicts: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{v['target']}: {v['figure']}, {'met' if v['met'] else 'missed'}" for v in verdicts)
 
 
+def figures(result: dict[str, Any]) -> str:
+    """The page docs/figures.md: targets, and every part with its tables and plots."""
+    about, data = result["machine"], result["data"]
+    lines = [
+        "# Figures",
+        "",
+        f"Made by `bench/plot_results.py` from the results of one run: `{about['command']}`. No figure here was typed "
+        "by hand. What is measured, how, and what the peers are, stands under [Benchmarks](../bench/README.md); so do "
+        "[figures on a GPU](../bench/README.md#figures-on-an-h100).",
+        "",
+        f"{about['cpu']}, {len(result['settings']['cores'])} cores for each side, {about['memory_gib']} GiB; "
+        f"{data['slices']} slices of {data['volumes']} volumes ({', '.join(data['datasets'])}); {about['date']}, "
+        f"commit {about['commit']}, load average at the start {about['load_average_at_start'][0]}; "
+        f"Python {about['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + ".",
+        "",
+        "## Targets",
+        "",
+        *_table(
+            ["target, set beforehand", "figure", ""],
+            [(v["target"], v["figure"], "met" if v["met"] else "**missed**") for v in result["verdicts"]],
+        ),
+    ]
+    for name, (title, plots) in SECTIONS.items():
+        if name in result["parts"]:
+            shown = [f"![{title}, {plot}](images/bench-{plot}.png)" for plot in plots if draw(plot, result)]
+            lines += ["", f"## {title}", "", *_part(name, result["parts"][name], shown)]
+    if "original" in result:
+        lines += ["", "## The reference's own code", "", original_line(result["original"])]
+    return "\n".join(lines) + "\n"
+
+
+def _part(name: str, part: dict[str, Any], pictures: Sequence[str]) -> list[str]:
+    if "failed" in part or "not_run" in part:
+        return [part.get("failed") or part["not_run"]]
+    lines = [WORDS[name], ""] if name in WORDS else []
+    for picture in pictures:
+        lines += [picture, ""]
+    for table in part_tables(name, part):
+        lines += [f"{table.title}:", "", *_table(*cells(table)), ""]
+    if name == "loader":
+        lines += ["How each side was set up:", "", *_table(CONFIGURATION_COLUMNS, configuration_rows(part)), ""]
+    lines += [f"Left out: {side}: {reason}" for side, reason in part.get("left_out", {}).items()]
+    return lines[:-1] if not lines[-1] else lines
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (columns, *rows)]
+    return [body[0], "|" + "---|" * len(columns), *body[1:]]
+
+
 def fill(text: str, result: dict[str, Any]) -> str:
     """A document with the block between its marks made anew."""
     filled, count = MARKS.subn(lambda match: f"{match[1]}{block(result)}\n{match[2]}", text)
@@ -78,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="results.json of gpuparse bench")
     parser.add_argument("--images", type=Path, default=root / "docs/images", help="folder of the plots")
     parser.add_argument("--readme", type=Path, default=root / "README.md", help="the document to fill")
+    parser.add_argument("--figures", type=Path, default=root / "docs/figures.md", help="the page of all figures")
     options = parser.parse_args(arguments)
     result = load_results(options.results)
     missing = [name for name in README_PLOTS if draw(name, result) is None]
@@ -86,10 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.images.mkdir(parents=True, exist_ok=True)
     for name in PLOTS:
         figure = draw(name, result)
-        if figure is not None and name in README_PLOTS:
+        if figure is not None:
             (options.images / f"bench-{name}.png").write_bytes(to_png(figure))
     options.readme.write_text(fill(options.readme.read_text(encoding="utf-8"), result), encoding="utf-8")
-    print(f"{options.readme} and {options.images}/bench-*.png are made from {options.results}")
+    options.figures.write_text(figures(result), encoding="utf-8")
+    print(f"{options.readme}, {options.figures} and {options.images}/bench-*.png are made from {options.results}")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ class TestDocuments:
     def test_of_a_run(self, toy, tmp_path, capsys):
         results, readme = toy[0] / "results.json", tmp_path / "README.md"
         readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
-        arguments = ["--images", str(tmp_path / "images"), "--readme", str(readme)]
+        places = {"--images": tmp_path / "images", "--readme": readme, "--figures": tmp_path / "figures.md"}
+        arguments = [str(word) for place in places.items() for word in place]
         plot_results.main([str(results), *arguments])
         for name in plot_results.README_PLOTS:
             assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
@@ -179,6 +180,17 @@ class TestDocuments:
         side = toy[1]["parts"]["loader"]["sides"]["gpuparse"]
         assert f"| **gpuparse** | {side['samples_per_second']['median']:.0f} (" in text
         assert "old" not in text
+        shown = (tmp_path / "figures.md").read_text()
+        for name in plots.PLOTS:
+            assert f"](images/bench-{name}.png)" in shown
+            assert (tmp_path / f"images/bench-{name}.png").exists()
+        for title, _ in page.SECTIONS.values():
+            assert f"\n## {title}\n" in shown
+        for name, part in toy[1]["parts"].items():
+            for table in tables.part_tables(name, part):
+                for row in tables.cells(table)[1]:
+                    assert f"| {' | '.join(row)} |" in shown
+        assert "Samples/s by cores:\n\n| side | 1 |\n|---|---|\n| gpuparse | " in shown
         content = json.loads(results.read_text())
         content["parts"]["loader"] = {"not_run": "no reason"}
         (tmp_path / "results.json").write_text(json.dumps(content))
@@ -195,6 +207,7 @@ class TestDocuments:
         assert len(plot_results.MARKS.findall(text)) == 1
         if kept.exists():
             assert plot_results.fill(text, load_results(kept)) == text
+            assert plot_results.figures(load_results(kept)) == (root / "docs/figures.md").read_text()
 
 
 def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):

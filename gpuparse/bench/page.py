@@ -11,7 +11,7 @@ from gpuparse.bench import plots, tables
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 
-__all__ = ["PAGE_FILE", "write_page"]
+__all__ = ["CONFIGURATION_COLUMNS", "PAGE_FILE", "SECTIONS", "WORDS", "configuration_rows", "write_page"]
 
 PAGE_FILE = "results.html"
 
@@ -43,7 +43,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; fo
   figure, tr, dl { break-inside: avoid; } }
 """
 
-_SECTIONS = {
+SECTIONS = {
     "loader": ("Loaders by themselves", ("loader", "cpu")),
     "first-batch": ("Time to the first batch", ("first-batch-prepared", "first-batch-raw", "first-batch-raw-large")),
     "epoch": ("Training", ("epoch",)),
@@ -55,7 +55,7 @@ _SECTIONS = {
     "access": ("Random access", ("access",)),
     "memory": ("Memory", ("memory",)),
 }
-_WORDS = {
+WORDS = {
     "loader": "Full augmentation, float32 images of three channels and int64 masks for four prompts, from the page "
     "cache. Every side ran in a process of its own on the same cores, one at a time, in turns; before that, its "
     "slices without augmentation were compared with OpenCV's. Lines on the bars are 95 % bootstrap intervals of the "
@@ -112,7 +112,7 @@ def _page(result: dict[str, Any], pictures: dict[str, str]) -> str:
         f"load average at the start {_text(str(about['load_average_at_start']))}.</p>",
         _verdicts(result.get("verdicts", [])),
     ]
-    for name, (title, names) in _SECTIONS.items():
+    for name, (title, names) in SECTIONS.items():
         if name in result["parts"]:
             body.append(_section(name, title, result["parts"][name], [pictures[n] for n in names if n in pictures]))
     if "original" in result:
@@ -129,15 +129,15 @@ def _section(name: str, title: str, part: dict[str, Any], pictures: Sequence[str
     found = [f"<h2>{_text(title)}</h2>"]
     if "failed" in part or "not_run" in part:
         return found[0] + f"<p class=missed>{_text(part.get('failed') or part['not_run'])}</p>"
-    if name in _WORDS:
-        found.append(f"<p class=soft>{_text(_WORDS[name])}</p>")
+    if name in WORDS:
+        found.append(f"<p class=soft>{_text(WORDS[name])}</p>")
     found += [f"<figure>{picture}</figure>" for picture in pictures]
     for table in tables.part_tables(name, part):
-        columns = [str(column.header) for column in table.columns]
-        rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+        columns, rows = tables.cells(table)
         found.append(f"<p><strong>{_text(str(table.title))}</strong></p>" + _table(columns, rows))
     if name == "loader":
-        found.append(_configurations(part))
+        found.append("<p><strong>How each side was set up</strong></p>")
+        found.append(_table(CONFIGURATION_COLUMNS, configuration_rows(part), words=True))
     found += [
         f"<p class=soft>Left out: {_text(side)}: {_text(reason)}</p>"
         for side, reason in part.get("left_out", {}).items()
@@ -145,7 +145,12 @@ def _section(name: str, title: str, part: dict[str, Any], pictures: Sequence[str
     return "\n".join(found)
 
 
-def _configurations(part: dict[str, Any]) -> str:
+CONFIGURATION_COLUMNS = [
+    "side", "configuration", "tried (samples/s)", "compared without augmentation", "differences of law",
+]  # fmt: skip
+
+
+def configuration_rows(part: dict[str, Any]) -> list[tuple[str, ...]]:
     """How each side was set up, what was tried, what its check found, and where its augmentation differs."""
     rows = []
     for side in part["sides"].values():
@@ -157,8 +162,7 @@ def _configurations(part: dict[str, Any]) -> str:
         )
         differs = side["augmentation_differs"] or "none"
         rows.append((side["title"], side["configuration"], trials or "one configuration", same, differs))
-    columns = ["side", "configuration", "tried (samples/s)", "compared without augmentation", "differences of law"]
-    return "<p><strong>How each side was set up</strong></p>" + _table(columns, rows, words=True)
+    return rows
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:

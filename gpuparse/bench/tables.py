@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gpuparse.bench.sides import OURS
 
-__all__ = ["megabytes", "milliseconds", "part_tables", "print_results", "spread", "winner"]
+__all__ = ["cells", "megabytes", "milliseconds", "part_tables", "print_results", "spread", "winner"]
 
 
 def spread(entry: dict[str, Any], digits: int = 1, factor: float = 1.0) -> str:
@@ -115,7 +115,9 @@ def _loader(part: dict[str, Any]) -> list[Table]:
     stages = part["sides"].get(OURS, {}).get("stage_ms_per_batch", {})
     if not stages:
         return [table]
-    # Reading runs ahead in a thread of its own; "wait" is what the loop that takes batches waited.
+    # Reading runs ahead in a thread of its own; "wait" is what the loop that takes batches waited. Its "step" says
+    # nothing: the turns of the other sides are in it.
+    stages = {name: value for name, value in stages.items() if name != "step"}
     where = _table("Where gpuparse's time goes, ms a batch by the clock", list(stages), left=0)
     where.add_row(*(f"{value:.1f}" for value in stages.values()))
     return [table, where]
@@ -308,6 +310,12 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "access": _access,
     "memory": _memory,
 }
+
+
+def cells(table: Table) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A table's column heads and its rows, as text."""
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    return [str(column.header) for column in table.columns], list(rows)
 
 
 def part_tables(name: str, part: dict[str, Any]) -> list[Table]:
