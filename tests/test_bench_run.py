@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import html.parser
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +256,40 @@ def test_processes_that_fail_are_not_taken_for_measurements(monkeypatch):
             kernels.measure(context)
 
 
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_leaves_no_files_and_no_processes(tmp_path, signal_number, status):
+    """What a cluster sends when a job's time is over: the sides' files may be gigabytes."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    command = [sys.executable, "-m", "gpuparse", "bench", "--toy", "--device", "cpu", "--part", "loader",
+               "--against", "reference", "--work-dir", work, "--out", out]  # fmt: skip
+    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def workers():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                if parent == run.pid and b"gpuparse.bench.worker" in (path.parent / "cmdline").read_bytes():
+                    found.append(path)
+        return found
+
+    end = time.monotonic() + 120
+    while not workers():
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    found = workers()
+    assert list(work.iterdir())
+    run.send_signal(signal_number)
+    assert run.wait(60) == status
+    assert list(work.iterdir()) == []
+    end = time.monotonic() + 20
+    while any(path.exists() for path in found):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 class TestJudging:
     """Targets against made-up figures."""
 
@@ -369,7 +406,7 @@ class TestRefusals:
 
     def test_results_of_another_version(self, tmp_path):
         (tmp_path / "results.json").write_text('{"results_version": 0}')
-        with pytest.raises(InputError, match="has results_version 0; this gpuparse reads 1"):
+        with pytest.raises(InputError, match="has results_version 0; this gpuparse reads 2"):
             load_results(tmp_path / "results.json")
 
     def test_folders_that_cannot_be_written(self, tmp_path, toy):

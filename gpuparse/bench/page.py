@@ -152,7 +152,7 @@ CONFIGURATION_COLUMNS = [
 
 def configuration_rows(part: dict[str, Any]) -> list[tuple[str, ...]]:
     """How each side was set up, what was tried, what its check found, and where its augmentation differs."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for side in part["sides"].values():
         check = side["check"]
         trials = ", ".join(f"{name}: {rate:.0f}" for name, rate in side["trials_samples_per_second"].items())

@@ -36,7 +36,7 @@ PARTS = {
     "memory": "gpuparse.bench.parts.memory",
 }
 RESULTS_FILE = "results.json"
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -65,7 +69,8 @@ def bench_command(
 ) -> None:
     """Measure gpuparse beside other ways to feed the same training, on this machine.
 
-    Exit status: 0 all measured, 1 a part failed and the others were measured, 2 nothing was measured, 130 interrupted.
+    Exit status: 0 all measured, 1 a part failed and the others were measured, 2 nothing was measured, 130 interrupted,
+    143 terminated.
 
     Example: gpuparse bench --data data --out bench --against reference,monai
     """
@@ -92,13 +97,26 @@ def bench_command(
             command=("gpuparse", *sys.argv[1:]),
             original=original,
         )
-        with console.status("starting") as status:
+        with _ending_in_order(), console.status("starting") as status:
             found = run_bench(request, out, lambda name, what: status.update(f"{name}: {what}"))
     print_results(console, found)
     for path in write_page(found, out):
         console.print(str(path), highlight=False, soft_wrap=True)
     if any("failed" in entry for entry in found["parts"].values()):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Leaves on SIGTERM, which a cluster sends at a job's end, as on an interrupt: files and workers go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _device(name: str) -> str:
