@@ -2,7 +2,7 @@
 
 All memory that outlives a batch's making is torch's, allocated on one stream of the renderer, so that there is one
 allocator and nothing grows: the outputs, a working buffer for encoded slices, the slab of a chunk cache. CuPy only
-launches; DALI owns the copy of a batch's buffer and the inflated blocks.
+launches, on the same stream; DALI owns the copy of a batch's buffer and the inflated blocks.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class DeviceBatch:
 
 
 class DeviceRenderer:
-    """Makes batches on one CUDA device, called by DALI's GPU operator.
+    """Makes batches on one CUDA device, from what DALI's pipeline hands out.
 
     Args:
         device: The device.
@@ -155,9 +155,10 @@ class DeviceRenderer:
         self._device = device
         self._size = size
         self._types = types
-        # Outputs belong to this stream in torch's allocator. It is bracketed around DALI's: DALI's waits for it
-        # before a batch is written, it waits for DALI's after. So memory that the user frees is free for DALI's too.
+        # Outputs belong to this stream in torch's allocator and are written on it, in the order of the batches: what
+        # the user frees is written again only behind all work on it so far. DALI's outputs come bound to it.
         self._home = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._home_of_cupy: Any = None
         self._lock = threading.Lock()  # two iterations of one loader take turns
         self._encoded: torch.Tensor | None = None
         self._slab: torch.Tensor | None = None
@@ -182,12 +183,12 @@ class DeviceRenderer:
         return sum(t.nbytes for t in (self._encoded, self._slab) if t is not None)
 
     def render(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> DeviceBatch:
-        """Launches a batch on CuPy's current stream and returns without waiting.
+        """Launches a batch on the renderer's stream and returns without waiting.
 
         Args:
             packed: The batch.
-            buffer: (n,) uint8 CuPy, the copy of its buffer.
-            inflated: (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart.
+            buffer: (n,) uint8 CuPy, the copy of its buffer, ready on that stream.
+            inflated: (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart, likewise.
             probes: Where to book the time.
 
         Raises:
@@ -195,17 +196,15 @@ class DeviceRenderer:
         """
         import cupy
 
-        dali = cupy.cuda.get_current_stream().ptr
-        stream = torch.cuda.ExternalStream(dali, device=self._device)  # type: ignore[no-untyped-call]
         try:
             with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._home):
+                if self._home_of_cupy is None:
+                    self._home_of_cupy = cupy.cuda.ExternalStream(self.stream_handle, self._device.index)
                 encoded, image, labels = self._allocate(packed)
-                stream.wait_stream(self._home)
-                with probes.stage("render"):
+                with self._home_of_cupy, probes.stage("render"):
                     self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels))
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                ready.record(stream)
-                self._home.wait_event(ready)
+                ready.record(self._home)
         except (torch.cuda.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
             raise DeviceError(
                 f"{self._device} is out of memory while a batch of {packed.num_samples} samples is made ({error}). "

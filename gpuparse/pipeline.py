@@ -1,19 +1,21 @@
 """The DALI graph: packed batches go in, rendered batches come out. The only module that imports DALI.
 
 On a GPU: `external_source` (a batch in one pinned buffer) -> one copy -> `decoders.inflate` (all blocks of the batch in
-one call) -> one Python operator that launches the kernels on DALI's stream. On the CPU the same, with one Python
-operator that decodes and runs the kernels' CPU build. In both the operator writes straight into the torch tensors of
-its batch and hands on a token: DALI would copy what an operator returns (ARCHITECTURE.md has the figures).
+one call); the kernels are launched behind the pipeline, on its outputs, by the thread that takes the batch. On the CPU
+`external_source` -> one Python operator that decodes and runs the kernels' CPU build in DALI's thread. Both write
+straight into the torch tensors of their batch: DALI would copy what an operator returns (ARCHITECTURE.md has the
+figures).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,17 +41,26 @@ class PipelineOptions:
     device_index: int | None = None
 
 
+class _Given(NamedTuple):
+    """A batch that DALI has been given, None where there is none, and what it reads in place."""
+
+    step: int
+    packed: PackedBatch | None
+    arrays: tuple[npt.NDArray[Any], ...]
+
+
 class BatchPipeline:
     """One pass over an epoch's batches.
 
-    Reading runs in a thread of its own, `prefetch_depth` batches ahead of DALI; rendering runs in DALI's thread. An
-    exception in either is kept and raised by `run` in place of its batch.
+    Reading runs in a thread of its own, `prefetch_depth` batches ahead of DALI. An exception in it or in `render` is
+    raised by `run` in place of its batch.
 
     Args:
         fetch: Step -> the packed batch. Called in the reading thread.
-        render: (step, batch, buffer, arena): makes the batch. Called in DALI's thread, in the order of the steps. On a
-            GPU the buffer and the inflated blocks are CuPy arrays, valid until it returns, and CuPy's current stream is
-            DALI's; on the CPU the buffer is the batch's own and the arena None.
+        render: (step, batch, buffer, arena): makes the batch, in the order of the steps. On the CPU it is called in
+            DALI's thread, the buffer is the batch's own and the arena None. On a GPU `run` calls it; the buffer and the
+            inflated blocks are CuPy arrays, ready on the stream that `run` was given. It launches and returns an event,
+            and they stay valid until that has happened.
         options: Length, depth, device.
 
     Raises:
@@ -60,7 +71,7 @@ class BatchPipeline:
     def __init__(
         self,
         fetch: Callable[[int], PackedBatch],
-        render: Callable[[int, PackedBatch, Any, Any], None],
+        render: Callable[[int, PackedBatch, Any, Any], Any],
         options: PipelineOptions,
     ) -> None:
         _refuse_after_fork()
@@ -72,7 +83,9 @@ class BatchPipeline:
         self._ahead: dict[int, concurrent.futures.Future[PackedBatch]] = {}
         # What DALI has been given and not yet rendered, in order; it works off its input in that order.
         # With it go the arrays that DALI reads where they are, for as long as it may.
-        self._given: deque[tuple[int, PackedBatch | None, tuple[npt.NDArray[Any], ...]]] = deque()
+        self._given: deque[_Given] = deque()
+        # Of batches on a GPU that are launched and perhaps not done: what their kernels read, and when they are.
+        self._launched: deque[tuple[_Given, Any, Any]] = deque()
         self._num_rendered = 0
         self._num_taken = 0
         self._reading = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="gpuparse-fetch")
@@ -85,19 +98,21 @@ class BatchPipeline:
             exec_dynamic=True,
         )
         with self._pipeline:
-            self._pipeline.set_outputs(self._graph(fn, types))
+            self._pipeline.set_outputs(*self._graph(fn, types))
         self._pipeline.build()
 
     @property
     def num_ready(self) -> int:
-        """Batches that are rendered and not yet taken."""
+        """Batches not yet taken that are rendered; on a GPU, that DALI has been given."""
+        if self._options.device_index is not None:
+            return sum(given.step < self._options.num_steps for given in self._given)
         return max(0, self._num_rendered - self._num_taken)
 
     def run(self, stream: int | None = None) -> int:
-        """Waits for the next batch to be rendered and returns its step.
+        """Waits for the next batch to be rendered, on a GPU launched, and returns its step.
 
         Args:
-            stream: A CUDA stream's handle that is to wait for DALI's work in the host's place.
+            stream: A CUDA stream's handle that is to wait for DALI's work in the host's place. Needed on a GPU.
 
         Raises:
             BaseException: Whatever `fetch` or `render` raised for this batch.
@@ -105,7 +120,7 @@ class BatchPipeline:
         """
         step = self._num_taken
         try:
-            self._pipeline.run(stream) if stream is not None else self._pipeline.run()
+            outputs = self._pipeline.run(stream) if stream is not None else self._pipeline.run()
         except GpuparseError:
             raise
         except Exception as error:
@@ -116,9 +131,12 @@ class BatchPipeline:
                 "batch_size, prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same batches."
             ) from error
         self._num_taken += 1
+        given = self._given.popleft() if self._options.device_index is not None else None
         failure = self._failures.pop(step, None)
         if failure is not None:
             raise failure
+        if given is not None:
+            self._launch(given, *outputs)
         return step
 
     def close(self) -> None:
@@ -128,15 +146,20 @@ class BatchPipeline:
         self._closed = True
         for future in self._ahead.values():
             future.cancel()
-        self._pipeline = None  # waits for what DALI has begun
-        self._reading.shutdown(wait=True)
-        self._given.clear()
+        try:
+            while self._launched:
+                self._end_oldest()
+        finally:
+            self._launched.clear()
+            self._pipeline = None  # waits for what DALI has begun
+            self._reading.shutdown(wait=True)
+            self._given.clear()
 
-    def _graph(self, fn: Any, types: Any) -> Any:
+    def _graph(self, fn: Any, types: Any) -> tuple[Any, ...]:
         # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own.
         if self._options.device_index is None:
             buffer = fn.external_source(source=self._host_source, batch=True, no_copy=True)
-            return fn.python_function(buffer, function=self._render_on_host, num_outputs=1)
+            return (fn.python_function(buffer, function=self._render_on_host, num_outputs=1),)
         buffer, offsets, sizes, shape = fn.external_source(
             source=self._device_source, num_outputs=4, batch=True, no_copy=True
         )
@@ -150,19 +173,17 @@ class BatchPipeline:
             algorithm="LZ4",
             device="gpu",
         )
-        return fn.python_function(
-            on_device, inflated, function=self._render_on_device, num_outputs=1, device="gpu", batch_processing=True
-        )
+        return on_device, inflated
 
     def _host_source(self, step: int) -> list[npt.NDArray[np.uint8]]:
         packed = self._next(step)
-        self._given.append((step, packed, ()))
+        self._given.append(_Given(step, packed, ()))
         return [SPARE_BLOCK if packed is None else packed.buffer]
 
     def _device_source(self, step: int) -> list[list[npt.NDArray[Any]]]:
         packed = self._next(step)
         arrays = inflate_inputs(packed)
-        self._given.append((step, packed, arrays))
+        self._given.append(_Given(step, packed, arrays))
         return [[array] for array in arrays]
 
     def _next(self, step: int) -> PackedBatch | None:
@@ -185,24 +206,45 @@ class BatchPipeline:
         return packed
 
     def _render_on_host(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        self._render_next(buffer, None)
+        given = self._given.popleft()
+        if not self._closed:
+            try:
+                self._render_given(given, buffer, None)
+            except BaseException as error:
+                self._failures[given.step] = error
+        self._num_rendered += given.step < self._options.num_steps  # behind the last batch DALI runs on with nothing
         return np.zeros(1, np.uint8)
 
-    def _render_on_device(self, buffers: list[Any], arenas: list[Any]) -> list[Any]:
-        self._render_next(buffers[0], arenas[0].reshape(-1))
-        # Anything on the device will do; four bytes of what is there already.
-        return [buffers[0][:4]]
+    def _launch(self, given: _Given, *outputs: Any) -> None:
+        """Renders a batch from what DALI has handed out, its copy and its blocks; keeps these as long as needed."""
+        buffer, arena = (_bytes_on_device(output[0]) for output in outputs)
+        self._launched.append((given, outputs, self._render_given(given, buffer, arena)))
+        if len(self._launched) > self._options.prefetch_depth:
+            self._end_oldest()
 
-    def _render_next(self, buffer: Any, arena: Any) -> None:
-        step, packed, _inputs = self._given.popleft()
-        if packed is not None and not self._closed:
-            try:
-                if buffer.nbytes != packed.buffer.nbytes:
-                    raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {packed.buffer.nbytes}")
-                self._render(step, packed, buffer, arena)
-            except BaseException as error:
-                self._failures[step] = error
-        self._num_rendered += step < self._options.num_steps  # behind the last batch DALI runs on with nothing
+    def _end_oldest(self) -> None:
+        launched = self._launched.popleft()
+        if (event := launched[-1]) is not None:
+            event.synchronize()
+
+    def _render_given(self, given: _Given, buffer: Any, arena: Any) -> Any:
+        if given.packed is None:
+            return None
+        if buffer.nbytes != given.packed.buffer.nbytes:
+            raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {given.packed.buffer.nbytes}")
+        return self._render(given.step, given.packed, buffer, arena)
+
+
+def _bytes_on_device(tensor: Any) -> Any:
+    """(n,) uint8 CuPy, the memory of one of DALI's tensors on a GPU, which has to outlive it.
+
+    Not `cupy.asarray`: DALI says which stream a tensor is bound to, and CuPy makes the host wait for that stream.
+    """
+    import cupy
+
+    num_bytes = math.prod(tensor.shape())
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), num_bytes, tensor, tensor.device_id())
+    return cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:

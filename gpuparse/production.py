@@ -1,7 +1,7 @@
 """Production: the batches of one iteration, from the plan's positions to the dict that training gets.
 
-`fetch` runs in the reading thread (draw the samples, read their chunks, replace what cannot be read), `make` in DALI's
-(decode, encode, augment), `collect` in the training loop's.
+`fetch` runs in the reading thread (draw the samples, read their chunks, replace what cannot be read). `make` (decode,
+encode, augment) runs in DALI's on the CPU; on a GPU it only launches, in the training loop's thread.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class DeviceMaker:
         return self._renderer.num_bytes
 
     def stream(self) -> int:
-        """The renderer's own stream: DALI's outputs are of no interest, so nobody has to wait for them."""
+        """The renderer's own stream: it waits for DALI's outputs, the host does not."""
         return self._renderer.stream_handle
 
     def finish(self) -> None:
@@ -338,7 +338,7 @@ def produce(
         work[step] = _Work(samples, slot)
         return packed
 
-    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> None:
+    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
         mine, event = work[step], None
         try:
             mine.made, event = maker.make(packed, buffer, inflated, probes)
@@ -349,6 +349,7 @@ def produce(
             mine.slot.release(event)
         if supply.cache is not None:
             supply.cache.made()
+        return event
 
     pipeline = BatchPipeline(fetch, render, PipelineOptions(plan.num_batches, prefetch_depth, maker.device_index))
     with contextlib.ExitStack() as on_exit:

@@ -1,8 +1,8 @@
 """Stand-ins for what a GPU has: DALI's GPU operators, CuPy and torch's streams, all on the host.
 
-They run the package's own code for CUDA devices without a device. Device memory is numpy's; DALI's copies are
-overwritten as soon as an operator returns, so that nobody can keep them. What only a device can show (races, launches,
-alignment) is not seen here.
+They run the package's own code for CUDA devices without a device. Device memory is numpy's; what DALI hands out is
+overwritten as soon as nobody holds it, and the log says when. What only a device can show (races, launches, alignment)
+is not seen here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import ctypes
+import itertools
 import struct
 import sys
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,6 @@ from numcodecs import lz4
 
 from gpuparse import kernels
 
-DALI_STREAM = 77
 HOME_STREAM = 55
 GARBAGE = 0xEE
 
@@ -73,10 +73,26 @@ class Node:
         return Node("gpu", (self,), {})
 
 
+class TensorList:
+    """An output of DALI's with one tensor in it; its memory is somebody else's when it goes."""
+
+    def __init__(self, array, on_release):
+        self._array, self._on_release = array, on_release
+
+    def __getitem__(self, index):
+        assert index == 0
+        array = self._array
+        return SimpleNamespace(data_ptr=lambda: array.ctypes.data, shape=lambda: list(array.shape), device_id=lambda: 0)
+
+    def __del__(self):
+        self._array[:] = GARBAGE
+        self._on_release()
+
+
 class StandInDali:
     """DALI's graph, built by the package, and a pipeline that runs it `prefetch_queue_depth` batches ahead."""
 
-    def __init__(self):
+    def __init__(self, log):
         self.pipelines = []
         self.fail_at = None
         dali = self
@@ -90,7 +106,7 @@ class StandInDali:
         class Pipeline:
             def __init__(self, **options):
                 self.options = options
-                self.output = None
+                self.outputs = None
                 self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="standin-dali")
                 self._under_way = []
                 self._num_fed = 0
@@ -102,12 +118,11 @@ class StandInDali:
             def __exit__(self, *_):
                 pass
 
-            def set_outputs(self, output):
-                self.output = output
+            def set_outputs(self, *outputs):
+                self.outputs = outputs
 
             def build(self):
-                self.function = self.output.options["function"]
-                self.source = self.output.inputs[0].inputs[0].options["source"]
+                self.source = self.outputs[0].inputs[0].options["source"]
 
             def run(self, stream=None):
                 assert stream == HOME_STREAM
@@ -115,17 +130,14 @@ class StandInDali:
                     arrays = [array for (array,) in self.source(self._num_fed)]
                     self._under_way.append(self._executor.submit(self._execute, self._num_fed, *arrays))
                     self._num_fed += 1
-                self._under_way.pop(0).result()
+                return self._under_way.pop(0).result()
 
             def _execute(self, step, buffer, offsets, sizes, slot):
                 if step == dali.fail_at:
                     raise RuntimeError("Critical error in pipeline: made to fail")
                 copy = buffer.copy()
                 inflated = inflate_as_dali(copy, offsets, sizes, slot)
-                (token,) = self.function([copy], [inflated])
-                assert token.nbytes == 4
-                copy[:] = GARBAGE
-                inflated[:] = GARBAGE
+                return TensorList(copy, lambda: log.append(("released", step))), TensorList(inflated, lambda: None)
 
             def end(self):
                 self._executor.shutdown(wait=True)
@@ -134,7 +146,6 @@ class StandInDali:
 
         fn = SimpleNamespace(
             external_source=external_source,
-            python_function=operator("python_function"),
             decoders=SimpleNamespace(inflate=operator("inflate")),
         )
         self.parts = (fn, SimpleNamespace(UINT8="UINT8"), Pipeline)
@@ -143,22 +154,19 @@ class StandInDali:
 class Event:
     """Happens at once; notes who recorded it and who waited for it."""
 
-    def __init__(self, log):
-        self._log = log
+    def __init__(self, log, number):
+        self._log, self._number = log, number
 
     def record(self, stream):
         self._log.append(("record", stream.name))
 
     def synchronize(self):
-        self._log.append(("synchronize",))
+        self._log.append(("synchronize", self._number))
 
 
 class Stream:
     def __init__(self, log, name, handle=0):
         self._log, self.name, self.cuda_stream = log, name, handle
-
-    def wait_stream(self, other):
-        self._log.append((self.name, "waits for stream", other.name))
 
     def wait_event(self, event):
         self._log.append((self.name, "waits for event"))
@@ -168,13 +176,13 @@ class StandInTorch:
     """The part of torch that gpuparse.device uses, with memory on the host."""
 
     def __init__(self, log):
+        numbers = itertools.count()
         self.log = log
         self.allocated = []
         self.free_bytes = None
         self.cuda = SimpleNamespace(
             Stream=lambda device: Stream(log, "home", HOME_STREAM),
-            ExternalStream=lambda handle, device: Stream(log, {DALI_STREAM: "dali"}[handle]),
-            Event=lambda: Event(log),
+            Event=lambda: Event(log, next(numbers)),
             current_stream=lambda device: Stream(log, "user"),
             device=contextlib.nullcontext,
             stream=lambda stream: contextlib.nullcontext(log.append(("inside", stream.name))),
@@ -199,14 +207,39 @@ class NoMemoryError(Exception):
     """CuPy's error of that name."""
 
 
-def standin_cupy() -> ModuleType:
+def standin_cupy(log) -> ModuleType:
     cupy = ModuleType("cupy")
     cupy.asarray = lambda tensor: tensor.numpy()
+    cupy.ndarray = lambda shape, dtype, memory: np.frombuffer(memory, dtype).reshape(shape)
+
+    def unowned(address, num_bytes, owner, device):
+        assert (address, device) == (owner.data_ptr(), 0)
+        return (ctypes.c_uint8 * num_bytes).from_address(address)
+
+    def external_stream(handle, device):
+        assert (handle, device) == (HOME_STREAM, 0)
+        return CupyStream(log)
+
     cupy.cuda = SimpleNamespace(
-        get_current_stream=lambda: SimpleNamespace(ptr=DALI_STREAM),
+        ExternalStream=external_stream,
+        UnownedMemory=unowned,
+        MemoryPointer=lambda memory, offset: memory,
         memory=SimpleNamespace(OutOfMemoryError=NoMemoryError),
     )
     return cupy
+
+
+class CupyStream:
+    """CuPy's view of the renderer's stream: launches go to it while it is entered."""
+
+    def __init__(self, log):
+        self._log = log
+
+    def __enter__(self):
+        self._log.append(("launches on", "home"))
+
+    def __exit__(self, *_):
+        pass
 
 
 def launch_on_host(file_name, kernel, num_elements, arguments):
@@ -221,8 +254,8 @@ def launch_on_host(file_name, kernel, num_elements, arguments):
 def install(monkeypatch) -> SimpleNamespace:
     """Makes `device="cuda"` run on the stand-ins; returns them."""
     log = []
-    dali, stand_in = StandInDali(), StandInTorch(log)
-    monkeypatch.setitem(sys.modules, "cupy", standin_cupy())
+    dali, stand_in = StandInDali(log), StandInTorch(log)
+    monkeypatch.setitem(sys.modules, "cupy", standin_cupy(log))
     monkeypatch.setattr("gpuparse.pipeline._import_dali", lambda: dali.parts)
     monkeypatch.setattr("gpuparse.device.torch", stand_in)
     monkeypatch.setattr("gpuparse.kernels.launch_on_device", launch_on_host)

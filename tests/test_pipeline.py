@@ -112,7 +112,7 @@ def test_a_buffer_of_another_batch_is_noticed():
     given = pipeline._given
     original = given.popleft
     pipeline._given = SimpleNamespace(
-        append=given.append, clear=given.clear, popleft=lambda: (original()[0], packed(3), ())
+        append=given.append, clear=given.clear, popleft=lambda: original()._replace(packed=packed(3))
     )
     with pytest.raises(RuntimeError, match="DALI brought 20 bytes for a batch of 23"):
         pipeline.run()

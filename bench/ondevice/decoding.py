@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -228,14 +229,16 @@ def measure_launching(data: Data, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _inside(
+def _behind(
     batches: list[PackedBatch], renderer: DeviceRenderer, settings: Settings, num_steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As the loader does it."""
     made: dict[int, Any] = {}
     probes = Probes()
 
-    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> None:
+    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
         made[step] = renderer.render(packed, buffer, inflated, probes)
+        return made[step].ready
 
     options = PipelineOptions(num_steps, _DEPTH, settings.device.index)
     pipeline = BatchPipeline(lambda step: batches[step % len(batches)], render, options)
@@ -246,14 +249,28 @@ def _inside(
         pipeline.close()
 
 
-def _behind(
+def _inside(
     batches: list[PackedBatch], renderer: DeviceRenderer, settings: Settings, num_steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """By an operator of DALI's, in its thread and between waits of its stream and the renderer's for one another."""
     import cupy
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
     inputs = [inflate_inputs(packed) for packed in batches]
+    home = torch.cuda.ExternalStream(renderer.stream_handle, device=settings.device)
+    made: deque[Any] = deque()
+    numbers = itertools.count()
+    probes = Probes()
+
+    def render(buffers: list[Any], arenas: list[Any]) -> list[Any]:
+        stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=settings.device)
+        home.wait_stream(stream)
+        packed = batches[next(numbers) % len(batches)]
+        made.append(renderer.render(packed, buffers[0], arenas[0].reshape(-1), probes))
+        stream.wait_event(made[-1].ready)
+        return [buffers[0][:4]]  # DALI copies what an operator returns
+
     pipeline = Pipeline(
         batch_size=1, num_threads=1, device_id=settings.device.index, prefetch_queue_depth=_DEPTH, exec_dynamic=True
     )
@@ -266,18 +283,11 @@ def _behind(
             on_device, chunk_offsets=offsets, chunk_sizes=sizes, shape=shape,
             dtype=types.UINT8, algorithm="LZ4", device="gpu",
         )  # fmt: skip
-        pipeline.set_outputs(on_device, inflated)
+        pipeline.set_outputs(
+            fn.python_function(on_device, inflated, function=render, num_outputs=1, device="gpu", batch_processing=True)
+        )
     pipeline.build()
-    own = torch.cuda.Stream()
-    probes = Probes()
-    held: deque[tuple[Any, Any]] = deque()  # DALI's outputs live until the kernels have read them
-    for step in range(num_steps):
-        outputs = pipeline.run(own.cuda_stream)
-        with cupy.cuda.ExternalStream(own.cuda_stream, settings.device.index):
-            arrays = [cupy.asarray(output[0]).reshape(-1) for output in outputs]
-            made = renderer.render(batches[step % len(batches)], *arrays, probes)
-        held.append((outputs, made.ready))
-        if len(held) > _DEPTH:
-            held.popleft()[1].synchronize()
-        yield made.hand_over()
+    for _ in range(num_steps):
+        pipeline.run(renderer.stream_handle)
+        yield made.popleft().hand_over()
     torch.cuda.synchronize()
