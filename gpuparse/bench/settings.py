@@ -31,8 +31,8 @@ class BenchSettings:
         train_width: Channels of the first layer of the network that is trained.
         raw_bytes: Voxels that are prepared on the way from raw files to a first batch, at least; the volumes are
             repeated to come to so many.
-        large_raw_bytes: The same once more for gpuparse and the reference alone, since more takes the other peers too
-            long; nothing if not above `raw_bytes`.
+        large_raw_bytes: The same once more, in one round less, for gpuparse and the reference alone: minutes for each
+            side and round. Nothing if not above `raw_bytes`.
         memory_batches: Batches over which memory is watched.
         index_slices: Lengths of the synthetic indexes.
         access_slices: Slices read for each view and chunk shape.
@@ -51,7 +51,7 @@ class BenchSettings:
     train_steps: int = 12
     train_width: int = 12
     raw_bytes: int = 1_200_000_000
-    large_raw_bytes: int = 6_000_000_000
+    large_raw_bytes: int = 10_000_000_000
     memory_batches: int = 5000
     index_slices: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
     access_slices: int = 400

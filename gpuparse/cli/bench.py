@@ -50,7 +50,7 @@ def bench_command(
             "--raw-gb",
             min=0,
             help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 1.2, then "
-            "6 for gpuparse and the reference alone; as they are with --quick or --toy.",
+            "10 for gpuparse and the reference alone; as they are with --quick or --toy.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds: minutes.")] = False,

@@ -31,6 +31,8 @@ def measure(context: Context) -> dict[str, Any]:
     runs: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in sources}
     for number in range(context.settings.slow_rounds + 1):  # the first round prepares, and is thrown away
         for kind, raw in sources.items() if number else [("prepared", None)]:
+            if kind == "raw-large" and number == context.settings.slow_rounds > 1:
+                continue
             names = [n for n in context.peers if raw is None or n not in _LIKE_THE_REFERENCE]
             for name in (OURS, *(n for n in names if kind != "raw-large" or n == "reference")):
                 reason = left_out.get(name) or SIDES[name].missing()
