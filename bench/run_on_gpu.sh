@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one call: what the machine is, the tests that need a GPU, compute-sanitizer on a short
-# run of the loader, and bench_device.py. Goes on after a part that fails and says at the end which did; the whole ends
+# run of the loader, bench_device.py, and a quick `gpuparse bench` on the device. Goes on after a part that fails and says at the end which did; the whole ends
 # within nine minutes. Where gpuparse's CPU kernels are not built, bench/install_offline.sh builds them.
 #
-# Usage: bench/run_on_gpu.sh [PART ...]     PARTs: environment tests memcheck racecheck initcheck bench (default: all)
+# Usage: bench/run_on_gpu.sh [PART ...]     PARTs: environment tests memcheck bench peers racecheck initcheck (default: all)
 #
 # Variables: OUT     where log and JSON go (bench/results)
 #            PYTHON  the interpreter (python3)
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
 limit=${LIMIT_SECONDS:-530}
-all=(environment tests memcheck racecheck initcheck bench)
+all=(environment tests memcheck bench peers racecheck initcheck)
 parts=("$@")
 (($#)) || parts=("${all[@]}")
 for part in "${parts[@]}"; do
@@ -88,6 +88,10 @@ for part in "${parts[@]}"; do
       ;;
     memcheck | racecheck | initcheck) sanitize "$part" ;;
     bench) run bench 190 "$python" bench/bench_device.py --json "$out/device.json" ${DATA:+--data "$DATA"} ;;
+    peers)
+      run peers 150 "$python" -m gpuparse bench --device cuda --quick --part loader --part epoch --against reference \
+        --out "$out/peers" ${DATA:+--data "$DATA"}
+      ;;
   esac
 done
 

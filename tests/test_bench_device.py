@@ -333,13 +333,15 @@ class TestScripts:
         assert calls[0].startswith("nvidia-smi")
         assert calls[1] == f"python3 bench/bench_device.py --about --json {out}/environment.json require="
         assert re.fullmatch(r"python3 -m pytest -m gpu .*tests/test_gpu_loader\.py.* require=1", calls[2])
-        for call, tool in zip(calls[3:6], ("memcheck", "racecheck", "initcheck"), strict=True):
-            assert call.startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9")
-            assert "python3 bench/small_pipeline.py" in call
-        assert calls[6] == f"python3 bench/bench_device.py --json {out}/device.json require="
-        assert len(calls) == 7
+        for i, tool in ((3, "memcheck"), (6, "racecheck"), (7, "initcheck")):
+            assert calls[i].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9")
+            assert "python3 bench/small_pipeline.py" in calls[i]
+        assert calls[4] == f"python3 bench/bench_device.py --json {out}/device.json require="
+        assert calls[5].startswith("python3 -m gpuparse bench --device cuda --quick --part loader --part epoch ")
+        assert calls[5].endswith(f"--out {out}/peers require=")
+        assert len(calls) == 8
         last = (out / "run-on-gpu.log").read_text().splitlines()[-1]
-        assert last == "=== passed: nvidia-smi environment tests memcheck racecheck initcheck bench"
+        assert last == "=== passed: nvidia-smi environment tests memcheck bench peers racecheck initcheck"
 
     def test_a_part_that_fails_is_named_at_the_end(self, stubs):
         done = subprocess.run(
