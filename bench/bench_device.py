@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -22,63 +19,25 @@ from typing import Any
 
 import torch
 from ondevice import decoding, kernels, loading, training
-from ondevice.setup import Data, NotRunError, Settings, prepare
+from ondevice.setup import Settings
 
-import gpuparse
-from gpuparse.bench.machine import commit
-from gpuparse.kernels import source_digest
+from gpuparse.bench.context import NotRunError
+from gpuparse.bench.data import BenchData, prepare
+from gpuparse.bench.machine import describe_gpu, describe_machine
 
-PARTS: dict[str, Callable[[Data, Settings], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[BenchData, Settings], dict[str, Any]]] = {
     "kernels": kernels.measure,
     "inflate": decoding.measure_inflate,
     "launching": decoding.measure_launching,
     "loader": loading.measure,
     "training": training.measure,
 }
-_PACKAGES = ("numpy", "torch", "cupy", "nvidia.dali", "nvidia.nvcomp", "cv2", "zarr")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    about: dict[str, Any] = {
-        "commit": commit(),
-        "gpuparse": gpuparse.__version__,
-        "kernel_sources": source_digest()[:12],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        about |= {
-            "gpu": properties.name,
-            "gpu_memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "torch_cuda": torch.version.cuda,
-            "driver": driver(),
-        }
-    return about
-
-
-def version(name: str) -> str:
-    """A module's version, or why there is none."""
-    try:
-        module = __import__(name, fromlist=["__version__"])
-    except (ImportError, OSError) as error:
-        return f"none ({type(error).__name__})"
-    return str(getattr(module, "__version__", "unknown"))
-
-
-def driver() -> str:
-    """The driver's version."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    about = {**describe_machine(("bench/bench_device.py", *sys.argv[1:])), "device": str(device)}
+    return {**about, **describe_gpu()} if device.type == "cuda" else about
 
 
 def run(
@@ -93,7 +52,7 @@ def run(
         keep: Called with all that is known after each part, so that a later one loses nothing.
     """
     result: dict[str, Any] = {"machine": machine(settings.device), "toy": settings.toy, "parts": {}}
-    with prepare(folder) as data:
+    with prepare(folder, small=settings.toy) as data:
         result["data"] = {"datasets": list(data.names), "generated": folder is None}
         for name in parts:
             start = time.perf_counter()

@@ -57,7 +57,7 @@ def test_every_part_has_run_or_says_why_not(toy):
     assert parts["inflate"]["not_run"] == parts["launching"]["not_run"] == "needs a GPU"
     assert not any("not_run" in parts[name] or "failed" in parts[name] for name in ("kernels", "loader", "training"))
     assert result["toy"] is True
-    assert result["machine"].keys() >= {"commit", "versions", "python", "cores", "device", "kernel_sources"}
+    assert result["machine"].keys() >= {"commit", "versions", "python", "cores", "device", "kernel_sources", "command"}
     assert "parts.loader.speedup.ratio:" in printed
 
 
@@ -84,14 +84,13 @@ def test_figures_belong_together(toy):
     assert ratio["ratio_95"][0] <= ratio["ratio"] <= ratio["ratio_95"][1]
 
 
-def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path, volumes):
+def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     import bench_device
 
     def fail(*_):
         raise RuntimeError("made to fail")
 
     monkeypatch.setitem(bench_device.PARTS, "inflate", fail)
-    monkeypatch.setattr("ondevice.setup.make_sample_data", lambda _: volumes)  # what no --data makes, without the wait
     path = tmp_path / "device.json"
     arguments = ["--device", "cpu", "--toy", "--part", "inflate", "--part", "launching", "--json", str(path)]
     with pytest.raises(SystemExit, match="failed: inflate"):
@@ -106,7 +105,9 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_pat
 
 def test_workers_that_do_not_fit_in_shared_memory_are_not_started(monkeypatch):
     from ondevice import loading
-    from ondevice.setup import NotRunError, Settings
+    from ondevice.setup import Settings
+
+    from gpuparse.bench.context import NotRunError
 
     settings = Settings(torch.device("cpu"), num_workers=2)
     batch_bytes = 32 * 512 * 512 * (3 * 4 + 4 * 8)

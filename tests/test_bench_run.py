@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from gpuparse.bench import page, plots, tables
 from gpuparse.bench.context import Context, NotRunError
 from gpuparse.bench.data import prepare
+from gpuparse.bench.machine import describe_gpu
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from gpuparse.bench.parts import conversion, kernels, memory, scaling
 from gpuparse.bench.run import PARTS, BenchRequest, check_parts, load_results, run_bench
@@ -356,6 +358,19 @@ class TestJudging:
         assert [scaling.core_counts(n) for n in (1, 2, 3, 8, 12)] == [
             [1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12],
         ]  # fmt: skip
+
+
+def test_a_gpu_is_described_with_its_driver(monkeypatch, tmp_path):
+    properties = SimpleNamespace(name="A GPU", total_memory=2**34, multi_processor_count=132, L2_cache_size=50 << 20)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_gpu()["driver"] == "unknown"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.1\necho 580.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    about = describe_gpu()
+    assert (about["gpu"], about["multiprocessors"], about["l2_bytes"]) == ("A GPU", 132, 50 << 20)
+    assert about["driver"] == "580.1"
 
 
 def test_summaries_hold_their_medians():

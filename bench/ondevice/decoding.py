@@ -14,6 +14,8 @@ import torch
 
 from gpuparse import kernels
 from gpuparse.augment import OutputTypes
+from gpuparse.bench.context import NotRunError
+from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from gpuparse.device import DeviceRenderer
 from gpuparse.pack import PackedBatch
@@ -21,7 +23,7 @@ from gpuparse.pipeline import BatchPipeline, PipelineOptions, inflate_inputs
 from gpuparse.read import inflate_on_host
 from gpuparse.report import Probes
 from gpuparse.staging import pinned_memory
-from ondevice.setup import Data, NotRunError, Settings, packed_batches
+from ondevice.setup import Settings, packed_batches
 
 _DEPTH = 2
 _TYPES = OutputTypes("float32", "uint8")
@@ -62,7 +64,7 @@ def host_slots(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
     return decoded, (np.arange(packed.slot_bytes) < blocks["decoded_bytes"][:, None]).reshape(-1)
 
 
-def measure_inflate(data: Data, settings: Settings) -> dict[str, Any]:
+def measure_inflate(data: BenchData, settings: Settings) -> dict[str, Any]:
     """Decoding alone: blocks that lie on the device, DALI's operator beside nvCOMP's Python API."""
     cupy, _ = require(settings.device, "cupy", "nvidia.dali")
     batches = packed_batches(data, settings, _TYPES)
@@ -183,7 +185,7 @@ class _NvcompInflate:
         return time.perf_counter() - start
 
 
-def measure_launching(data: Data, settings: Settings) -> dict[str, Any]:
+def measure_launching(data: BenchData, settings: Settings) -> dict[str, Any]:
     """Launching from DALI's Python operator beside launching behind the pipeline's outputs; nothing is read."""
     require(settings.device, "cupy", "nvidia.dali")
     batches = packed_batches(data, settings, _TYPES, allocate=pinned_memory)

@@ -10,13 +10,14 @@ import numpy as np
 
 from gpuparse import kernels
 from gpuparse.augment import AugmentedBatch, OutputTypes, launch_finish
+from gpuparse.bench.data import BenchData
 from gpuparse.encode import encode_planes
 from gpuparse.pack import PackedBatch
 from gpuparse.read import inflate_on_host
 from gpuparse.render import render, render_on_host
 from ondevice.clock import Clock, copy_bandwidth
 from ondevice.floor import traffic
-from ondevice.setup import Data, Settings, packed_batches
+from ondevice.setup import Settings, packed_batches
 
 TARGETS = "both at 60 % of the floor's rate or more; 80 % aimed for"
 
@@ -68,7 +69,7 @@ class _Prepared:
         return np.array_equal(image, expected.image) and np.array_equal(labels, expected.labels)
 
 
-def measure(data: Data, settings: Settings) -> dict[str, Any]:
+def measure(data: BenchData, settings: Settings) -> dict[str, Any]:
     """The kernels' times on the device, and the floor."""
     clock = Clock(settings.device, min(512 << 20, settings.copy_bytes))
     bandwidth = float(np.median(copy_bandwidth(clock, settings.device, settings.copy_bytes, settings.repeats)))

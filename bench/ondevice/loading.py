@@ -15,15 +15,17 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from gpuparse import DataLoader
+from gpuparse.bench.context import NotRunError
+from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from ondevice.clock import Clock
-from ondevice.setup import Data, NotRunError, Settings
+from ondevice.setup import Settings, endless
 
 TARGETS = "at least 10,000 samples/s (20,000 aimed for) with 16 cores; at least 50 times the reference's rate"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def measure(data: Data, settings: Settings) -> dict[str, Any]:
+def measure(data: BenchData, settings: Settings) -> dict[str, Any]:
     """Samples per second of both, which take turns: each has its warm-up, then some batches by the clock."""
     num_batches = 4 if settings.toy else 1000
     ours = _Ours(data, settings, num_batches)
@@ -71,12 +73,12 @@ def _rate(batches: Iterator[Any], num_warm: int, num_timed: int, batch_size: int
 
 
 class _Ours:
-    def __init__(self, data: Data, settings: Settings, num_batches: int) -> None:
+    def __init__(self, data: BenchData, settings: Settings, num_batches: int) -> None:
         self._clock, self._num_timed, self._batch_size = Clock(settings.device, 1), num_batches, settings.batch_size
         self._num_warm = 2 if settings.toy else 50
         num_samples = (self._num_warm + num_batches + 8) * settings.batch_size
         self.loader = DataLoader(
-            data.endless(settings.size, num_samples),
+            endless(data, settings.size, num_samples),
             batch_size=settings.batch_size,
             shuffle=True,
             device=settings.device,
@@ -94,7 +96,7 @@ class _Reference:
     work. What remains is used up before the other side's turn.
     """
 
-    def __init__(self, data: Data, settings: Settings) -> None:
+    def __init__(self, data: BenchData, settings: Settings) -> None:
         from gpuparse.bench.baselines.augment import ReferenceAugmentation
         from gpuparse.bench.baselines.dataset import PngDataset
         from gpuparse.bench.baselines.process_2d import write_png_tree

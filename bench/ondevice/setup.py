@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-import gpuparse
 from gpuparse import SliceDataset
 from gpuparse.augment import OutputTypes
-from gpuparse.errors import InputError
+from gpuparse.bench.data import BenchData
 from gpuparse.flat import FlatDataset
 from gpuparse.order import PlainOrder
 from gpuparse.pack import PackedBatch, pack
 from gpuparse.read import ChunkReader
-from gpuparse.sample_data import make_sample_data
-
-
-class NotRunError(Exception):
-    """A part cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -73,48 +63,20 @@ class Settings:
         )
 
 
-@dataclass(frozen=True)
-class Data:
-    """The volumes at hand.
-
-    Attributes:
-        folder: Their folder, with class_prompts.json.
-        names: The datasets used: those whose ids are classes, for only these fit labels of 8 bits.
-        stores: A folder with a store for each.
-        scratch: A folder to write in.
-    """
-
-    folder: Path
-    names: tuple[str, ...]
-    stores: Path
-    scratch: Path
-
-    def dataset(self, size: tuple[int, int]) -> Dataset[Any]:
-        """All slices, augmented."""
-        return ConcatDataset([SliceDataset(self.stores / name, img_size=size) for name in self.names])
-
-    def endless(self, size: tuple[int, int], num_samples: int) -> Dataset[Any]:
-        """The same slices again and again."""
-        dataset = self.dataset(size)
-        return Subset(dataset, (np.arange(num_samples) % len(dataset)).tolist())
+def all_slices(data: BenchData, size: tuple[int, int]) -> Dataset[Any]:
+    """All slices, augmented."""
+    return ConcatDataset([SliceDataset(data.stores / name, img_size=size) for name in data.names])
 
 
-@contextlib.contextmanager
-def prepare(folder: Path | None) -> Iterator[Data]:
-    """Converts a folder of volumes, the generated sample data where none is given, into a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="gpuparse-bench-") as name:
-        scratch = Path(name)
-        source = folder if folder is not None else make_sample_data(scratch / "data")
-        report = gpuparse.convert(source, out_dir=scratch / "stores")
-        names = tuple(d.name for d in report.datasets if not gpuparse.open_store(d.store_path).prompts.instance_label)
-        if not names:
-            raise InputError(f"{source} holds no dataset whose ids are classes; expected one with instance_label 0.")
-        yield Data(source, names, scratch / "stores", scratch)
+def endless(data: BenchData, size: tuple[int, int], num_samples: int) -> Dataset[Any]:
+    """The same slices again and again."""
+    dataset = all_slices(data, size)
+    return Subset(dataset, (np.arange(num_samples) % len(dataset)).tolist())
 
 
-def packed_batches(data: Data, settings: Settings, types: OutputTypes, **options: Any) -> list[PackedBatch]:
+def packed_batches(data: BenchData, settings: Settings, types: OutputTypes, **options: Any) -> list[PackedBatch]:
     """Some batches, shuffled and augmented as training has them, read into memory."""
-    flat = FlatDataset(data.dataset(settings.size))
+    flat = FlatDataset(all_slices(data, settings.size))
     order, reader = PlainOrder(len(flat), True, 0), ChunkReader(4)
     batches = []
     for first in range(0, settings.num_sets * settings.batch_size, settings.batch_size):

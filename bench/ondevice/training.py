@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gpuparse import DataLoader
+from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from ondevice.clock import Clock
-from ondevice.setup import Data, Settings
+from ondevice.setup import Settings, endless
 
 TARGETS = "the step at most 2 % slower than with the batch held constant; at most half a core of the host"
 NUM_PROMPTS = 4
@@ -81,14 +82,14 @@ class _Step:
             self._previous = event
 
 
-def measure(data: Data, settings: Settings) -> dict[str, Any]:
+def measure(data: BenchData, settings: Settings) -> dict[str, Any]:
     """Step times with the loader's batches and with one batch, in turns; and the cores of the host that each took."""
     warm, timed = (1, 2) if settings.toy else (10, 60)
     rounds = max(2, settings.num_rounds) if settings.toy else 6
     clock = Clock(settings.device, 1)
     step = _Step(settings)
     loader = DataLoader(
-        data.endless(settings.size, (rounds + 1) * (warm + timed) * settings.batch_size),
+        endless(data, settings.size, (rounds + 1) * (warm + timed) * settings.batch_size),
         batch_size=settings.batch_size,
         shuffle=True,
         device=settings.device,

@@ -19,7 +19,8 @@ __all__ = ["commit", "describe_gpu", "describe_machine", "tree_cpu_seconds", "tr
 
 _PACKAGES = (
     "numpy", "torch", "zarr", "numcodecs", "opencv-python-headless", "monai", "blosc2", "batchgenerators",
-    "batchgeneratorsv2", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x", "matplotlib",
+    "batchgeneratorsv2", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13",
+    "cupy-cuda12x", "cupy-cuda13x", "matplotlib",
 )  # fmt: skip
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -51,11 +52,26 @@ def describe_machine(command: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """The current CUDA device, with torch's words."""
+    """The current CUDA device, with torch's words, and the driver."""
     import torch
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "torch_cuda": torch.version.cuda}
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "torch_cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _cpu_name() -> str:
