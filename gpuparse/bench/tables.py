@@ -37,8 +37,10 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def winner(ratio: dict[str, Any]) -> str:
-    """Who is ahead by a ratio of gpuparse over a peer; nobody where the interval holds 1."""
+def winner(ratio: dict[str, Any] | None) -> str:
+    """Who is ahead by a ratio that is above 1 where gpuparse is the faster; nobody where the interval holds 1."""
+    if ratio is None:
+        return ""
     low, high = ratio["ratio_95"]
     return "gpuparse" if low > 1 else "the peer" if high < 1 else "neither"
 
@@ -96,7 +98,7 @@ def loader_rows(part: dict[str, Any]) -> list[list[str]]:
                 spread(side["samples_per_second"]),
                 spread(side["cpu_ms_per_sample"], 2),
                 times(ratio),
-                winner(ratio) if ratio else "",
+                winner(ratio),
                 megabytes(side["memory_bytes"]),
             ]
         )
@@ -124,7 +126,7 @@ def _loader(part: dict[str, Any]) -> list[Table]:
 
 
 def first_batch_rows(part: dict[str, Any], kind: str) -> list[list[str]]:
-    """Side, whole process, after imports, the side over gpuparse."""
+    """Side, whole process, after imports, the side over gpuparse, ahead."""
     found = part[kind]
     return [
         [
@@ -132,12 +134,13 @@ def first_batch_rows(part: dict[str, Any], kind: str) -> list[list[str]]:
             spread(side["process_seconds"], 2),
             spread(side["after_imports_seconds"], 2),
             times(found["ratios"].get(name)),
+            winner(found["ratios"].get(name)),
         ]
         for name, side in sorted(found["sides"].items(), key=lambda item: item[1]["process_seconds"]["median"])
     ]
 
 
-FIRST_BATCH_COLUMNS = ["side", "whole process, s (95 %)", "after imports, s (95 %)", "it / gpuparse (95 %)"]
+FIRST_BATCH_COLUMNS = ["side", "whole process, s (95 %)", "after imports, s (95 %)", "it / gpuparse (95 %)", "ahead"]
 FIRST_BATCH_TITLES = {
     "prepared": "To the first batch, everything prepared",
     "raw": "To the first batch, from the raw npz files",
@@ -166,7 +169,7 @@ def _step_seconds(item: tuple[str, dict[str, Any]]) -> float:
 
 
 def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
-    """Side, step with its loader, step with a held batch, their ratio, the side over gpuparse."""
+    """Side, step with its loader, step with a held batch, their ratio, the side over gpuparse, ahead."""
     return [
         [
             side["title"],
@@ -174,6 +177,7 @@ def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
             spread(side["seconds_per_step"]["held"], 0, 1e3),
             times(side["loader_over_held"]),
             times(part["ratios"].get(name)),
+            winner(part["ratios"].get(name)),
         ]
         for name, side in sorted(
             part["sides"].items(), key=lambda item: item[1]["seconds_per_step"]["loader"]["median"]
@@ -182,7 +186,7 @@ def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
 
 
 EPOCH_COLUMNS = [
-    "side", "ms a step (95 %)", "loading taken out", "loader / taken out (95 %)", "it / gpuparse (95 %)",
+    "side", "ms a step (95 %)", "loading taken out", "loader / taken out (95 %)", "it / gpuparse (95 %)", "ahead",
 ]  # fmt: skip
 
 
@@ -194,7 +198,7 @@ def _epoch(part: dict[str, Any]) -> list[Table]:
 
 
 def convert_rows(part: dict[str, Any]) -> list[list[str]]:
-    """Way, seconds, MB of voxels per second, bytes, over npz, it over gpuparse."""
+    """Way, seconds, MB of voxels per second, bytes, over npz, it over gpuparse, ahead."""
     return [
         [
             name,
@@ -203,12 +207,13 @@ def convert_rows(part: dict[str, Any]) -> list[list[str]]:
             megabytes(way["disk_bytes"]),
             f"{way['over_npz']:.2f}",
             times(part["ratios"].get(name)),
+            winner(part["ratios"].get(name)),
         ]
         for name, way in part["ways"].items()
     ]
 
 
-CONVERT_COLUMNS = ["way", "seconds (95 %)", "MB of voxels/s", "on disk", "of the npz", "it / gpuparse (95 %)"]
+CONVERT_COLUMNS = ["way", "seconds (95 %)", "MB of voxels/s", "on disk", "of the npz", "it / gpuparse (95 %)", "ahead"]
 
 
 def _convert(part: dict[str, Any]) -> list[Table]:
