@@ -162,8 +162,7 @@ def server(running_server):
     """The object store, empty."""
     yield running_server
     running_server.settle()
-    for key in running_server.list_keys():
-        running_server.delete(key)
+    running_server.empty()
 
 
 @pytest.fixture

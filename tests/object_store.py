@@ -167,6 +167,11 @@ class FaultyStore:
         """Removes an object, past the door."""
         self._objects.delete_object("bucket", key)
 
+    def empty(self) -> None:
+        """Removes all objects."""
+        for key in self.list_keys():
+            self.delete(key)
+
     def list_keys(self, prefix: str = "") -> list[str]:
         """All keys below a prefix, past the door."""
         return sorted(key for key in list(self._objects.buckets["bucket"].keys) if key.startswith(prefix))
@@ -193,6 +198,7 @@ def serve(door: type[Door] = Door) -> Iterator[FaultyStore]:
     try:
         yield store
     finally:
+        store.empty()  # moto keeps its objects in this process, for whichever server comes next
         store.close()
         server.stop()
 

@@ -92,8 +92,8 @@ def _first_batch(kind: str) -> Callable[[dict[str, Any]], Any]:
         if kind not in part:
             return None
         seconds = {name: side["process_seconds"] for name, side in part[kind]["sides"].items()}
-        size = "" if kind == "prepared" else f", {part[kind]['raw_bytes'] / 1e9:.1f} GB of voxels"
-        label = f"s from the start of the process{size} (less is better)"
+        size = "" if kind == "prepared" else f", {part[kind]['raw_bytes'] / 1e9:.1f} GB"
+        label = f"s until the first batch{size} (less is better)"
         return _bars(_from_summaries(seconds, False), label, lambda value: f"{value:.1f}")
 
     return plot
