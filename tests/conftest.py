@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ SHARED = REPOSITORY.parent / "shared"  # real volumes and golden files: beside t
 # The same examples in every run: a failure seen once can be seen again. No deadline: shared runners stall at times.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_configure() -> None:
+    """Started in the background of a shell, a process ignores interrupts, and all that it starts would do so too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache
