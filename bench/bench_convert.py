@@ -33,6 +33,7 @@ import numpy as np
 from gpuparse.arrays import _chunks_of as chunks_of
 from gpuparse.arrays import _compress as compress
 from gpuparse.arrays import serial_blosc
+from gpuparse.bench.data import voxel_bytes
 from gpuparse.npz import NpzFile
 from gpuparse.sample_data import make_sample_data
 from gpuparse.store import chunk_shape, shard_shape
@@ -89,7 +90,7 @@ def make_sources(folder: Path, data: Path | None, num_bytes: int, toy: bool) -> 
         root.mkdir(exist_ok=True)
         (root / "class_prompts.json").write_text(json.dumps(prompts))
     files = sorted(distinct.glob("*/train/*.npz"))
-    distinct_bytes = sum(raw_bytes(path) for path in files)
+    distinct_bytes = sum(voxel_bytes(path) for path in files)
     copies = max(1, -(-num_bytes // distinct_bytes))
     for path in files:
         target = folder / "sources" / path.parts[-3] / "train"
@@ -103,11 +104,6 @@ def make_sources(folder: Path, data: Path | None, num_bytes: int, toy: bool) -> 
         "raw_bytes": distinct_bytes * copies,
         "npz_bytes": sum(path.stat().st_size for path in files) * copies,
     }
-
-
-def raw_bytes(path: Path) -> int:
-    archive = NpzFile(path.read_bytes())
-    return archive.header("imgs").nbytes + archive.header("gts").nbytes
 
 
 def floor(files: Sequence[Path], num_jobs: int, level: str) -> None:

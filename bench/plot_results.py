@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpuparse.bench.page import CONFIGURATION_COLUMNS, SECTIONS, WORDS, configuration_rows
+from gpuparse.bench.page import SECTIONS, WORDS, section_tables
 from gpuparse.bench.plots import PLOTS, draw, to_png
 from gpuparse.bench.run import load_results
 from gpuparse.bench.sides import OURS
-from gpuparse.bench.tables import cells, megabytes, original_line, part_tables
+from gpuparse.bench.tables import megabytes, original_line
 
 README_PLOTS = {
     "loader": "Samples per second of gpuparse and of other loaders",
@@ -103,10 +103,8 @@ def _part(name: str, part: dict[str, Any], pictures: Sequence[str]) -> list[str]
     lines = [WORDS[name], ""] if name in WORDS else []
     for picture in pictures:
         lines += [picture, ""]
-    for table in part_tables(name, part):
-        lines += [f"{table.title}:", "", *_table(*cells(table)), ""]
-    if name == "loader":
-        lines += ["How each side was set up:", "", *_table(CONFIGURATION_COLUMNS, configuration_rows(part)), ""]
+    for table in section_tables(name, part):
+        lines += [f"{table.title}:", "", *_table(table.columns, table.rows), ""]
     lines += [f"Left out: {side}: {reason}" for side, reason in part.get("left_out", {}).items()]
     return lines[:-1] if not lines[-1] else lines
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one call: what the machine is, the tests that need a GPU, compute-sanitizer on a short
-# run of the loader, bench_device.py, and a quick `gpuparse bench` on the device. Goes on after a part that fails and says at the end which did; the whole ends
-# within nine minutes. Where gpuparse's CPU kernels are not built, bench/install_offline.sh builds them.
+# run of the loader, bench_device.py, and a quick `gpuparse bench` on the device. Goes on after a part that fails and
+# says at the end which did; the whole ends within nine minutes. Where gpuparse's CPU kernels are not built,
+# bench/install_offline.sh builds them.
 #
-# Usage: bench/run_on_gpu.sh [PART ...]     PARTs: environment tests memcheck bench peers racecheck initcheck (default: all)
+# Usage: bench/run_on_gpu.sh [PART ...]     (default: all)
+# PARTs: environment tests memcheck bench peers racecheck initcheck
 #
 # Variables: OUT     where log and JSON go (bench/results)
 #            PYTHON  the interpreter (python3)

@@ -152,13 +152,15 @@ class DeviceRenderer:
     """
 
     def __init__(self, device: torch.device, size: tuple[int, int], types: OutputTypes, cache_bytes: int = 0) -> None:
+        import cupy
+
         self._device = device
         self._size = size
         self._types = types
         # Outputs belong to this stream in torch's allocator and are written on it, in the order of the batches: what
         # the user frees is written again only behind all work on it so far. DALI's outputs come bound to it.
         self._home = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._home_of_cupy: Any = None
+        self._home_of_cupy = cupy.cuda.ExternalStream(self.stream_handle, device.index)
         self._lock = threading.Lock()  # two iterations of one loader take turns
         self._encoded: torch.Tensor | None = None
         self._slab: torch.Tensor | None = None
@@ -198,8 +200,6 @@ class DeviceRenderer:
 
         try:
             with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._home):
-                if self._home_of_cupy is None:
-                    self._home_of_cupy = cupy.cuda.ExternalStream(self.stream_handle, self._device.index)
                 encoded, image, labels = self._allocate(packed)
                 with self._home_of_cupy, probes.stage("render"):
                     self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels))

@@ -223,8 +223,8 @@ class BatchPipeline:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
-        launched = self._launched.popleft()
-        if (event := launched[-1]) is not None:
+        _given, _outputs, event = self._launched.popleft()  # both are held until the event has happened
+        if event is not None:
             event.synchronize()
 
     def _render_given(self, given: _Given, buffer: Any, arena: Any) -> Any:

@@ -97,9 +97,6 @@ class StandInDali:
         self.fail_at = None
         dali = self
 
-        def operator(name):
-            return lambda *inputs, **options: Node(name, inputs, options)
-
         def external_source(**options):
             return tuple(Node("external_source", (), options, i) for i in range(options["num_outputs"]))
 
@@ -146,7 +143,7 @@ class StandInDali:
 
         fn = SimpleNamespace(
             external_source=external_source,
-            decoders=SimpleNamespace(inflate=operator("inflate")),
+            decoders=SimpleNamespace(inflate=lambda *inputs, **options: Node("inflate", inputs, options)),
         )
         self.parts = (fn, SimpleNamespace(UINT8="UINT8"), Pipeline)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpuparse.bench import plots, tables
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 
-__all__ = ["CONFIGURATION_COLUMNS", "PAGE_FILE", "SECTIONS", "WORDS", "configuration_rows", "write_page"]
+__all__ = ["PAGE_FILE", "SECTIONS", "WORDS", "SectionTable", "section_tables", "write_page"]
 
 PAGE_FILE = "results.html"
 
@@ -132,12 +132,8 @@ def _section(name: str, title: str, part: dict[str, Any], pictures: Sequence[str
     if name in WORDS:
         found.append(f"<p class=soft>{_text(WORDS[name])}</p>")
     found += [f"<figure>{picture}</figure>" for picture in pictures]
-    for table in tables.part_tables(name, part):
-        columns, rows = tables.cells(table)
-        found.append(f"<p><strong>{_text(str(table.title))}</strong></p>" + _table(columns, rows))
-    if name == "loader":
-        found.append("<p><strong>How each side was set up</strong></p>")
-        found.append(_table(CONFIGURATION_COLUMNS, configuration_rows(part), words=True))
+    for table in section_tables(name, part):
+        found.append(f"<p><strong>{_text(table.title)}</strong></p>" + _table(table.columns, table.rows, table.words))
     found += [
         f"<p class=soft>Left out: {_text(side)}: {_text(reason)}</p>"
         for side, reason in part.get("left_out", {}).items()
@@ -145,12 +141,25 @@ def _section(name: str, title: str, part: dict[str, Any], pictures: Sequence[str
     return "\n".join(found)
 
 
-CONFIGURATION_COLUMNS = [
-    "side", "configuration", "tried (samples/s)", "compared without augmentation", "differences of law",
-]  # fmt: skip
+class SectionTable(NamedTuple):
+    """A table of the page; `words` says that its cells are words rather than figures."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, ...]]
+    words: bool = False
 
 
-def configuration_rows(part: dict[str, Any]) -> list[tuple[str, ...]]:
+def section_tables(name: str, part: dict[str, Any]) -> list[SectionTable]:
+    """All tables about a part that has run: those of the terminal, and how the loaders were set up."""
+    found = [SectionTable(str(table.title), *tables.cells(table)) for table in tables.part_tables(name, part)]
+    if name == "loader":
+        columns = ["side", "configuration", "tried (samples/s)", "compared without augmentation", "differences of law"]
+        found.append(SectionTable("How each side was set up", columns, _configuration_rows(part), words=True))
+    return found
+
+
+def _configuration_rows(part: dict[str, Any]) -> list[tuple[str, ...]]:
     """How each side was set up, what was tried, what its check found, and where its augmentation differs."""
     rows: list[tuple[str, ...]] = []
     for side in part["sides"].values():
