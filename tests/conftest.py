@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -53,6 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"GPUPARSE_REQUIRE_GPU=1, but {reason}", pytrace=False)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def threads_left() -> Callable[[], set[str]]:
+    """() -> names of gpuparse's threads that were not there when the test began: another test's are not its fault."""
+    earlier = set(threading.enumerate())
+
+    def names() -> set[str]:
+        # Connections to remote storage belong to the process.
+        new = {thread.name for thread in threading.enumerate() if thread not in earlier}
+        return {name for name in new if name.startswith("gpuparse") and not name.startswith("gpuparse-remote")}
+
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import struct
-import threading
 from pathlib import Path
 
 import google_crc32c
@@ -104,10 +103,6 @@ def bad_files(damaged, intact):
     return bad
 
 
-def own_threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("gpuparse-fetch")}
-
-
 def until_error(loader, seen):
     """Takes batches into `seen`."""
     for batch in loader:
@@ -142,7 +137,7 @@ def epochs_of(dataset, num_epochs=2, **options):
 
 @pytest.mark.parametrize("prefetch_depth", [1, 4])
 @pytest.mark.parametrize("cache", [{}, {"cache": "device", "cache_gib": 1}])
-def test_a_damaged_chunk_ends_its_batch_by_name(damaged, intact, cells, bad_files, prefetch_depth, cache):
+def test_a_damaged_chunk_ends_its_batch_by_name(damaged, intact, cells, bad_files, prefetch_depth, cache, threads_left):
     options = {"batch_size": 2, "prefetch_depth": prefetch_depth, **OPTIONS}
     loader = DataLoader(compose(damaged, cells), **options, **cache)
     expected = list(DataLoader(intact, **options))
@@ -156,7 +151,7 @@ def test_a_damaged_chunk_ends_its_batch_by_name(damaged, intact, cells, bad_file
         until_error(loader, seen)
     assert samples_of(seen) == samples_of(expected[:first_bad])
     assert "case_001_027.png" in {Path(name).name for name in expected[first_bad]["mask_file"]}
-    assert own_threads() == set()
+    assert threads_left() == set()
     assert loader.state_dict()["position"] == 2 * first_bad
     assert loader.report().failures == ()
 
@@ -243,7 +238,7 @@ def failed_file(failure):
     return f"{case}_{int(position):03d}.png"
 
 
-def test_more_failures_than_allowed_end_the_run(damaged, cells):
+def test_more_failures_than_allowed_end_the_run(damaged, cells, threads_left):
     dataset = compose(damaged, cells)
     loader = DataLoader(dataset, batch_size=4, on_error="skip", **OPTIONS)
     list(loader)
@@ -256,10 +251,10 @@ def test_more_failures_than_allowed_end_the_run(damaged, cells):
             match=rf"{allowed + 1} slices could not be read, more than max_failures={allowed}; the last: dataset 'SAM",
         ):
             list(loader)
-        assert own_threads() == set()
+        assert threads_left() == set()
 
 
-def test_nothing_but_damage_ends_in_an_error(sample_stores, tmp_path_factory):
+def test_nothing_but_damage_ends_in_an_error(sample_stores, tmp_path_factory, threads_left):
     root = copy_of(sample_stores, tmp_path_factory)
     dataset = SliceDataset(root, img_size=SIZE)
     for shard in (root / "train.zarr" / "cases").glob("*/0/c/0/0/0"):
@@ -271,7 +266,7 @@ def test_nothing_but_damage_ends_in_an_error(sample_stores, tmp_path_factory):
         ChunkCorruptError, match=r"replaced 64 times by one that cannot be read either\..*`gpuparse check` says what"
     ):
         list(DataLoader(dataset, max_failures=1000, **options))
-    assert own_threads() == set()
+    assert threads_left() == set()
 
 
 def test_a_block_that_is_no_lz4_is_named(sample_stores, tmp_path_factory):
@@ -302,7 +297,7 @@ def test_a_lost_file_is_named_or_replaced(sample_stores, tmp_path_factory, array
 
 @pytest.mark.parametrize("prefetch_depth", [1, 3])
 @pytest.mark.parametrize(("place", "name"), [(ChunkReader, "read"), (HostMaker, "make")])
-def test_an_exception_comes_in_place_of_its_batch(intact, monkeypatch, prefetch_depth, place, name):
+def test_an_exception_comes_in_place_of_its_batch(intact, monkeypatch, prefetch_depth, place, name, threads_left):
     original, calls = getattr(place, name), []
 
     def fail_at_third(*arguments, **options):
@@ -317,7 +312,7 @@ def test_an_exception_comes_in_place_of_its_batch(intact, monkeypatch, prefetch_
     with pytest.raises(RuntimeError, match="made to fail"):
         until_error(loader, seen)
     assert len(seen) == 2
-    assert own_threads() == set()
+    assert threads_left() == set()
     monkeypatch.undo()
     # The loader goes on where it stood.
     loader.load_state_dict(loader.state_dict())
@@ -325,7 +320,7 @@ def test_an_exception_comes_in_place_of_its_batch(intact, monkeypatch, prefetch_
     assert same([*seen, *rest], list(DataLoader(intact, batch_size=4, **OPTIONS)))
 
 
-def test_a_failure_of_dali_is_told_apart(intact, monkeypatch):
+def test_a_failure_of_dali_is_told_apart(intact, monkeypatch, threads_left):
     from nvidia.dali.pipeline import Pipeline
 
     original, calls = Pipeline.run, []
@@ -342,7 +337,7 @@ def test_a_failure_of_dali_is_told_apart(intact, monkeypatch):
     next(iterator)
     with pytest.raises(PipelineError, match=r"DALI failed at batch 2 of this iteration: Critical error in pipeline If"):
         next(iterator)
-    assert own_threads() == set()
+    assert threads_left() == set()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -29,10 +28,6 @@ def ct(sample_stores):
 @pytest.fixture(scope="module")
 def both(ct, sample_stores):
     return ConcatDataset([ct, SliceDataset(sample_stores["SAMPLE_CELLS"].parent, img_size=(96, 96))])
-
-
-def own_threads() -> set[str]:
-    return {t.name for t in threading.enumerate() if t.name.startswith("gpuparse-fetch")}
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -129,7 +124,7 @@ def test_buffers_return_when_the_last_tensor_is_gone():
     assert len(pool._free[128]) == 1
 
 
-def test_breaking_out_leaves_no_thread(ct):
+def test_breaking_out_leaves_no_thread(ct, threads_left):
     loader = DataLoader(ct, batch_size=4)
     for _ in range(3):
         for batch in loader:
@@ -139,7 +134,7 @@ def test_breaking_out_leaves_no_thread(ct):
     next(iterator)
     del iterator, batch
     gc.collect()
-    assert own_threads() == set()
+    assert threads_left() == set()
 
 
 def test_two_iterators_side_by_side(ct):
@@ -150,7 +145,7 @@ def test_two_iterators_side_by_side(ct):
     assert same([b for _, b in pairs], list(loader))
 
 
-def test_corrupt_chunk_reaches_the_loop_by_name(ct, tmp_path):
+def test_corrupt_chunk_reaches_the_loop_by_name(ct, tmp_path, threads_left):
     store = tmp_path / "SAMPLE_CT" / "train.zarr"
     shutil.copytree(ct.store.path, store)
     shard = store / "cases" / "case_003" / "0" / "c" / "0" / "0" / "0"
@@ -160,17 +155,17 @@ def test_corrupt_chunk_reaches_the_loop_by_name(ct, tmp_path):
     loader = DataLoader(SliceDataset(store.parent), batch_size=4, shuffle=True)
     with pytest.raises(ChunkCorruptError, match="dataset 'SAMPLE_CT', case 'case_003', axis 0, slice"):
         list(loader)
-    assert own_threads() == set()
+    assert threads_left() == set()
 
 
-def test_failure_while_rendering_reaches_the_loop(ct, monkeypatch):
+def test_failure_while_rendering_reaches_the_loop(ct, monkeypatch, threads_left):
     def fail(*_, **__):
         raise RuntimeError("made to fail")
 
     monkeypatch.setattr("gpuparse.production.render_on_host", fail)
     with pytest.raises(RuntimeError, match="made to fail"):
         list(DataLoader(ct, batch_size=4))
-    assert own_threads() == set()
+    assert threads_left() == set()
 
 
 def test_stage_times_and_repr(ct):

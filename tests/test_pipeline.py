@@ -19,12 +19,8 @@ def packed(step):
     return SimpleNamespace(buffer=np.full(20 + step, step, np.uint8))
 
 
-def threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("gpuparse-fetch")}
-
-
 @pytest.mark.parametrize("prefetch_depth", [1, 2, 6])
-def test_batches_come_in_order_with_their_own_buffers(prefetch_depth):
+def test_batches_come_in_order_with_their_own_buffers(prefetch_depth, threads_left):
     fetched, rendered = [], []
 
     def fetch(step):
@@ -44,7 +40,7 @@ def test_batches_come_in_order_with_their_own_buffers(prefetch_depth):
     pipeline.close()
     pipeline.close()
     assert fetched == rendered == list(range(9))
-    assert threads() == set()
+    assert threads_left() == set()
 
 
 def test_nothing_is_ready_behind_the_last_batch():
@@ -119,7 +115,7 @@ def test_a_buffer_of_another_batch_is_noticed():
     pipeline.close()
 
 
-def test_closing_drops_what_is_under_way():
+def test_closing_drops_what_is_under_way(threads_left):
     held, rendered = threading.Event(), []
 
     def render(step, *_):
@@ -131,5 +127,5 @@ def test_closing_drops_what_is_under_way():
     pipeline.run()
     held.set()
     pipeline.close()
-    assert threads() == set()
+    assert threads_left() == set()
     assert len(rendered) < 10

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -428,13 +427,7 @@ def num_tasks():
     return len(os.listdir("/proc/self/task"))
 
 
-def own_threads():
-    # Connections to remote storage, which other tests open, belong to the process.
-    names = [thread.name for thread in threading.enumerate()]
-    return sorted(name for name in names if name.startswith("gpuparse") and not name.startswith("gpuparse-remote"))
-
-
-def test_no_thread_is_left_behind(both, monkeypatch):
+def test_no_thread_is_left_behind(both, monkeypatch, threads_left):
     def use():
         loader = DataLoader(both, 4, shuffle=True, num_threads=2, prefetch_depth=3)
         list(loader)
@@ -457,7 +450,7 @@ def test_no_thread_is_left_behind(both, monkeypatch):
     while num_tasks() > warm and time.monotonic() < deadline:  # the kernel takes a moment to reap a thread
         time.sleep(0.01)
     assert num_tasks() <= warm
-    assert own_threads() == []
+    assert threads_left() == set()
 
 
 LOOPS = {
