@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import html.parser
 import json
 import re
@@ -243,6 +244,26 @@ def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, t
     path = tmp_path / "results.json"
     done = CliRunner().invoke(app, ["bench", "--from", str(path), "--out", str(tmp_path)])
     assert done.exit_code == 1
+
+
+@pytest.mark.parametrize("kept", [(), ("reference",), ("gpuparse",)])
+def test_sides_that_failed_leave_their_figures_out_and_the_page_stands(toy, tmp_path, kept):
+    result = copy.deepcopy(toy[1])
+    for part in result["parts"].values():
+        for entry in (part, *(value for value in part.values() if isinstance(value, dict))):
+            if "sides" in entry:
+                entry["sides"] = {name: side for name, side in entry["sides"].items() if name in kept}
+                entry["ratios"] = {}
+                part["left_out"] = dict.fromkeys({"gpuparse", "reference"} - {*kept}, "failed: no reason")
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(result))
+    done = CliRunner().invoke(app, ["bench", "--from", str(path), "--out", str(tmp_path)])
+    assert done.exit_code == ("gpuparse" not in kept), done.output
+    assert ("loader, left out: gpuparse: failed: no reason" in done.output) == ("gpuparse" not in kept)
+    text = (tmp_path / "results.html").read_text()
+    assert ("Left out: reference: failed: no reason" in text) == ("reference" not in kept)
+    of_sides = {"loader", "cpu", "first-batch-prepared", "first-batch-raw", "first-batch-raw-large", "epoch", "scaling"}
+    assert {name for name in plots.PLOTS if plots.draw(name, result) is None} == (set() if kept else of_sides)
 
 
 def test_processes_that_fail_are_not_taken_for_measurements(monkeypatch):

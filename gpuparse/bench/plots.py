@@ -18,7 +18,7 @@ _SHORT = {
 
 
 def draw(name: str, result: dict[str, Any]) -> Any | None:
-    """A matplotlib figure of one part, None where that part has not run."""
+    """A matplotlib figure of one part, None where that part has not run or every side of it failed."""
     part = result["parts"].get(_PART[name])
     if part is None or "failed" in part or "not_run" in part:
         return None
@@ -59,6 +59,8 @@ def _axes(height: float) -> tuple[Any, Any]:
 
 def _bars(rows: list[tuple[str, float, list[float], bool]], label: str, text: Callable[[float], str]) -> Any:
     """Horizontal bars with their intervals; (name, value, interval, whether it is gpuparse's) from the top down."""
+    if not rows:
+        return None
     figure, axes = _axes(0.75 + 0.36 * len(rows))
     for number, (_, value, (low, high), ours) in enumerate(rows):
         axes.barh(number, value, color=_OURS if ours else _THEIRS, height=0.68)
@@ -107,6 +109,8 @@ def _epoch(part: dict[str, Any]) -> Any:
             (_SHORT.get(name, name), 1e3 * entry["median"], [1e3 * v for v in entry["median_95"]], name == OURS)
         )
     figure = _bars(rows, "ms a training step (less is better)", lambda v: f"{v:.0f}")
+    if figure is None:
+        return None
     held = [side["seconds_per_step"]["held"]["median"] for side in part["sides"].values()]
     figure.axes[0].axvline(1e3 * sorted(held)[len(held) // 2], color=_INK, linestyle="--", linewidth=1)
     return figure
@@ -125,6 +129,8 @@ def _convert(part: dict[str, Any]) -> Any:
 
 
 def _scaling(part: dict[str, Any]) -> Any:
+    if not part["sides"]:
+        return None
     figure, axes = _axes(3.6)
     ends = {name: rates[max(rates, key=int)]["median"] for name, rates in part["sides"].items()}
     gap, last = 0.055 * max(ends.values()), -1.0

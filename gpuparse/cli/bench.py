@@ -69,15 +69,15 @@ def bench_command(
 ) -> None:
     """Measure gpuparse beside other ways to feed the same training, on this machine.
 
-    Exit status: 0 all measured, 1 a part failed and the others were measured, 2 nothing was measured, 130 interrupted,
-    143 terminated.
+    Exit status: 0 all measured, 1 a part or gpuparse's side of one failed and the others were measured, 2 nothing was
+    measured, 130 interrupted, 143 terminated.
 
     Example: gpuparse bench --data data --out bench --against reference,monai
     """
     from gpuparse.bench.page import write_page
     from gpuparse.bench.run import BenchRequest, check_parts, load_results, run_bench
     from gpuparse.bench.settings import BenchSettings
-    from gpuparse.bench.sides import chosen_peers
+    from gpuparse.bench.sides import OURS, chosen_peers
     from gpuparse.bench.tables import print_results
 
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -102,7 +102,8 @@ def bench_command(
     print_results(console, found)
     for path in write_page(found, out):
         console.print(str(path), highlight=False, soft_wrap=True)
-    if any("failed" in entry for entry in found["parts"].values()):
+    parts = found["parts"].values()
+    if any("failed" in part or OURS in part.get("left_out", {}) for part in parts):
         raise typer.Exit(1)
 
 
