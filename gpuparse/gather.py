@@ -152,56 +152,67 @@ def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
     return _Lane(layout, plane.tobytes(), tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
 
 
-class _Planes:
-    """Planes of one kind, image or labels, on their way into arrays."""
+class _Planes(NamedTuple):
+    """Planes of any kind, one after another, and the tiles that they are cut into."""
 
-    def __init__(self, lanes: Sequence[_Lane], arrays: dict[ArrayLayout, int]) -> None:
-        numbers: dict[_Lane, int] = {}
-        self._lane_of = [numbers.setdefault(lane, len(numbers)) for lane in lanes]
-        self._lanes = list(numbers)
-        self._arrays = [arrays.setdefault(lane.layout, len(arrays)) for lane in self._lanes]
+    arrays: tuple[ArrayLayout, ...]
+    planes: npt.NDArray[Any]  # PLANE_DTYPE
+    tiles: npt.NDArray[np.int64]  # the chunk under each, with its array's number above
+    offsets: npt.NDArray[np.int64]  # bytes from the chunk's start
+    lengths: tuple[tuple[int, int], ...]
 
-    def finish(
-        self,
-        positions: npt.NDArray[np.int64],
-        first_tile: int,
-        tables: dict[tuple[int, int], int],
-        size: tuple[int, int],
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The planes, and for each tile its chunk (with the array's number) and its offset.
 
-        Args:
-            positions: (num_slices, planes of a slice), where each plane stands along its axis.
-            first_tile: Tiles of other planes before these.
-            tables: (source, target) lengths -> number of the resampling table; grows.
-            size: Rows and columns that the planes will be encoded to.
-        """
-        lanes = self._lanes
-        patterns = np.frombuffer(bytearray().join(lane.plane for lane in lanes), PLANE_DTYPE)
-        for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
-            patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
-        steps = np.array(
-            [
-                (lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles), array << _NUMBER_BITS)
-                for lane, array in zip(lanes, self._arrays, strict=True)
-            ],
-            np.int64,
-        )
-        of = np.repeat(np.array(self._lane_of), positions.shape[1])
-        depth, layer_step, plane_step, counts, base = steps[of].T
-        layers, inside = np.divmod(positions.reshape(-1), depth)
-        ends = np.cumsum(counts)
-        planes = patterns[of]
-        planes["first_block"] = first_tile + ends - counts
-        # Tile t of a plane is tile t of its lane, some layers further on.
-        starts = np.cumsum(steps[:, 3]) - steps[:, 3]
-        tiles = np.concatenate([lane.tiles for lane in lanes])
-        own = np.arange(ends[-1]) + np.repeat(starts[of] - (ends - counts), counts)
-        return (
-            planes,
-            tiles[own] + np.repeat(base + layers * layer_step, counts),
-            np.repeat(inside * plane_step, counts),
-        )
+def _find(
+    lanes: Sequence[_Lane], of: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], size: tuple[int, int]
+) -> _Planes:
+    """Finds planes and tiles.
+
+    Args:
+        lanes: Each once.
+        of: (num_planes,) the lane of each plane.
+        positions: (num_planes,) where each plane stands along its axis.
+        size: Rows and columns that the planes will be encoded to.
+    """
+    patterns = np.frombuffer(bytearray().join([lane.plane for lane in lanes]), PLANE_DTYPE)
+    tables: dict[tuple[int, int], int] = {}
+    for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
+        patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
+    arrays: dict[ArrayLayout, int] = {}
+    steps = np.array(
+        [
+            (
+                lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles),
+                arrays.setdefault(lane.layout, len(arrays)) << _NUMBER_BITS,
+            )
+            for lane in lanes
+        ],
+        np.int64,
+    )  # fmt: skip
+    depth, layer_step, plane_step, counts, base = steps[of].T
+    layers, inside = np.divmod(positions, depth)
+    ends = np.cumsum(counts)
+    planes = patterns[of]
+    planes["first_block"] = ends - counts
+    # Tile t of a plane is tile t of its lane, some layers further on.
+    starts = np.cumsum(steps[:, 3]) - steps[:, 3]
+    own = np.arange(ends[-1]) + np.repeat(starts[of] - (ends - counts), counts)
+    tiles = np.concatenate([lane.tiles for lane in lanes])[own] + np.repeat(base + layers * layer_step, counts)
+    return _Planes(tuple(arrays), planes, tiles, np.repeat(inside * plane_step, counts), tuple(tables))
+
+
+def _gathering(found: _Planes, num_image_planes: int) -> Gathering:
+    """The chunks of some planes, of which the image's come first."""
+    chunks, tile_chunk = np.unique(found.tiles, return_inverse=True)
+    return Gathering(
+        arrays=found.arrays,
+        chunk_array=chunks >> _NUMBER_BITS,
+        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
+        tile_chunk=tile_chunk.reshape(-1),
+        tile_offset=found.offsets,
+        image_planes=found.planes[:num_image_planes],
+        label_planes=found.planes[num_image_planes:],
+        lengths=found.lengths,
+    )
 
 
 def _prepare(keys: Sequence[SliceKey]) -> None:
@@ -229,21 +240,10 @@ def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
         StorageError: Remote storage failed.
     """
     _prepare(keys)
-    arrays: dict[ArrayLayout, int] = {}
-    labels = _Planes([_view_of(key).labels for key in keys], arrays)
-    positions = np.array([[key.position] for key in keys], np.int64)
-    label_planes, tiles, offsets = labels.finish(positions, 0, {}, (1, 1))
-    chunks, tile_chunk = np.unique(tiles, return_inverse=True)
-    return Gathering(
-        arrays=tuple(arrays),
-        chunk_array=chunks >> _NUMBER_BITS,
-        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
-        tile_chunk=tile_chunk.reshape(-1),
-        tile_offset=offsets,
-        image_planes=label_planes[:0],
-        label_planes=label_planes,
-        lengths=(),
-    )
+    lanes = [_view_of(key).labels for key in keys]
+    numbers: dict[_Lane, int] = {}
+    of = np.array([numbers.setdefault(lane, len(numbers)) for lane in lanes])
+    return _gathering(_find(list(numbers), of, np.array([key.position for key in keys], np.int64), (1, 1)), 0)
 
 
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
@@ -260,21 +260,14 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
     """
     _prepare(keys)
     views = [_view_of(key) for key in keys]
-    arrays: dict[ArrayLayout, int] = {}
-    images, labels = _Planes([view.image for view in views], arrays), _Planes([view.labels for view in views], arrays)
-    num_slices = np.array([view.num_slices for view in views], np.int64)
+    numbers: dict[_View, int] = {}
+    of = np.array([numbers.setdefault(view, len(numbers)) for view in views])
     positions = np.array([key.position for key in keys], np.int64)
-    tables: dict[tuple[int, int], int] = {}
-    image_planes, image_tiles, image_offsets = images.finish(channel_positions(positions, num_slices), 0, tables, size)
-    label_planes, label_tiles, label_offsets = labels.finish(positions[:, None], len(image_tiles), tables, size)
-    chunks, tile_chunk = np.unique(np.concatenate([image_tiles, label_tiles]), return_inverse=True)
-    return Gathering(
-        arrays=tuple(arrays),
-        chunk_array=chunks >> _NUMBER_BITS,
-        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
-        tile_chunk=tile_chunk.reshape(-1),
-        tile_offset=np.concatenate([image_offsets, label_offsets]),
-        image_planes=image_planes,
-        label_planes=label_planes,
-        lengths=tuple(tables),
+    channels = channel_positions(positions, np.array([view.num_slices for view in views], np.int64))
+    found = _find(
+        [*(view.image for view in numbers), *(view.labels for view in numbers)],
+        np.concatenate([np.repeat(of, 3), len(numbers) + of]),
+        np.concatenate([channels.reshape(-1), positions]),
+        size,
     )
+    return _gathering(found, 3 * len(keys))

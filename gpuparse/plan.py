@@ -6,6 +6,8 @@ as easy as 1, 2, 3", SC 2011), keyed by sample, so that no value depends on batc
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse import kernels
 from gpuparse.errors import InputError
 
 __all__ = [
@@ -28,11 +31,8 @@ __all__ = [
     "sample_streams",
 ]
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
-_PIECE = 1 << 15
 
 # What a random number is for: the third counter word. A number is never reused for another purpose.
 OPERATION_ORDER = 0
@@ -52,14 +52,15 @@ def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uin
     >>> [hex(w) for w in philox4x32([0, 0, 0, 0], [0, 0])]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    counter, key = np.asarray(counter, np.uint64), np.asarray(key, np.uint64)
-    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
-    k0, k1 = key[..., 0], key[..., 1]
-    for _ in range(10):
-        left, right = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (right >> _SHIFT) ^ c1 ^ k0, right & _LOW, (left >> _SHIFT) ^ c3 ^ k1, left & _LOW
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+    counters, keys = np.asarray(counter, np.uint32), np.asarray(key, np.uint32)
+    shape = np.broadcast_shapes(counters.shape[:-1], keys.shape[:-1])
+    counters = np.ascontiguousarray(np.broadcast_to(counters, (*shape, 4)))
+    keys = np.ascontiguousarray(np.broadcast_to(keys, (*shape, 2)))
+    words = np.empty((*shape, 4), np.uint32)
+    kernels.host_library().gpuparse_philox(
+        ctypes.c_int64(math.prod(shape)), *map(kernels.pointer, (counters, keys, words))
+    )
+    return words
 
 
 def _words(value: npt.ArrayLike) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
@@ -154,7 +155,7 @@ def permute(
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
-        length: Size of the range, up to 2^53; like `epoch` and `stream` one for all positions or one each.
+        length: Size of the range, below 2^63; like `epoch` and `stream` one for all positions or one each.
         seed: Key.
         epoch: Key, below 2^32.
         stream: Key, below 2^28; sets permutations apart that serve different ends.
@@ -162,45 +163,31 @@ def permute(
     Returns:
         (n,) int64, each position's image. Memory and time depend on n alone.
 
+    Raises:
+        InputError: A position is outside the range, or the seed outside 64 bits.
+
     >>> sorted(permute(range(7), 7, seed=1, epoch=0).tolist())
     [0, 1, 2, 3, 4, 5, 6]
     """
-    values = np.asarray(positions, np.uint64)
-    lengths, epochs, streams = (np.broadcast_to(np.asarray(key), values.shape) for key in (length, epoch, stream))
-    result = np.empty(values.shape, np.int64)
-    check_seed(seed)
-    for start in range(0, len(values), _PIECE):  # bounds the memory that the rounds take
-        piece = slice(start, start + _PIECE)
-        result[piece] = _permute(values[piece].copy(), lengths[piece].astype(np.uint64), seed,
-                                 epochs[piece].astype(np.uint32), streams[piece].astype(np.uint32))  # fmt: skip
-    return result
-
-
-def _permute(
-    values: npt.NDArray[np.uint64],
-    lengths: npt.NDArray[np.uint64],
-    seed: int,
-    epochs: npt.NDArray[np.uint32],
-    streams: npt.NDArray[np.uint32],
-) -> npt.NDArray[np.int64]:
-    # The exponent of a double is its number of bits: exact for whole numbers below 2^53.
-    num_bits = np.frexp(np.maximum(lengths, 1).astype(np.float64) - 1)[1]
-    half_bits = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
-    masks = (np.uint64(1) << half_bits) - np.uint64(1)
-    key = np.stack(_words(seed))
-    pending = np.flatnonzero(lengths > 1)
-    while len(pending):
-        half, mask = half_bits[pending], masks[pending]
-        left, right = values[pending] >> half, values[pending] & mask
-        counter = np.zeros((len(pending), 4), np.uint32)
-        counter[:, 2] = epochs[pending]
-        counter[:, 3] = OPERATION_ORDER
-        for round_number in range(6):
-            counter[:, 0] = right.astype(np.uint32)
-            counter[:, 1] = 8 * streams[pending] + np.uint32(round_number)
-            left, right = right, (left ^ philox4x32(counter, key)[:, 0].astype(np.uint64)) & mask
-        values[pending] = left << half | right
-        pending = pending[values[pending] >= lengths[pending]]
+    key = check_seed(seed)
+    given = np.asarray(positions)
+    values = np.ascontiguousarray(given.astype(np.uint64))
+    lengths, epochs, streams = (
+        np.ascontiguousarray(np.broadcast_to(np.asarray(each).astype(dtype), values.shape))
+        for each, dtype in ((length, np.uint64), (epoch, np.uint32), (stream, np.uint32))
+    )
+    outside = values >= lengths
+    if outside.any():  # walked on, it might never come inside
+        raise InputError(
+            f"position {given[outside][0]} is outside the range that is permuted; expected 0 to "
+            f"{int(lengths[outside][0]) - 1}."
+        )
+    kernels.host_library().gpuparse_permute(
+        ctypes.c_int64(values.size),
+        *map(kernels.pointer, (lengths, epochs, streams)),
+        *(ctypes.c_uint32(word) for word in (OPERATION_ORDER, key & 0xFFFFFFFF, key >> 32)),
+        kernels.pointer(values),
+    )
     return values.astype(np.int64)
 
 

@@ -73,9 +73,11 @@ class Samples:
                 "all_class_masks. Give them the same, or use a loader for each."
             )
 
+        places = order.tolist()
+
         def take(name: str) -> tuple[Any, ...]:
             everything = [value for part in parts for value in getattr(part, name)]
-            return tuple(everything[i] for i in order)
+            return tuple([everything[i] for i in places])
 
         labels = LabelSpec(
             class_ids=np.concatenate([part.labels.class_ids for part in parts])[order],

@@ -328,12 +328,12 @@ def _choose_present(
 def paraphrases(prompts: ClassPrompts, streams: Streams, class_ids: npt.NDArray[np.int64]) -> list[list[str]]:
     """One random paraphrase for each class id of each sample; `class_ids` is (num_samples, num_prompts)."""
     words = streams.words(OPERATION_PARAPHRASES, class_ids.shape[1])
-    rows = class_ids.tolist()
-    counts = np.array([[len(prompts.classes[i]) for i in row] for row in rows]).reshape(class_ids.shape)
-    picks = draw_below(words, counts).tolist()
-    return [
-        [prompts.classes[i][k] for i, k in zip(row, pick, strict=True)] for row, pick in zip(rows, picks, strict=True)
-    ]
+    ids = sorted(prompts.classes)
+    texts = [text for i in ids for text in prompts.classes[i]]
+    counts = np.array([len(prompts.classes[i]) for i in ids])
+    which = np.searchsorted(ids, class_ids)
+    numbers = (np.cumsum(counts) - counts)[which] + draw_below(words, counts[which])
+    return [[texts[k] for k in row] for row in numbers.tolist()]
 
 
 def words_for_training(num_prompts: int) -> dict[int, int]:

@@ -9,6 +9,7 @@
 #include "host_inflate.cpp"
 #include "host_prepare.cpp"
 #include "host_presence.cpp"
+#include "host_random.cpp"
 #include "host_read.cpp"
 #include "place.cu"
 

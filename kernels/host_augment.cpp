@@ -345,20 +345,3 @@ extern "C" void gpuparse_augment(int64_t num_samples, int32_t num_threads, const
       finish_band(batch, sample, first_row, turned, (const uint32_t *)mine.mask.get());
   });
 }
-
-// For tests and the CPU's tables of random numbers: the generator and the normals as the kernels use them.
-extern "C" void gpuparse_philox(int64_t num_blocks, const uint32_t *counters, const uint32_t *key, uint32_t *out) {
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    const uint32_t *c = counters + 4 * i;
-    const PhiloxWords words = philox4x32(c[0], c[1], c[2], c[3], key[0], key[1]);
-    const uint32_t values[4] = {words.w0, words.w1, words.w2, words.w3};
-    memcpy(out + 4 * i, values, sizeof(values));
-  }
-}
-
-extern "C" void gpuparse_normals(int64_t num_pairs, const uint32_t *words, float *out) {
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    const NormalPair pair = gp_normal_pair(words[2 * i], words[2 * i + 1]);
-    out[2 * i] = pair.first, out[2 * i + 1] = pair.second;
-  }
-}

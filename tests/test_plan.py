@@ -35,6 +35,22 @@ def philox_in_integers(counter, key):
     return c
 
 
+def permute_in_integers(position, length, seed, epoch, stream):
+    """The bijection as `permute` describes it, in Python's integers."""
+    half = max(1, (((length - 1).bit_length()) + 1) // 2)
+    value = position
+    while length > 1:
+        left, right = value >> half, value & (1 << half) - 1
+        for number in range(6):
+            counter = [right & 0xFFFFFFFF, 8 * stream + number, epoch, 0]
+            word = philox_in_integers(counter, [seed & 0xFFFFFFFF, seed >> 32])[0]
+            left, right = right, (left ^ word) & (1 << half) - 1
+        value = left << half | right
+        if value < length:
+            break
+    return value
+
+
 def uniform(counts):
     """Whether a chi-square test leaves counts of equally likely outcomes standing."""
     return stats.chisquare(np.ravel(counts)).pvalue > 1e-4
@@ -86,6 +102,24 @@ def test_permute_stays_inside_and_apart_for_lengths_too_large_to_list(length, se
     assert len(set(order.tolist())) == len(positions)
     assert order.min() >= 0
     assert order.max() < length
+
+
+@given(
+    keys=st.lists(st.tuples(st.integers(1, 2**62), EPOCH, st.integers(0, 2**28 - 1)), min_size=1, max_size=5),
+    seed=SEED,
+    data=st.data(),
+)
+def test_permute_is_the_feistel_network_it_says_each_position_with_keys_of_its_own(keys, seed, data):
+    positions = [data.draw(st.integers(0, length - 1)) for length, _, _ in keys]
+    lengths, epochs, streams = zip(*keys, strict=True)
+    expected = [permute_in_integers(p, n, seed, e, s) for p, (n, e, s) in zip(positions, keys, strict=True)]
+    assert permute(positions, lengths, seed, epochs, streams).tolist() == expected
+
+
+@pytest.mark.parametrize(("positions", "length"), [([0, 5], 5), ([-1], 5), ([0], 0)])
+def test_permute_refuses_positions_outside(positions, length):
+    with pytest.raises(InputError, match=rf"is outside the range that is permuted; expected 0 to {length - 1}\."):
+        permute(positions, length, 0, 0)
 
 
 @given(length=st.integers(1, 500), seed=SEED, epoch=EPOCH, data=st.data())

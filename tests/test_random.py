@@ -28,8 +28,8 @@ RANDOM123 = [  # kat_vectors: philox 4x32, 10 rounds
 def c_philox(counters, key, variant):
     counters = np.ascontiguousarray(counters, np.uint32)
     out = np.empty_like(counters)
-    key = np.array(key, np.uint32)
-    host_library(variant).gpuparse_philox(ctypes.c_int64(len(counters)), pointer(counters), pointer(key), pointer(out))
+    keys = np.tile(np.array(key, np.uint32), (len(counters), 1))
+    host_library(variant).gpuparse_philox(ctypes.c_int64(len(counters)), *map(pointer, (counters, keys, out)))
     return out
 
 
