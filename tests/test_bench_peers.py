@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from gpuparse.bench.data import BenchData, plain_sample, prepare
 from gpuparse.bench.machine import tree_cpu_seconds, tree_memory_bytes
 from gpuparse.bench.original import compare_with_original
 from gpuparse.bench.settings import BenchSettings
-from gpuparse.bench.sides import PEERS, SIDES, PlainBatch, SideInfo
+from gpuparse.bench.sides import SIDES, PlainBatch, SideInfo
 from gpuparse.bench.synthetic import cube_store, long_store, with_chunks
 
 cv2 = pytest.importorskip("cv2")
@@ -58,8 +60,20 @@ def test_a_side_makes_the_same_slices_and_full_batches(name, data):
     assert contestant._process.returncode is not None
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("reference", "reference-mended", "zarr")])
-def test_augmented_batches_follow_the_laws(name, data):
+MONAI_ON_A_DEVICE = """
+from gpuparse.bench.peers import monai_cache
+side = monai_cache._MonaiSide(data, settings, monai_cache._Setup(0, threaded=True, device="cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        *((name, f"side = SIDES[{name!r}].make(data, settings, 0)") for name in ("monai", "nnunet", "dali-png")),
+        pytest.param("monai", MONAI_ON_A_DEVICE, id="monai-device"),
+    ],
+)
+def test_augmented_batches_follow_the_laws(name, made, data):
     """Half of the samples are untouched but for the swap; the others are shifted; masks stay masks."""
     reason = SIDES[name].missing()
     if reason is not None:
@@ -73,7 +87,7 @@ import cv2
 cv2.setNumThreads(1)
 data = BenchData.from_json(json.loads({json.dumps(json.dumps(data.to_json()))}))
 settings = BenchSettings.choose("toy", "cpu")
-side = SIDES[{name!r}].make(data, settings, 0)
+{made}
 batches = side.batches()
 whole = noisy = salted = 0
 masks = set()
@@ -95,6 +109,89 @@ os._exit(0)
     assert abs(whole - 120) < spread  # behind the gate: a shift by a fraction of a grey level
     assert masks == [0, 1]
     assert abs(salted - 60) < spread
+
+
+class TestOnAGpu:
+    """Configurations for `--device cuda`, as far as they go without a GPU."""
+
+    SETTINGS = replace(BenchSettings.choose("toy", "cpu"), device="cuda")
+
+    def test_peers_with_operators_there_offer_them_beside_those_of_the_cpu(self):
+        for name, added in (("monai", "cache and transforms on the GPU"), ("dali-png", "GPU operators")):
+            there = SIDES[name].variants(self.SETTINGS)
+            assert len(there) == len(SIDES[name].variants(SETTINGS)) + 1
+            assert added in there[-1]
+            assert not any("GPU" in variant for variant in [*SIDES[name].variants(SETTINGS), *there[:-1]])
+
+    def test_monais_cache_on_a_device_holds_what_the_one_of_the_cpu_holds(self, data):
+        pytest.importorskip("monai")
+        from monai.transforms import Compose
+
+        from gpuparse.bench.peers.monai_cache import _deterministic
+
+        transforms = [Compose(_deterministic(self.SETTINGS, device)) for device in (None, "cpu")]
+        for ref in data.slices[::11]:
+            ours, theirs = (transform({"ref": ref}) for transform in transforms)
+            for key in ("image", "mask"):
+                assert torch.equal(ours[key], theirs[key])
+
+    @pytest.mark.parametrize("augment", [True, False])
+    def test_dalis_graph_is_one_for_a_gpu(self, augment):
+        pytest.importorskip("nvidia.dali")
+        from gpuparse.bench.peers.dali_png import _DaliSide, _Files
+
+        side = _DaliSide.__new__(_DaliSide)
+        side._settings, side._on_gpu, side._classes = self.SETTINGS, True, [[1, 2, 3, 4]]
+        # Defining checks each operator's device against its inputs'; building would want a driver.
+        graph = side._define(_Files(["image.png"], ["mask.png"], [0]), 2, augment)
+        assert graph.device_id == 0
+
+
+class TestTrials:
+    """Which configuration of a side is measured."""
+
+    @pytest.fixture
+    def rates(self, monkeypatch):
+        """Configuration -> samples/s, an exception for one that fails; and which were closed."""
+        rates, closed = {}, []
+
+        class MadeUp:
+            description: ClassVar[dict] = {}
+
+            def __init__(self, name, data, settings, number=0):
+                self.number = number
+
+            def ask(self, do):
+                rate = list(rates.values())[self.number]
+                if isinstance(rate, Exception):
+                    raise rate
+                return {"samples_per_second": rate}
+
+            def close(self):
+                closed.append(self.number)
+
+        monkeypatch.setattr(contest, "Contestant", MadeUp)
+        monkeypatch.setattr(SideInfo, "variants", lambda self, settings: list(rates))
+        return rates, closed
+
+    def context(self):
+        return Context(None, replace(SETTINGS, level="quick"), (), lambda _: None)
+
+    def test_the_fastest_is_and_one_that_fails_is_told(self, rates):
+        rates[0].update({"a": 3.0, "b": SideFailedError("out of memory"), "c": 5.0, "d": 4.0})
+        context = self.context()
+        contestant, about = contest._fastest("monai", context)
+        assert contestant.number == 2
+        assert about["configuration"] == "c"
+        assert about["trials_samples_per_second"] == {"a": 3.0, "c": 5.0, "d": 4.0}
+        assert about["trials_that_failed"] == {"b": "out of memory"}
+        assert rates[1] == [0, 1, 2, 3]
+        assert contest._fastest("monai", context)[0].number == 2  # goes by the trials that were made
+
+    def test_where_all_fail_the_side_has_failed(self, rates):
+        rates[0].update({"a": SideFailedError("out of memory"), "b": SideFailedError("no such module")})
+        with pytest.raises(SideFailedError, match=r"^a: out of memory; b: no such module$"):
+            contest._fastest("monai", self.context())
 
 
 class TestCatching:

@@ -360,6 +360,11 @@ class TestJudging:
             assert f"{large:.1f} times" in verdict["figure"]
             assert verdict["figure"].endswith("with 6.0 GB")
 
+    def test_batches_on_a_gpu_are_not_held_to_the_targets_of_a_cpu(self):
+        result = self.result()
+        assert len(judge({**result, "settings": {"device": "cpu"}})) == 5
+        assert judge({**result, "settings": {"device": "cuda"}}) == []
+
     def test_what_has_not_run_is_not_judged(self):
         assert judge({"parts": {"loader": {"failed": "x"}, "memory": {"not_run": "y"}}}) == []
 

@@ -49,7 +49,7 @@ class Contestant:
         self, name: str, data: BenchData, settings: BenchSettings, variant: int = 0, from_raw: bool = False
     ) -> None:
         self.name = name
-        self.variant = SIDES[name].variants(settings.num_cores)[variant]
+        self.variant = SIDES[name].variants(settings)[variant]
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gpuparse.bench.worker"],
@@ -193,23 +193,34 @@ def gather_field(names: Sequence[str], context: Context) -> Iterator[Field]:
 def _fastest(name: str, context: Context) -> tuple[Contestant, dict[str, Any]]:
     """The side in the configuration that was fastest in a trial."""
     data, settings = context.data, context.settings
-    variants = SIDES[name].variants(settings.num_cores)
-    trials = context.trials.setdefault(name, {})
+    variants = SIDES[name].variants(settings)
+    trials, failed = context.trials.setdefault(name, {}), dict[str, str]()
     if not trials and len(variants) > 1 and settings.level != "toy":
         for number, variant in enumerate(variants):
-            contestant = Contestant(name, data, settings, number)
             try:
-                for _ in range(2):  # the first turn fills caches
-                    trials[variant] = contestant.ask("turn")["samples_per_second"]
-            finally:
-                contestant.close()
+                trials[variant] = _try(Contestant(name, data, settings, number))
+            except SideFailedError as error:  # such as a cache that does not fit a GPU's memory
+                failed[variant] = str(error)
+        if not trials:
+            raise SideFailedError("; ".join(f"{variant}: {why}" for variant, why in failed.items()))
     best = max(range(len(variants)), key=lambda i: trials.get(variants[i], 0.0))
     contestant = Contestant(name, data, settings, best)
     about = {
         "title": SIDES[name].title,
         "configuration": variants[best],
         "trials_samples_per_second": trials,
+        "trials_that_failed": failed,
         "augmentation_differs": SIDES[name].law,
         **contestant.description,
     }
     return contestant, about
+
+
+def _try(contestant: Contestant) -> float:
+    """Samples per second of a trial."""
+    try:
+        contestant.ask("turn")  # fills caches
+        rate: float = contestant.ask("turn")["samples_per_second"]
+        return rate
+    finally:
+        contestant.close()

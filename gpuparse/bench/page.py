@@ -164,7 +164,8 @@ def _configuration_rows(part: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for side in part["sides"].values():
         check = side["check"]
-        trials = ", ".join(f"{name}: {rate:.0f}" for name, rate in side["trials_samples_per_second"].items())
+        tried = [f"{name}: {rate:.0f}" for name, rate in side["trials_samples_per_second"].items()]
+        trials = ", ".join([*tried, *(f"{name}: failed" for name in side.get("trials_that_failed", {}))])
         same = (
             f"{check['slices']} slices: largest difference {check['largest_difference']:g} grey levels, "
             f"{100 * check['mask_share_equal']:.3f} % of mask pixels equal"

@@ -89,9 +89,9 @@ class SideInfo:
         side: Side = self._module().make(data, settings, variant)
         return side
 
-    def variants(self, num_cores: int) -> list[str]:
+    def variants(self, settings: BenchSettings) -> list[str]:
         """Its configurations, each in a few words; the fastest of a trial is what is measured."""
-        found: list[str] = self._module().variants(num_cores)
+        found: list[str] = self._module().variants(settings)
         return found
 
     def import_libraries(self) -> None:

@@ -19,8 +19,11 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The targets that the run's parts say something about, each with its figure and whether it is met.
 
     Returns:
-        `target`, `figure` (text) and `met` for each.
+        `target`, `figure` (text) and `met` for each; nothing for batches on a GPU, whose targets are for larger batches
+        (bench/bench_device.py).
     """
+    if result.get("settings", {}).get("device", "cpu") != "cpu":
+        return []
     parts = {name: part for name, part in result["parts"].items() if "failed" not in part and "not_run" not in part}
     found: list[dict[str, Any]] = []
 

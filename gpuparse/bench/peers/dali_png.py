@@ -1,11 +1,13 @@
-"""DALI with PNG files: two readers in one order, decoded, augmented and turned into masks by DALI's CPU operators.
+"""DALI with PNG files: two readers in one order, decoded, augmented and turned into masks by DALI's operators.
 
-Written with DALI's conditional execution, so that an operator runs only for the samples that draw it, and with sizes
-and types kept as small as the laws allow until the end.
+For batches on a GPU a second configuration has the mixed decoder and all that follows on the GPU. Written with DALI's
+conditional execution, so that an operator runs only for the samples that draw it, and with sizes and types kept as
+small as the laws allow until the end.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +26,10 @@ __all__ = ["make", "variants"]
 _DEPTH = 2
 
 
-def variants(num_cores: int) -> list[str]:
-    """One configuration: as many threads as cores."""
-    return [f"{num_cores} threads, prefetch {_DEPTH}"]
+def variants(settings: BenchSettings) -> list[str]:
+    """As many threads as cores; operators of the CPU or, where batches are wanted there, of the GPU."""
+    threads = f"{settings.num_cores} threads, prefetch {_DEPTH}"
+    return [threads] if settings.device == "cpu" else [f"CPU operators, {threads}", f"GPU operators, {threads}"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _import_dali() -> tuple[Any, Any, Any, Any]:
     return fn, types, math, pipeline_def
 
 
-def _augmented(image: Any, mask: Any, size: int) -> tuple[Any, Any]:
+def _augmented(image: Any, mask: Any, size: int, on_gpu: bool) -> tuple[Any, Any]:
     """The reference's laws; called while a pipeline is defined, (rows, columns, channels) 8 bits wide."""
     fn, types, math, _ = _import_dali()
 
@@ -85,7 +88,8 @@ def _augmented(image: Any, mask: Any, size: int) -> tuple[Any, Any]:
             full = {"size": (size, size), "antialias": False}
             image = fn.resize(image, interp_type=types.INTERP_LINEAR, dtype=types.UINT8, **full)
             mask = fn.resize(mask, interp_type=types.INTERP_NN, **full)
-        image = fn.cast(image, dtype=types.FLOAT) + 255.0 * fn.random.uniform(range=(-0.1, 0.1))
+        shift = 255.0 * fn.random.uniform(range=(-0.1, 0.1))
+        image = fn.cast(image, dtype=types.FLOAT) + (shift.gpu() if on_gpu else shift)
         if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
             image = fn.noise.gaussian(image, stddev=fn.random.uniform(range=(0.0, 25.0)))
         if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
@@ -97,16 +101,17 @@ def _augmented(image: Any, mask: Any, size: int) -> tuple[Any, Any]:
 
 
 class _DaliSide:
-    def __init__(self, data: BenchData, settings: BenchSettings) -> None:
-        self._data, self._settings = data, settings
+    def __init__(self, data: BenchData, settings: BenchSettings, on_gpu: bool) -> None:
+        self._data, self._settings, self._on_gpu = data, settings, on_gpu
         self._classes = [list(prompts) for prompts in data.prompts.values()]
-        self._pipeline = self._build(_all_files(data, settings.size), settings.batch_size, augment=True)
+        self._pipeline = self._define(_all_files(data, settings.size), settings.batch_size, augment=True)
+        self._pipeline.build()
         self.num_ahead = _DEPTH + 1
 
-    def _build(self, files: _Files, batch_size: int, augment: bool) -> Any:
+    def _define(self, files: _Files, batch_size: int, augment: bool) -> Any:
         fn, types, _, pipeline_def = _import_dali()
 
-        size, classes = self._settings.size, self._classes
+        size, classes, on_gpu = self._settings.size, self._classes, self._on_gpu
         random = np.random.RandomState(0)
 
         def draw(numbers: list[npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int32]]:
@@ -122,43 +127,55 @@ class _DaliSide:
             options = {"seed": 1, "random_shuffle": augment, "initial_fill": 4096, "labels": files.datasets}
             encoded, number = fn.readers.file(files=files.images, **options)
             encoded_mask, _ = fn.readers.file(files=files.masks, **options)  # the same seed: the same order
-            image = fn.decoders.image(encoded, device="cpu", output_type=types.BGR)  # as OpenCV wrote the channels
-            mask = fn.decoders.image(encoded_mask, device="cpu", output_type=types.GRAY)
-            image, mask = _augmented(image, mask, size) if augment else (fn.cast(image, dtype=types.FLOAT), mask)
+            decoder = "mixed" if on_gpu else "cpu"
+            image = fn.decoders.image(encoded, device=decoder, output_type=types.BGR)  # as OpenCV wrote the channels
+            mask = fn.decoders.image(encoded_mask, device=decoder, output_type=types.GRAY)
+            if augment:
+                image, mask = _augmented(image, mask, size, on_gpu)
+            else:
+                image = fn.cast(image, dtype=types.FLOAT)
             image = fn.transpose(image, perm=[2, 0, 1])
             swap = fn.random.coin_flip(probability=0.5 if augment else 0.0, dtype=types.BOOL)
             if swap:
                 image = fn.cat(image[0:1], image[2:3], image[1:2], axis=0)
             class_ids = fn.python_function(number, function=draw, num_outputs=1, batch_processing=True)
-            labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == class_ids, dtype=types.INT64)
+            wanted = class_ids.gpu() if on_gpu else class_ids
+            labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=types.INT64)
             return image, labels, class_ids
 
-        pipeline = graph(
+        return graph(
             batch_size=batch_size,
             num_threads=self._settings.num_cores,
-            device_id=None,
+            device_id=0 if on_gpu else None,
             prefetch_queue_depth=_DEPTH,
             seed=1,
+            **({"exec_dynamic": True} if on_gpu else {}),  # which Python's function on the CPU needs there
         )
-        pipeline.build()
-        return pipeline
 
     def batches(self) -> Iterator[dict[str, Any]]:
         import torch
         from nvidia.dali.plugin import pytorch
 
         feed: Any = vars(pytorch)["feed_ndarray"]
-        settings = self._settings
+        settings, device = self._settings, self._settings.device if self._on_gpu else "cpu"
         shape = (settings.batch_size, 3, settings.size, settings.size)
+        stream = torch.cuda.current_stream() if self._on_gpu else None
+        copied: deque[tuple[Any, ...]] = deque()  # DALI's outputs, until what was copied from them is there
         while True:
-            image, labels, class_ids = self._pipeline.run()
+            image, labels, class_ids = (
+                self._pipeline.run() if stream is None else self._pipeline.run(stream.cuda_stream)
+            )
             # One copy each: DALI uses its buffers again.
             batch = {
-                "image": torch.empty(shape, dtype=torch.float32),
-                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64),
+                "image": torch.empty(shape, dtype=torch.float32, device=device),
+                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64, device=device),
             }
-            feed(image.as_tensor(), batch["image"])
-            feed(labels.as_tensor(), batch["labels"])
+            feed(image.as_tensor(), batch["image"], cuda_stream=stream)
+            feed(labels.as_tensor(), batch["labels"], cuda_stream=stream)
+            if stream is not None:
+                copied.append((stream.record_event(), image, labels))
+                if len(copied) > _DEPTH:
+                    copied.popleft()[0].synchronize()
             ids = class_ids.as_array().reshape(shape[0], NUM_PROMPTS).tolist()
             yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
 
@@ -173,7 +190,11 @@ class _DaliSide:
             images.append(str(folder / "train" / name))
             masks.append(str(folder / "train_mask" / name))
         files = _Files(images, masks, [names.index(ref.volume.dataset) for ref in refs])
-        image, labels, class_ids = self._build(files, len(refs), augment=False).run()
+        pipeline = self._define(files, len(refs), augment=False)
+        pipeline.build()
+        image, labels, class_ids = pipeline.run()
+        if self._on_gpu:
+            image, labels = image.as_cpu(), labels.as_cpu()
         ids = class_ids.as_array().reshape(len(refs), NUM_PROMPTS).astype(np.int64)
         return PlainBatch(np.array(image.as_array()), np.array(labels.as_array()), ids)
 
@@ -186,4 +207,4 @@ class _DaliSide:
 
 def make(data: BenchData, settings: BenchSettings, variant: int) -> _DaliSide:
     """See `peers`."""
-    return _DaliSide(data, settings)
+    return _DaliSide(data, settings, on_gpu=variant == 1)

@@ -16,9 +16,9 @@ from gpuparse.bench.sides import PlainBatch
 __all__ = ["make", "variants"]
 
 
-def variants(num_cores: int) -> list[str]:
+def variants(settings: BenchSettings) -> list[str]:
     """One configuration: as many threads as cores."""
-    return [f"{num_cores} threads"]
+    return [f"{settings.num_cores} threads"]
 
 
 class _GpuparseSide:

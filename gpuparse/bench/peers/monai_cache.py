@@ -3,13 +3,15 @@
 Set up as its documentation advises: everything deterministic (reading, padding, resizing, 8-bit rounding) stands before
 the first random transform, so that CacheDataset keeps its result, and `cache_rate=1` keeps all of it in memory; the
 cache is not copied per access, for no transform writes into it; metadata tracking is off, so that no MetaTensor is
-made; workers are processes that stay and share the cache, or MONAI's thread, whichever a trial finds faster.
+made; workers are processes that stay and share the cache, or MONAI's thread, whichever a trial finds faster. For
+batches on a GPU there is the setup of its guide to fast training, too: the cache on the GPU, random transforms there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,35 @@ from gpuparse.bench.sides import PlainBatch
 __all__ = ["make", "variants"]
 
 
-def variants(num_cores: int) -> list[str]:
-    """Its two loaders, with workers as processes or without."""
-    processes = [f"DataLoader, {n} worker processes" for n in worker_variants(num_cores)]
-    threads = [f"ThreadDataLoader, {num_cores} worker processes", f"ThreadDataLoader, 1 thread, torch {num_cores}"]
-    return [*processes, *threads]
+@dataclass(frozen=True)
+class _Setup:
+    """How batches are loaded.
+
+    Attributes:
+        num_workers: Worker processes.
+        threaded: Whether MONAI's loader takes its batches in a thread of its own.
+        device: Where the cache and the random transforms are, None for the CPU.
+    """
+
+    num_workers: int
+    threaded: bool = False
+    device: str | None = None
+
+
+def _setups(settings: BenchSettings) -> dict[str, _Setup]:
+    cores = settings.num_cores
+    found = {f"DataLoader, {n} worker processes": _Setup(n) for n in worker_variants(cores)}
+    found[f"ThreadDataLoader, {cores} worker processes"] = _Setup(cores, threaded=True)
+    found[f"ThreadDataLoader, 1 thread, torch {cores}"] = _Setup(0, threaded=True)
+    if settings.device != "cpu":
+        # Its guide: no workers, since a process cannot share what lies on a GPU.
+        found["ThreadDataLoader, cache and transforms on the GPU"] = _Setup(0, threaded=True, device=settings.device)
+    return found
+
+
+def variants(settings: BenchSettings) -> list[str]:
+    """Its two loaders, with workers as processes or without; on a GPU also its transforms there."""
+    return list(_setups(settings))
 
 
 @functools.lru_cache(maxsize=4)
@@ -36,10 +62,10 @@ def _planes(path: Any, axis: int) -> tuple[Any, Any]:
     return tuple(np.ascontiguousarray(np.moveaxis(array.astype(np.uint8), axis, 0)) for array in (image, labels))  # type: ignore[return-value]
 
 
-def _deterministic(settings: BenchSettings) -> list[Any]:
+def _deterministic(settings: BenchSettings, device: str | None) -> list[Any]:
     """Reading to 8-bit pixels at training size: what CacheDataset keeps."""
     import torch
-    from monai.transforms import Lambdad, MapTransform, Resized
+    from monai.transforms import Lambdad, MapTransform, Resized, ToDeviced
 
     class ReadSliced(MapTransform):  # type: ignore[misc]
         """A slice with its neighbours as channels and its mask, padded to a square."""
@@ -57,6 +83,7 @@ def _deterministic(settings: BenchSettings) -> list[Any]:
     size = (settings.size, settings.size)
     return [
         ReadSliced(keys=("image", "mask")),
+        *([ToDeviced(("image", "mask"), device)] if device else []),
         Resized(keys=("image", "mask"), spatial_size=size, mode=("bicubic", "nearest"), anti_aliasing=False),
         Lambdad(keys=("image", "mask"), func=_to_bytes),
     ]
@@ -68,7 +95,7 @@ def _to_bytes(values: Any) -> Any:
     return torch.as_tensor(values).round().clamp_(0, 255).to(torch.uint8)
 
 
-def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
+def _random(data: BenchData, settings: BenchSettings, device: str | None) -> list[Any]:
     """The reference's laws in MONAI's transforms; salt and pepper and the prompts, which it does not have, in torch."""
     import torch
     from monai.transforms import (
@@ -98,9 +125,24 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
                 return dict(data)
             hit = 1 - np.exp(-self.R.uniform(0.02, 0.1))  # of draws with replacement
             image = data["image"]  # the shift has made a new one
-            words = torch.rand(image.shape[1:])
+            words = torch.rand(image.shape[1:], device=image.device)
             image.masked_fill_(words < hit / 2, 0.0).masked_fill_((words >= hit / 2) & (words < hit), 255.0)
             return dict(data)
+
+    class RandNoiseOnDeviced(RandomizableTransform, MapTransform):  # type: ignore[misc]
+        """`RandGaussianNoised` with its noise made where the image is: MONAI's draws it by numpy on the host."""
+
+        def __init__(self, keys: Any, prob: float, std: float) -> None:
+            MapTransform.__init__(self, keys)
+            RandomizableTransform.__init__(self, prob)
+            self.std = std
+
+        def __call__(self, data: Any) -> dict[str, Any]:
+            self.randomize(None)
+            if not self._do_transform:
+                return dict(data)
+            image = data["image"]
+            return {**data, "image": image + self.R.uniform(0, self.std) * torch.randn_like(image)}
 
     class RandPromptsd(RandomizableTransform, MapTransform):  # type: ignore[misc]
         """The channel swap, prompts, a mask for each, and the types that training wants."""
@@ -116,7 +158,7 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
             image = data["image"].to(torch.float32)
             image = torch.stack([image[0], image[2], image[1]]) if swap else image.contiguous()
             mask = data["mask"].to(torch.uint8)
-            wanted = torch.from_numpy(class_ids).to(torch.uint8)[:, None, None]
+            wanted = torch.from_numpy(class_ids).to(mask.device, torch.uint8)[:, None, None]
             return {
                 "image": image,
                 "labels": (mask == wanted).long(),
@@ -125,6 +167,7 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
             }
 
     keys, size = ("image", "mask"), (settings.size, settings.size)
+    noise = {"prob": 0.5, "std": 25.0}
     augment = Compose(
         [
             RandRotate90d(keys, prob=0.75, max_k=3),
@@ -132,10 +175,11 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
             RandAffined(
                 keys, prob=0.5, scale_range=(0.1, 0.1), translate_range=(0.1 * size[0], 0.1 * size[1]),
                 spatial_size=size, mode=("bilinear", "nearest"), padding_mode="zeros", cache_grid=True,
+                device=torch.device(device) if device else None,
             ),
             CastToTyped("image", torch.float32),
             RandShiftIntensityd("image", offsets=25.5, prob=1.0),
-            RandGaussianNoised("image", prob=0.5, mean=0.0, std=25.0),
+            RandNoiseOnDeviced("image", **noise) if device else RandGaussianNoised("image", mean=0.0, **noise),
             RandSaltAndPepperd("image", prob=0.5),
         ]
     )  # fmt: skip
@@ -143,36 +187,33 @@ def _random(data: BenchData, settings: BenchSettings) -> list[Any]:
 
 
 class _MonaiSide:
-    def __init__(self, data: BenchData, settings: BenchSettings, variant: int) -> None:
+    def __init__(self, data: BenchData, settings: BenchSettings, setup: _Setup) -> None:
         import torch
         from monai.data import CacheDataset, DataLoader, ThreadDataLoader, set_track_meta
         from monai.transforms import Compose
         from torch.utils.data import RandomSampler
 
         set_track_meta(False)
-        self._data, self._settings = data, settings
+        self._data, self._settings, self._device = data, settings, setup.device
         items = [{"ref": ref, "prompts": data.prompts[ref.volume.dataset]} for ref in data.slices]
-        transform = Compose([*_deterministic(settings), *_random(data, settings)])
+        transform = Compose([*_deterministic(settings, setup.device), *_random(data, settings, setup.device)])
         # One thread: neighbours in the list share the volume that was just read.
         torch.set_num_threads(settings.num_cores)
         dataset = CacheDataset(items, transform, cache_rate=1.0, num_workers=1, progress=False, copy_cache=False)
         self.cache_bytes = len(items) * settings.size**2 * 4
-        counts = worker_variants(settings.num_cores)
-        workers = [*counts, settings.num_cores, 0][variant]
         options: dict[str, Any] = {
             "batch_size": settings.batch_size,
             "sampler": RandomSampler(dataset, num_samples=max(EPOCH_SAMPLES, len(items))),
-            "num_workers": workers,
+            "num_workers": setup.num_workers,
             "drop_last": True,
-            "pin_memory": settings.device != "cpu",
+            "pin_memory": settings.device != "cpu" and setup.device is None,
         }
-        if workers:
+        if setup.num_workers:
             options |= {"persistent_workers": True, "prefetch_factor": 2}
-        if variant < len(counts):
-            self._loader: Any = DataLoader(dataset, **options)
-        else:
-            self._loader = ThreadDataLoader(dataset, buffer_size=2, **options)
-        self.num_ahead = 2 * workers + 3
+        self._loader: Any = (
+            ThreadDataLoader(dataset, buffer_size=2, **options) if setup.threaded else DataLoader(dataset, **options)
+        )
+        self.num_ahead = 2 * setup.num_workers + 3
 
     def batches(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -181,12 +222,14 @@ class _MonaiSide:
     def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
         from monai.transforms import Compose
 
-        transform = Compose(_deterministic(self._settings))
+        transform = Compose(_deterministic(self._settings, self._device))
         items = [transform({"ref": ref}) for ref in refs]
         ids = np.array([sorted(self._data.prompts[ref.volume.dataset])[:4] for ref in refs], dtype=object)
         ids = np.array([(list(row) * 4)[:4] for row in ids], np.int64)
-        labels = [(item["mask"].long().numpy() == row[:, None, None]) for item, row in zip(items, ids, strict=True)]
-        images = np.stack([item["image"].float().numpy() for item in items])
+        labels = [
+            (item["mask"].long().cpu().numpy() == row[:, None, None]) for item, row in zip(items, ids, strict=True)
+        ]
+        images = np.stack([item["image"].float().cpu().numpy() for item in items])
         return PlainBatch(images, np.stack(labels).astype(np.int64), ids)
 
     def describe(self) -> dict[str, Any]:
@@ -199,4 +242,4 @@ class _MonaiSide:
 
 def make(data: BenchData, settings: BenchSettings, variant: int) -> _MonaiSide:
     """See `peers`."""
-    return _MonaiSide(data, settings, variant)
+    return _MonaiSide(data, settings, list(_setups(settings).values())[variant])

@@ -26,9 +26,9 @@ __all__ = ["make", "variants", "write_files"]
 _NUM_CACHED = 6  # what nnU-Net takes for up to 13 processes
 
 
-def variants(num_cores: int) -> list[str]:
+def variants(settings: BenchSettings) -> list[str]:
     """Numbers of its processes."""
-    return [f"{n} processes" for n in worker_variants(num_cores)]
+    return [f"{n} processes" for n in worker_variants(settings.num_cores)]
 
 
 def write_files(data: BenchData, size: int) -> Path:

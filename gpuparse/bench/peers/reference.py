@@ -18,9 +18,9 @@ from gpuparse.bench.sides import PlainBatch
 __all__ = ["ReferenceSide", "make", "variants"]
 
 
-def variants(num_cores: int) -> list[str]:
+def variants(settings: BenchSettings) -> list[str]:
     """Numbers of worker processes."""
-    return [f"{n} worker processes" for n in worker_variants(num_cores)]
+    return [f"{n} worker processes" for n in worker_variants(settings.num_cores)]
 
 
 class _AllFolders:
