@@ -91,8 +91,9 @@ for part in "${parts[@]}"; do
     memcheck | racecheck | initcheck) sanitize "$part" ;;
     bench) run bench 190 "$python" bench/bench_device.py --json "$out/device.json" ${DATA:+--data "$DATA"} ;;
     peers)
-      run peers 150 "$python" -m gpuparse bench --device cuda --quick --part loader --part epoch --against reference \
-        --out "$out/peers" ${DATA:+--data "$DATA"}
+      # Those of the peers that have something to do on a GPU, where they are installed, beside the reference.
+      run peers 170 "$python" -m gpuparse bench --device cuda --quick --part loader --part epoch \
+        --against reference,monai,dali-png --out "$out/peers" ${DATA:+--data "$DATA"}
       ;;
   esac
 done
