@@ -23,6 +23,7 @@ from gpuparse.views import (
     linear_table,
     nearest_indices,
     resampling_tables,
+    stack_tables,
     view_geometry,
 )
 
@@ -231,19 +232,23 @@ def _crop_tables(
     """Per sample the numbers of its row and column table; and the tables: linear index, linear weight, nearest."""
     numbers = np.zeros((len(params), 2), np.int32)
     wanted: dict[tuple[int, int], int] = {}
-    for i in np.flatnonzero(params["crop"]).tolist():
-        for k, (source, target) in enumerate(
-            ((int(params["crop_height"][i]), height), (int(params["crop_width"][i]), width))
-        ):
-            numbers[i, k] = wanted.setdefault((source, target), len(wanted))
+    cropped = np.flatnonzero(params["crop"])
+    heights, widths = (params[name][cropped].tolist() for name in ("crop_height", "crop_width"))
+    if len(cropped):
+        numbers[cropped] = [
+            [wanted.setdefault(lengths, len(wanted)) for lengths in ((rows, height), (columns, width))]
+            for rows, columns in zip(heights, widths, strict=True)
+        ]
     longest = max(height, width)
-    index = np.zeros((max(1, len(wanted)), longest), np.int32)
-    weight = np.zeros(index.shape, np.float32)
-    nearest = np.zeros(index.shape, np.int32)
-    for (source, target), i in wanted.items():
-        index[i, :target], weight[i, :target] = linear_table(source, target)
-        nearest[i, :target] = nearest_indices(source, target)
-    return numbers, index, weight, nearest
+    if not wanted:  # there is a table in any case, that no sample refers to
+        wanted[longest, longest] = 0
+    linear = [linear_table(*lengths) for lengths in wanted]
+    return (
+        numbers,
+        stack_tables([index for index, _ in linear], longest),
+        stack_tables([weight for _, weight in linear], longest),
+        stack_tables([nearest_indices(*lengths) for lengths in wanted], longest),
+    )
 
 
 @dataclass(frozen=True, eq=False)

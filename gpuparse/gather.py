@@ -98,6 +98,16 @@ class Gathering:
         return sorted(found)
 
 
+_STEPS_DTYPE = np.dtype(
+    [
+        ("depth", "<i8"),  # planes in a layer of chunks
+        ("layer_step", "<i8"),  # added to numbers of chunks from one layer to the next
+        ("plane_step", "<i8"),  # bytes between planes inside a chunk
+        ("num_tiles", "<i8"),
+    ]
+)
+
+
 @dataclass(frozen=True, eq=False)
 class _Lane:
     """What all planes of one array along one axis have in common."""
@@ -105,9 +115,7 @@ class _Lane:
     layout: ArrayLayout
     plane: bytes  # one PLANE_DTYPE, its first block and tables left open
     tiles: npt.NDArray[np.int64]  # chunk numbers under the plane in the first layer of chunks
-    layer_step: int  # added to them from one layer of chunks to the next
-    depth: int  # planes in a layer
-    plane_step: int  # bytes between planes inside a chunk
+    steps: bytes  # one _STEPS_DTYPE
 
 
 class _View(NamedTuple):
@@ -122,17 +130,22 @@ class _View(NamedTuple):
 _views: weakref.WeakKeyDictionary[Store, dict[tuple[int, int, Recipe], _View]] = weakref.WeakKeyDictionary()
 
 
-def _view_of(key: SliceKey) -> _View:
-    store, case, axis, _, recipe = key
-    views = _views.get(store)
-    if views is None:
-        views = _views.setdefault(store, {})
-    view = views.get((case, axis, recipe))
-    if view is None:
-        layouts = (store.layout(case, path) for path in (IMAGE_PATH, LABELS_PATH))
-        view = _View(store.cases[case].shape[axis], *(_make_lane(layout, axis, recipe) for layout in layouts))
-        views[case, axis, recipe] = view
-    return view
+def _views_of(keys: Sequence[SliceKey]) -> tuple[list[_View], npt.NDArray[np.int64]]:
+    """The views that some slices are in, each once, and which of them each slice is in."""
+    numbers: dict[_View, int] = {}
+    of, store, known = [], None, {}
+    for key in keys:
+        if key.store is not store:
+            store = key.store
+            known = _views.setdefault(store, {})
+        name = key.case, key.axis, key.recipe
+        view = known.get(name)
+        if view is None:
+            layouts = (store.layout(key.case, path) for path in (IMAGE_PATH, LABELS_PATH))
+            lanes = (_make_lane(layout, key.axis, key.recipe) for layout in layouts)
+            view = known[name] = _View(store.cases[key.case].shape[key.axis], *lanes)
+        of.append(numbers.setdefault(view, len(numbers)))
+    return list(numbers), np.array(of, np.int64)
 
 
 def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
@@ -149,7 +162,8 @@ def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
     for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
         plane[name] = getattr(view, name)
     tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
-    return _Lane(layout, plane.tobytes(), tiles.reshape(-1), grid_steps[axis], layout.chunks[axis], strides[axis])
+    steps = np.array((layout.chunks[axis], grid_steps[axis], strides[axis], tiles.size), _STEPS_DTYPE)
+    return _Lane(layout, plane.tobytes(), tiles.reshape(-1), steps.tobytes())
 
 
 class _Planes(NamedTuple):
@@ -178,26 +192,19 @@ def _find(
     for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
         patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
     arrays: dict[ArrayLayout, int] = {}
-    steps = np.array(
-        [
-            (
-                lane.depth, lane.layer_step, lane.plane_step, len(lane.tiles),
-                arrays.setdefault(lane.layout, len(arrays)) << _NUMBER_BITS,
-            )
-            for lane in lanes
-        ],
-        np.int64,
-    )  # fmt: skip
-    depth, layer_step, plane_step, counts, base = steps[of].T
+    bases = np.array([arrays.setdefault(lane.layout, len(arrays)) for lane in lanes], np.int64) << _NUMBER_BITS
+    steps = np.frombuffer(bytearray().join([lane.steps for lane in lanes]), np.int64).reshape(-1, 4)
+    depth, layer_step, plane_step, counts = steps[of].T
     layers, inside = np.divmod(positions, depth)
     ends = np.cumsum(counts)
     planes = patterns[of]
     planes["first_block"] = ends - counts
     # Tile t of a plane is tile t of its lane, some layers further on.
     starts = np.cumsum(steps[:, 3]) - steps[:, 3]
-    own = np.arange(ends[-1]) + np.repeat(starts[of] - (ends - counts), counts)
-    tiles = np.concatenate([lane.tiles for lane in lanes])[own] + np.repeat(base + layers * layer_step, counts)
-    return _Planes(tuple(arrays), planes, tiles, np.repeat(inside * plane_step, counts), tuple(tables))
+    plane = np.repeat(np.arange(len(of)), counts)
+    own = np.arange(len(plane)) + (starts[of] - (ends - counts))[plane]
+    tiles = np.concatenate([lane.tiles for lane in lanes])[own] + (bases[of] + layers * layer_step)[plane]
+    return _Planes(tuple(arrays), planes, tiles, (inside * plane_step)[plane], tuple(tables))
 
 
 def _gathering(found: _Planes, num_image_planes: int) -> Gathering:
@@ -240,10 +247,9 @@ def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
         StorageError: Remote storage failed.
     """
     _prepare(keys)
-    lanes = [_view_of(key).labels for key in keys]
-    numbers: dict[_Lane, int] = {}
-    of = np.array([numbers.setdefault(lane, len(numbers)) for lane in lanes])
-    return _gathering(_find(list(numbers), of, np.array([key.position for key in keys], np.int64), (1, 1)), 0)
+    views, of = _views_of(keys)
+    positions = np.array([key.position for key in keys], np.int64)
+    return _gathering(_find([view.labels for view in views], of, positions, (1, 1)), 0)
 
 
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
@@ -259,14 +265,12 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
         StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
     """
     _prepare(keys)
-    views = [_view_of(key) for key in keys]
-    numbers: dict[_View, int] = {}
-    of = np.array([numbers.setdefault(view, len(numbers)) for view in views])
+    views, of = _views_of(keys)
     positions = np.array([key.position for key in keys], np.int64)
-    channels = channel_positions(positions, np.array([view.num_slices for view in views], np.int64))
+    channels = channel_positions(positions, np.array([view.num_slices for view in views], np.int64)[of])
     found = _find(
-        [*(view.image for view in numbers), *(view.labels for view in numbers)],
-        np.concatenate([np.repeat(of, 3), len(numbers) + of]),
+        [*[view.image for view in views], *[view.labels for view in views]],
+        np.concatenate([np.repeat(of, 3), len(views) + of]),
         np.concatenate([channels.reshape(-1), positions]),
         size,
     )

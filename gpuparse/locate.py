@@ -6,23 +6,21 @@ be, and all else is done once for all chunks.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import bisect
+import ctypes
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse import kernels
 from gpuparse.errors import SliceReadError, StorageError
 from gpuparse.gather import Gathering
-from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable
+from gpuparse.shards import DAMAGED, LocalShard, RemoteShard, Shard, ShardTable
 from gpuparse.store import ArrayLayout
 
 __all__ = ["CHUNK_DTYPE", "Located", "locate"]
-
-MISSING = 2**64 - 1  # both fields of a shard index entry whose chunk was not written
-_MIN_FRAME_BYTES = 20  # blosc's header and the checksum
 
 CHUNK_DTYPE = np.dtype(
     [
@@ -40,16 +38,29 @@ CHUNK_DTYPE = np.dtype(
 """One chunk to be read: the struct `ChunkRequest` of kernels/host_read.cpp."""
 
 
+RUN_DTYPE = np.dtype(
+    [("index", "<u8"), ("file_bytes", "<u8"), ("first", "<i8"), ("end", "<i8"), ("file", "<i4"), ("reserved", "<i4")]
+)
+"""Chunks that stand together and lie in one shard: the struct `ShardRun` of kernels/host_locate.cpp."""
+
+_PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
+
+
 @dataclass(eq=False)
 class Located:
     """The chunks of a batch on their way: where each is stored, or why it cannot be read."""
 
     chunks: npt.NDArray[Any]  # CHUNK_DTYPE, one for each chunk of the gathering
     present: npt.NDArray[np.bool_]
-    shards: list[Shard | None]  # holds the files open
+    run_starts: list[int]  # runs of chunks of one shard
+    run_shards: list[Shard | None]  # holds the files open
     errors: dict[int, str]
     has_remote: bool = False
     lost: bool = False  # whether remote storage failed, rather than what it holds
+
+    def shard(self, chunk: int) -> Shard | None:
+        """The shard of a chunk, None where there is none."""
+        return self.run_shards[bisect.bisect_right(self.run_starts, chunk) - 1]
 
 
 def locate(table: ShardTable, gathering: Gathering) -> Located:
@@ -60,71 +71,73 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
         gathering: The chunks.
     """
     num_chunks = len(gathering.chunk_array)
-    located = Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(num_chunks, bool), [], {})
+    wanted: list[tuple[ArrayLayout, str]] = []
+    starts: list[int] = []
+    entries = gathering.chunk_number  # their places in their shards' indexes: the same, where one shard is the array
+    first = 0
+    ends = np.searchsorted(gathering.chunk_array, np.arange(1, len(gathering.arrays) + 1)).tolist()
+    for layout, end in zip(gathering.arrays, ends, strict=True):
+        if layout.is_one_shard:
+            wanted.append((layout, "c/0/0/0"))
+            starts.append(first)
+        else:
+            if entries is gathering.chunk_number:
+                entries = entries.copy()
+            entries[first:end] = _add_runs(layout, first, entries[first:end], wanted, starts)
+        first = end
+    located = Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(0, bool), starts, [], {})
     located.chunks["decoded_bytes"] = gathering.chunk_bytes
-    bounds = np.searchsorted(gathering.chunk_array, np.arange(len(gathering.arrays) + 1)).tolist()
-    runs: list[_Run] = []
-    for layout, start, stop in zip(gathering.arrays, bounds[:-1], bounds[1:], strict=True):
-        runs += _runs(layout, start, gathering.chunk_number[start:stop])
-    shards = table.open_all((run.layout, run.shard_key) for run in runs)
-    rows = np.full((num_chunks, 2), MISSING)
-    for run in runs:
-        shard = shards[run.layout, run.shard_key]
-        chunks = range(run.start, run.start + len(run.entries))
-        if isinstance(shard, OSError):
-            lost = f"'{run.layout.place / run.shard_key}' cannot be read: {shard}."
-            message = str(shard) if isinstance(shard, SliceReadError) else lost
-            located.errors.update(dict.fromkeys(chunks, message))
-            located.lost |= isinstance(shard, StorageError)
-            shard = None
-        if shard is not None:
+    rows = []
+    for i, shard in enumerate(table.open_all(wanted)):
+        chunks = starts[i], starts[i + 1] if i + 1 < len(starts) else num_chunks
+        if isinstance(shard, LocalShard | RemoteShard):
+            rows.append((shard.index_address, shard.num_bytes, *chunks, shard.file, 0))
             located.has_remote |= isinstance(shard, RemoteShard)
-            rows[run.start : chunks.stop] = shard.index[run.entries]
-        located.shards += [shard] * len(chunks)
-    _look_up(located, rows, runs)
+            located.run_shards.append(shard)
+            continue
+        if shard is not None:
+            layout, shard_key = wanted[i]
+            lost = f"'{layout.place / shard_key}' cannot be read: {shard}."
+            located.errors.update(
+                dict.fromkeys(range(*chunks), str(shard) if isinstance(shard, SliceReadError) else lost)
+            )
+            located.lost |= isinstance(shard, StorageError)
+        rows.append((0, 0, *chunks, -1, 0))
+        located.run_shards.append(None)
+    runs, found = np.array(rows, RUN_DTYPE), np.zeros(num_chunks, np.uint8)
+    look_up = kernels.host_library().gpuparse_look_up
+    look_up.restype = ctypes.c_int64
+    num_bad = look_up(ctypes.c_int64(len(runs)), *map(kernels.pointer, (runs, entries, located.chunks, found)))
+    located.present = found == _PRESENT
+    if num_bad:
+        _explain(located, np.flatnonzero(found == _OUTSIDE), entries)
     return located
 
 
-class _Run(NamedTuple):
-    """Chunks that stand together in the gathering and in one shard."""
-
-    layout: ArrayLayout
-    shard_key: str
-    start: int
-    entries: npt.NDArray[np.int64]  # their places in the shard's index
-
-
-def _runs(layout: ArrayLayout, start: int, numbers: npt.NDArray[np.int64]) -> list[_Run]:
-    """Some chunks of an array, those of each shard by themselves; `start` is the first one's place in the gathering."""
-    if layout.is_one_shard:
-        return [_Run(layout, "c/0/0/0", start, numbers)]
+def _add_runs(
+    layout: ArrayLayout,
+    first: int,
+    numbers: npt.NDArray[np.int64],
+    wanted: list[tuple[ArrayLayout, str]],
+    starts: list[int],
+) -> npt.NDArray[np.int64]:
+    """Adds the shards of an array's chunks and where the run of each begins; returns the chunks' places in them."""
     places, entries = layout.locate(numbers)
     # Chunks come in C order: those of one shard may come in several runs, each looked up by itself.
     edges = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1
-    return [
-        _Run(layout, "c/" + "/".join(map(str, places[first].tolist())), start + first, entries[first:last])
-        for first, last in itertools.pairwise([0, *edges.tolist(), len(places)])
-    ]
+    for start in [0, *edges.tolist()]:
+        wanted.append((layout, "c/" + "/".join(map(str, places[start].tolist()))))
+        starts.append(first + start)
+    return entries
 
 
-def _look_up(located: Located, rows: npt.NDArray[np.uint64], runs: Sequence[_Run]) -> None:
-    """Notes where the chunks lie that have a row (offset, size) in their shard's index."""
-    lengths = [len(run.entries) for run in runs]
-    of_runs = [located.shards[run.start] for run in runs]
-    file_bytes = np.repeat(np.array([0 if s is None else s.num_bytes for s in of_runs], np.uint64), lengths)
-    missing = (rows == MISSING).all(axis=1)
-    offsets, sizes = rows.T
-    inside = (offsets <= file_bytes) & (sizes <= file_bytes)
-    inside &= (offsets + sizes <= file_bytes) & (sizes >= _MIN_FRAME_BYTES)
-    for i in np.flatnonzero(~missing & ~inside).tolist():
-        (run,) = (run for run in runs if run.start <= i < run.start + len(run.entries))
-        shard = located.shards[i]
-        path, num_bytes = ("", 0) if shard is None else (shard.path, shard.num_bytes)
-        located.errors[i] = (
-            f"'{path}': the index places chunk {run.entries[i - run.start]} at {offsets[i]} with {sizes[i]} bytes, "
-            f"the file has {num_bytes}. {DAMAGED}"
-        )
-    located.present = ~missing & inside
-    located.chunks["file_offset"] = np.where(located.present, offsets, 0)
-    located.chunks["num_bytes"] = np.where(located.present, sizes, 0)
-    located.chunks["file"] = np.repeat([-1 if s is None else s.file for s in of_runs], lengths)
+def _explain(located: Located, chunks: npt.NDArray[np.int64], entries: npt.NDArray[np.int64]) -> None:
+    """Notes what is wrong with chunks whose index entry points outside the file."""
+    for i in chunks.tolist():
+        shard = located.shard(i)
+        if shard is not None:
+            offset, num_bytes = shard.index[entries[i]].tolist()
+            located.errors[i] = (
+                f"'{shard.path}': the index places chunk {entries[i]} at {offset} with {num_bytes} bytes, the file has "
+                f"{shard.num_bytes}. {DAMAGED}"
+            )

@@ -223,13 +223,13 @@ class ChunkReader:
                 num_resident=int(located.present.sum()) - len(requests),
                 num_from_storage=int(results["from_storage"].sum()),
                 read_bytes=int(requests["num_bytes"].sum()),
-                list_extents=lambda: _extents([located.shards[i] for i in chosen.tolist()], requests),
+                list_extents=lambda: _extents([located.shard(i) for i in chosen.tolist()], requests),
             ),
         )
 
     def _fetch_remote(self, located: Located, chosen: npt.NDArray[np.int64], batch: _Batch) -> dict[int, str]:
         """Gets what no file holds, unpacks and keeps it; returns why some of it could not be had."""
-        shards = [located.shards[i] for i in chosen.tolist()]
+        shards = [located.shard(i) for i in chosen.tolist()]
         wanted = [
             (i, shard, int(batch.requests["file_offset"][i]), int(batch.requests["num_bytes"][i]))
             for i in np.flatnonzero(batch.results["status"]).tolist()
@@ -345,7 +345,7 @@ def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
 
 def _explain(gathering: Gathering, located: Located, chunk: int, result: Any) -> str:
     status, detail = int(result["status"]), int(result["detail"])
-    request, shard = located.chunks[chunk], located.shards[chunk]
+    request, shard = located.chunks[chunk], located.shard(chunk)
     layout = gathering.arrays[gathering.chunk_array[chunk]]
     number = int(layout.locate(gathering.chunk_number[chunk : chunk + 1])[1][0])
     path = shard.path if shard is not None else str(layout.place)

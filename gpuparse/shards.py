@@ -13,7 +13,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ class LocalShard:
         path: The file.
         num_bytes: Its size.
         index: (num_chunks, 2) uint64, offset and size of each chunk.
+        index_address: Where that lies in memory.
         file: Its descriptor.
         file_path: The file that `file` is.
     """
@@ -56,6 +57,7 @@ class LocalShard:
         _check_size(self.path, self.num_bytes, index_bytes, recorded_bytes)
         raw = os.pread(self.file, index_bytes, self.num_bytes - index_bytes)
         self.index = _parse_index(self.path, raw, num_chunks)
+        self.index_address = self.index.ctypes.data
 
     def __del__(self) -> None:
         if self.file >= 0:
@@ -71,6 +73,7 @@ class RemoteShard:
         num_bytes: Its size.
         etag: Its version, "" where the server does not tell.
         index: (num_chunks, 2) uint64, offset and size of each chunk.
+        index_address: Where that lies in memory.
         file: Descriptor of its file in the disk cache, -1 without one; any part of it may be a hole.
         file_path: That file, "" without one.
     """
@@ -82,6 +85,7 @@ class RemoteShard:
         self.num_bytes, self.etag = end.object_bytes, end.etag
         _check_size(self.path, self.num_bytes, index_bytes, recorded_bytes)
         self.index = _parse_index(self.path, bytes(end.data), num_chunks)
+        self.index_address = self.index.ctypes.data
         options = place.site.options
         self._cached: CachedObject | None = None
         if options.cache_dir is not None:
@@ -104,7 +108,6 @@ class RemoteShard:
 
 
 Shard = LocalShard | RemoteShard
-_ShardKey = tuple[ArrayLayout, str]
 
 
 @contextlib.contextmanager
@@ -180,29 +183,35 @@ class ShardTable:
                 self._shards.popitem(last=False)
         return shard
 
-    def open_all(
-        self, wanted: Iterable[tuple[ArrayLayout, str]]
-    ) -> dict[tuple[ArrayLayout, str], Shard | OSError | None]:
+    def open_all(self, wanted: Sequence[tuple[ArrayLayout, str]]) -> list[Shard | OSError | None]:
         """Opens shards, remote ones side by side; in place of one that cannot be read stands its error."""
-        opened: dict[_ShardKey, Shard | OSError | None] = {}
-        waiting: dict[_ShardKey, Future[Shard | None]] = {}
-        for key in wanted:
+        opened: list[Shard | OSError | Future[Shard | None] | None] = []
+        with self._lock:
+            for layout, shard_key in wanted:
+                path = f"{layout.place}/{shard_key}"
+                shard = self._shards.get(path)
+                if shard is not None:
+                    self._shards.move_to_end(path)
+                opened.append(shard)
+        started: dict[tuple[ArrayLayout, str], Future[Shard | None]] = {}
+        for i, key in enumerate(wanted):
+            if opened[i] is not None:
+                continue
             layout, shard_key = key
-            if key in opened or key in waiting:
+            if isinstance(layout.place, RemotePath):
+                if key not in started:
+                    started[key] = layout.place.site.executor.submit(self.open, layout, shard_key)
+                opened[i] = started[key]
                 continue
-            if isinstance(layout.place, RemotePath) and f"{layout.place}/{shard_key}" not in self._shards:
-                waiting[key] = layout.place.site.executor.submit(self.open, layout, shard_key)
-                continue
-            try:
-                opened[key] = self.open(layout, shard_key)
-            except OSError as error:
-                opened[key] = error
-        for key, future in waiting.items():
-            try:
-                opened[key] = future.result()
-            except OSError as error:
-                opened[key] = error
-        return opened
+            opened[i] = _result_or_error(lambda: self.open(layout, shard_key))  # noqa: B023  # called at once
+        return [_result_or_error(each.result) if isinstance(each, Future) else each for each in opened]
+
+
+def _result_or_error(get: Callable[[], Shard | None]) -> Shard | OSError | None:
+    try:
+        return get()
+    except OSError as error:
+        return error
 
 
 @dataclass(eq=False)

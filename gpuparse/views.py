@@ -29,6 +29,7 @@ __all__ = [
     "nearest_indices",
     "resampling_tables",
     "select_axes",
+    "stack_tables",
     "view_geometry",
 ]
 
@@ -315,7 +316,8 @@ class ResamplingTables:
     length: int
 
 
-@functools.lru_cache(maxsize=256)
+# Few are kept: volumes of one shape have the same in every batch; those of many shapes have others, of 12 KB a length.
+@functools.lru_cache(maxsize=16)
 def resampling_tables(lengths: tuple[tuple[int, int], ...]) -> ResamplingTables:
     """Stacks the tables of the given (source, target) lengths; table i serves `lengths[i]`.
 
@@ -323,12 +325,22 @@ def resampling_tables(lengths: tuple[tuple[int, int], ...]) -> ResamplingTables:
         lengths: Pairs of source and target length in pixels, each at least 1.
     """
     longest = max(target for _, target in lengths)
-    index = np.zeros((len(lengths), longest), np.int32)
-    weights = np.zeros((len(lengths), 4, longest), np.float32)
-    nearest = np.zeros((len(lengths), longest), np.int32)
-    for i, (source, target) in enumerate(lengths):
-        index[i, :target], weights[i, :, :target] = cubic_table(source, target)
-        nearest[i, :target] = nearest_indices(source, target)
+    cubic = [cubic_table(source, target) for source, target in lengths]
+    tables = ([index for index, _ in cubic], [weights for _, weights in cubic],
+              [nearest_indices(source, target) for source, target in lengths])  # fmt: skip
+    index, weights, nearest = (stack_tables(rows, longest) for rows in tables)
     for array in (index, weights, nearest):
         array.setflags(write=False)
     return ResamplingTables(index, weights, nearest, longest)
+
+
+def stack_tables(rows: Sequence[npt.NDArray[Any]], longest: int) -> npt.NDArray[Any]:
+    """Tables behind one another along a new first axis, with zeros behind those that are shorter than the longest.
+
+    Args:
+        rows: (..., length) each, at least one, all of one type.
+        longest: Length of all in the result.
+    """
+    if any(row.shape[-1] < longest for row in rows):
+        rows = [np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, longest - row.shape[-1])]) for row in rows]
+    return np.concatenate(rows).reshape(len(rows), *rows[0].shape)

@@ -11,6 +11,7 @@
 #include "host_presence.cpp"
 #include "host_random.cpp"
 #include "host_read.cpp"
+#include "host_locate.cpp"
 #include "place.cu"
 
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }
