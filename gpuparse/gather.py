@@ -6,6 +6,11 @@ chunk, whatever the view, so that no volume is assembled or transposed.
 
 from __future__ import annotations
 
+import bisect
+import ctypes
+import functools
+import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.errors import StorageError
+from gpuparse import kernels
+from gpuparse.errors import InputError, StorageError
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
-from gpuparse.views import PLANE_DTYPE, Recipe, channel_positions, view_geometry
+from gpuparse.views import PLANE_DTYPE, Recipe, view_geometry
 
 __all__ = ["Gathering", "SliceKey", "gather", "gather_labels"]
-
-_NUMBER_BITS = 44  # of a chunk's number in its array, below the array's own
 
 
 class SliceKey(NamedTuple):
@@ -65,7 +69,7 @@ class Gathering:
     def __repr__(self) -> str:
         return f"Gathering({len(self.label_planes)} slices from {len(self.chunk_number)} chunks)"
 
-    @property
+    @functools.cached_property
     def chunk_bytes(self) -> npt.NDArray[np.int64]:
         """(num_chunks,) int64, bytes of each chunk once decoded."""
         sizes = np.array([array.chunk_bytes for array in self.arrays], np.int64)
@@ -98,127 +102,170 @@ class Gathering:
         return sorted(found)
 
 
-_STEPS_DTYPE = np.dtype(
+LANE_DTYPE = np.dtype(
     [
-        ("depth", "<i8"),  # planes in a layer of chunks
-        ("layer_step", "<i8"),  # added to numbers of chunks from one layer to the next
-        ("plane_step", "<i8"),  # bytes between planes inside a chunk
-        ("num_tiles", "<i8"),
+        ("plane", PLANE_DTYPE),
+        ("array", "<i8"),
+        ("depth", "<i8"),
+        ("layer_step", "<i8"),
+        ("row_step", "<i8"),
+        ("column_step", "<i8"),
+        ("plane_step", "<i8"),
+        ("grid_rows", "<i4"),
+        ("grid_columns", "<i4"),
     ]
 )
+"""All planes of one array along one axis: the struct `Lane` of kernels/host_gather.cpp."""
+
+VIEW_DTYPE = np.dtype([("num_slices", "<i8"), ("image", LANE_DTYPE), ("labels", LANE_DTYPE)])
+"""One axis of a case, as slices are read along it: the struct `View` of kernels/host_gather.cpp."""
+
+COUNTS_DTYPE = np.dtype([(f"num_{name}", "<i8") for name in ("tiles", "chunks", "arrays", "lengths")])
+"""The struct `GatherCounts` of kernels/host_gather.cpp."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Lane:
-    """What all planes of one array along one axis have in common."""
+class _Views:
+    """The views of one store that were asked for so far, in a table.
 
-    layout: ArrayLayout
-    plane: bytes  # one PLANE_DTYPE, its first block and tables left open
-    tiles: npt.NDArray[np.int64]  # chunk numbers under the plane in the first layer of chunks
-    steps: bytes  # one _STEPS_DTYPE
+    Attributes:
+        rows: (case, axis, recipe) -> row of the table.
+        table: VIEW_DTYPE; another array once it has grown.
+        layouts: Their arrays; a lane has its array's number here.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int, Recipe], int] = {}
+        self.table = np.zeros(16, VIEW_DTYPE)
+        self.layouts: list[ArrayLayout] = []
+        self._numbers: dict[ArrayLayout, int] = {}
+
+    def add(self, store: Store, case: int, axis: int, recipe: Recipe) -> int:
+        """Adds a view and returns its row.
+
+        Raises:
+            StoreFormatError: The case's arrays are not in the store's format.
+        """
+        layouts = [store.layout(case, path) for path in (IMAGE_PATH, LABELS_PATH)]
+        with _adding:
+            row = self.rows.get((case, axis, recipe), len(self.rows))
+            if row == len(self.table):
+                table = np.zeros(2 * row, VIEW_DTYPE)
+                table[:row] = self.table
+                self.table = table
+            view = self.table[row]
+            view["num_slices"] = store.cases[case].shape[axis]
+            for name, layout in zip(("image", "labels"), layouts, strict=True):
+                if layout not in self._numbers:
+                    self._numbers[layout] = len(self.layouts)
+                    self.layouts.append(layout)
+                _fill_lane(view[name], layout, self._numbers[layout], axis, recipe)
+            self.rows[case, axis, recipe] = row  # last: others look here without the lock
+        return row
 
 
-class _View(NamedTuple):
-    """One axis of a case, as slices are read along it."""
-
-    num_slices: int
-    image: _Lane
-    labels: _Lane
-
-
+_adding = threading.Lock()
 # By store, for as long as it is there.
-_views: weakref.WeakKeyDictionary[Store, dict[tuple[int, int, Recipe], _View]] = weakref.WeakKeyDictionary()
+_views: weakref.WeakKeyDictionary[Store, _Views] = weakref.WeakKeyDictionary()
 
 
-def _views_of(keys: Sequence[SliceKey]) -> tuple[list[_View], npt.NDArray[np.int64]]:
-    """The views that some slices are in, each once, and which of them each slice is in."""
-    numbers: dict[_View, int] = {}
-    of, store, known = [], None, {}
-    for key in keys:
-        if key.store is not store:
-            store = key.store
-            known = _views.setdefault(store, {})
-        name = key.case, key.axis, key.recipe
-        view = known.get(name)
-        if view is None:
-            layouts = (store.layout(key.case, path) for path in (IMAGE_PATH, LABELS_PATH))
-            lanes = (_make_lane(layout, key.axis, key.recipe) for layout in layouts)
-            view = known[name] = _View(store.cases[key.case].shape[key.axis], *lanes)
-        of.append(numbers.setdefault(view, len(numbers)))
-    return list(numbers), np.array(of, np.int64)
-
-
-def _make_lane(layout: ArrayLayout, axis: int, recipe: Recipe) -> _Lane:
+def _fill_lane(lane: Any, layout: ArrayLayout, number: int, axis: int, recipe: Recipe) -> None:
     view = view_geometry(layout.shape, axis, recipe)
     rows, columns = (i for i in range(3) if i != axis)
     grid = layout.grid
     grid_steps = (grid[1] * grid[2], grid[2], 1)
     itemsize = layout.dtype.itemsize
     strides = (layout.chunks[1] * layout.chunks[2] * itemsize, layout.chunks[2] * itemsize, itemsize)
-    plane = np.zeros(1, PLANE_DTYPE)
+    plane = lane["plane"]
     plane["row_stride"], plane["column_stride"], plane["itemsize"] = strides[rows], strides[columns], itemsize
     plane["block_height"], plane["block_width"] = layout.chunks[rows], layout.chunks[columns]
     plane["blocks_per_row"] = grid[columns]
     for name in ("height", "width", "pad_top", "pad_left", "padded_height", "padded_width"):
         plane[name] = getattr(view, name)
-    tiles = np.arange(grid[rows])[:, None] * grid_steps[rows] + np.arange(grid[columns]) * grid_steps[columns]
-    steps = np.array((layout.chunks[axis], grid_steps[axis], strides[axis], tiles.size), _STEPS_DTYPE)
-    return _Lane(layout, plane.tobytes(), tiles.reshape(-1), steps.tobytes())
+    lane["array"], lane["depth"], lane["layer_step"] = number, layout.chunks[axis], grid_steps[axis]
+    lane["row_step"], lane["column_step"], lane["plane_step"] = grid_steps[rows], grid_steps[columns], strides[axis]
+    lane["grid_rows"], lane["grid_columns"] = grid[rows], grid[columns]
 
 
-class _Planes(NamedTuple):
-    """Planes of any kind, one after another, and the tiles that they are cut into."""
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """Slices in the form that the compiled code takes; it keeps what the addresses point into."""
 
-    arrays: tuple[ArrayLayout, ...]
-    planes: npt.NDArray[Any]  # PLANE_DTYPE
-    tiles: npt.NDArray[np.int64]  # the chunk under each, with its array's number above
-    offsets: npt.NDArray[np.int64]  # bytes from the chunk's start
-    lengths: tuple[tuple[int, int], ...]
+    views: npt.NDArray[np.uint64]  # addresses of rows of tables
+    positions: npt.NDArray[np.int64]
+    first_arrays: npt.NDArray[np.int64]  # arrays before those of the slice's store
+    stores: list[_Views]
+    firsts: list[int]  # the same for each store
+    tables: list[npt.NDArray[Any]]
 
-
-def _find(
-    lanes: Sequence[_Lane], of: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], size: tuple[int, int]
-) -> _Planes:
-    """Finds planes and tiles.
-
-    Args:
-        lanes: Each once.
-        of: (num_planes,) the lane of each plane.
-        positions: (num_planes,) where each plane stands along its axis.
-        size: Rows and columns that the planes will be encoded to.
-    """
-    patterns = np.frombuffer(bytearray().join([lane.plane for lane in lanes]), PLANE_DTYPE)
-    tables: dict[tuple[int, int], int] = {}
-    for name, side, target in (("row_table", "padded_height", size[0]), ("column_table", "padded_width", size[1])):
-        patterns[name] = [tables.setdefault((source, target), len(tables)) for source in patterns[side].tolist()]
-    arrays: dict[ArrayLayout, int] = {}
-    bases = np.array([arrays.setdefault(lane.layout, len(arrays)) for lane in lanes], np.int64) << _NUMBER_BITS
-    steps = np.frombuffer(bytearray().join([lane.steps for lane in lanes]), np.int64).reshape(-1, 4)
-    depth, layer_step, plane_step, counts = steps[of].T
-    layers, inside = np.divmod(positions, depth)
-    ends = np.cumsum(counts)
-    planes = patterns[of]
-    planes["first_block"] = ends - counts
-    # Tile t of a plane is tile t of its lane, some layers further on.
-    starts = np.cumsum(steps[:, 3]) - steps[:, 3]
-    plane = np.repeat(np.arange(len(of)), counts)
-    own = np.arange(len(plane)) + (starts[of] - (ends - counts))[plane]
-    tiles = np.concatenate([lane.tiles for lane in lanes])[own] + (bases[of] + layers * layer_step)[plane]
-    return _Planes(tuple(arrays), planes, tiles, (inside * plane_step)[plane], tuple(tables))
+    def layouts(self, numbers: list[int]) -> tuple[ArrayLayout, ...]:
+        """The arrays of these numbers, which count through all stores."""
+        places = [(number, bisect.bisect_right(self.firsts, number) - 1) for number in numbers]
+        return tuple([self.stores[place].layouts[number - self.firsts[place]] for number, place in places])
 
 
-def _gathering(found: _Planes, num_image_planes: int) -> Gathering:
-    """The chunks of some planes, of which the image's come first."""
-    chunks, tile_chunk = np.unique(found.tiles, return_inverse=True)
+def _want(keys: Sequence[SliceKey]) -> _Wanted:
+    numbers: dict[_Views, int] = {}
+    store, views, number = None, _Views(), 0
+    rows, of = [], []
+    for key in keys:
+        if key.store is not store:
+            store = key.store
+            known = _views.get(store)
+            views = _views.setdefault(store, _Views()) if known is None else known
+            number = numbers.setdefault(views, len(numbers))
+        row = views.rows.get((key.case, key.axis, key.recipe))
+        rows.append(views.add(key.store, key.case, key.axis, key.recipe) if row is None else row)
+        of.append(number)
+    stores, store_of = list(numbers), np.array(of)
+    tables = [views.table for views in stores]
+    bases = np.array([table.ctypes.data for table in tables], np.uint64)
+    firsts = [0, *itertools.accumulate(len(views.layouts) for views in stores[:-1])]
+    return _Wanted(
+        views=bases[store_of] + np.array(rows, np.uint64) * np.uint64(VIEW_DTYPE.itemsize),
+        positions=np.array([key.position for key in keys], np.int64),
+        first_arrays=np.array(firsts, np.int64)[store_of],
+        stores=stores,
+        firsts=firsts,
+        tables=tables,
+    )
+
+
+def _gather(keys: Sequence[SliceKey], size: tuple[int, int], with_images: bool) -> Gathering:
+    _prepare(keys)
+    wanted = _want(keys)
+    library, num_slices = kernels.host_library(), ctypes.c_int64(len(keys))
+    head = [kernels.pointer(array) for array in (wanted.views, wanted.positions)]
+    counts = np.zeros(1, COUNTS_DTYPE)
+    count_tiles = library.gpuparse_count_tiles
+    count_tiles.restype = ctypes.c_int64
+    outside = count_tiles(num_slices, *head, ctypes.c_int32(with_images), kernels.pointer(counts))
+    if outside >= 0:
+        key = keys[outside]
+        raise InputError(
+            f"slice position {key.position} is outside 0..{key.store.cases[key.case].shape[key.axis] - 1}: "
+            f"{key.describe()}."
+        )
+    num_planes, num_tiles = (4 if with_images else 1) * len(keys), int(counts["num_tiles"][0])
+    planes = np.empty(num_planes, PLANE_DTYPE)
+    tile_chunk, tile_offset, chunk_array, chunk_number = np.empty((4, num_tiles), np.int64)
+    arrays, lengths = np.empty(2 * len(keys), np.int64), np.empty((2 * num_planes, 2), np.int32)
+    library.gpuparse_gather(
+        num_slices,
+        *head,
+        kernels.pointer(wanted.first_arrays),
+        *(ctypes.c_int32(n) for n in (with_images, *size)),
+        *map(kernels.pointer, (planes, tile_chunk, tile_offset, chunk_array, chunk_number, arrays, lengths, counts)),
+    )
+    num_chunks, num_arrays, num_lengths = counts[["num_chunks", "num_arrays", "num_lengths"]][0]
     return Gathering(
-        arrays=found.arrays,
-        chunk_array=chunks >> _NUMBER_BITS,
-        chunk_number=chunks & ((1 << _NUMBER_BITS) - 1),
-        tile_chunk=tile_chunk.reshape(-1),
-        tile_offset=found.offsets,
-        image_planes=found.planes[:num_image_planes],
-        label_planes=found.planes[num_image_planes:],
-        lengths=found.lengths,
+        arrays=wanted.layouts(arrays[:num_arrays].tolist()),
+        chunk_array=chunk_array[:num_chunks],
+        chunk_number=chunk_number[:num_chunks],
+        tile_chunk=tile_chunk,
+        tile_offset=tile_offset,
+        image_planes=planes[: num_planes - len(keys)],
+        label_planes=planes[num_planes - len(keys) :],
+        lengths=tuple([(source, target) for source, target in lengths[:num_lengths].tolist()]),
     )
 
 
@@ -246,10 +293,7 @@ def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
         StoreFormatError: A case's arrays are not in the store's format.
         StorageError: Remote storage failed.
     """
-    _prepare(keys)
-    views, of = _views_of(keys)
-    positions = np.array([key.position for key in keys], np.int64)
-    return _gathering(_find([view.labels for view in views], of, positions, (1, 1)), 0)
+    return _gather(keys, (1, 1), with_images=False)
 
 
 def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
@@ -264,14 +308,4 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
         InputError: A position lies outside its case.
         StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
     """
-    _prepare(keys)
-    views, of = _views_of(keys)
-    positions = np.array([key.position for key in keys], np.int64)
-    channels = channel_positions(positions, np.array([view.num_slices for view in views], np.int64)[of])
-    found = _find(
-        [*[view.image for view in views], *[view.labels for view in views]],
-        np.concatenate([np.repeat(of, 3), len(views) + of]),
-        np.concatenate([channels.reshape(-1), positions]),
-        size,
-    )
-    return _gathering(found, 3 * len(keys))
+    return _gather(keys, size, with_images=True)

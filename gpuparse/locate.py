@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gpuparse import kernels
 from gpuparse.errors import SliceReadError, StorageError
 from gpuparse.gather import Gathering
-from gpuparse.shards import DAMAGED, LocalShard, RemoteShard, Shard, ShardTable
+from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable
 from gpuparse.store import ArrayLayout
 
 __all__ = ["CHUNK_DTYPE", "Located", "locate"]
@@ -37,11 +37,6 @@ CHUNK_DTYPE = np.dtype(
 )
 """One chunk to be read: the struct `ChunkRequest` of kernels/host_read.cpp."""
 
-
-RUN_DTYPE = np.dtype(
-    [("index", "<u8"), ("file_bytes", "<u8"), ("first", "<i8"), ("end", "<i8"), ("file", "<i4"), ("reserved", "<i4")]
-)
-"""Chunks that stand together and lie in one shard: the struct `ShardRun` of kernels/host_locate.cpp."""
 
 _PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
 
@@ -87,27 +82,26 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
         first = end
     located = Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(0, bool), starts, [], {})
     located.chunks["decoded_bytes"] = gathering.chunk_bytes
-    rows = []
-    for i, shard in enumerate(table.open_all(wanted)):
-        chunks = starts[i], starts[i + 1] if i + 1 < len(starts) else num_chunks
-        if isinstance(shard, LocalShard | RemoteShard):
-            rows.append((shard.index_address, shard.num_bytes, *chunks, shard.file, 0))
+    rows: list[int] = []
+    for shard, start, end in zip(table.open_all(wanted), starts, [*starts[1:], num_chunks], strict=True):
+        if shard is None or isinstance(shard, OSError):
+            if shard is not None:
+                layout, shard_key = wanted[len(located.run_shards)]
+                lost = f"'{layout.place / shard_key}' cannot be read: {shard}."
+                message = str(shard) if isinstance(shard, SliceReadError) else lost
+                located.errors.update(dict.fromkeys(range(start, end), message))
+                located.lost |= isinstance(shard, StorageError)
+            located.run_shards.append(None)
+            rows += (0, 0, start, end, -1)
+        else:
             located.has_remote |= isinstance(shard, RemoteShard)
             located.run_shards.append(shard)
-            continue
-        if shard is not None:
-            layout, shard_key = wanted[i]
-            lost = f"'{layout.place / shard_key}' cannot be read: {shard}."
-            located.errors.update(
-                dict.fromkeys(range(*chunks), str(shard) if isinstance(shard, SliceReadError) else lost)
-            )
-            located.lost |= isinstance(shard, StorageError)
-        rows.append((0, 0, *chunks, -1, 0))
-        located.run_shards.append(None)
-    runs, found = np.array(rows, RUN_DTYPE), np.zeros(num_chunks, np.uint8)
+            rows += (shard.index_address, shard.num_bytes, start, end, shard.file)
+    runs = np.array(rows, np.int64)  # the structs `ShardRun` of kernels/host_locate.cpp
+    found = np.zeros(num_chunks, np.uint8)
     look_up = kernels.host_library().gpuparse_look_up
     look_up.restype = ctypes.c_int64
-    num_bad = look_up(ctypes.c_int64(len(runs)), *map(kernels.pointer, (runs, entries, located.chunks, found)))
+    num_bad = look_up(ctypes.c_int64(len(starts)), *map(kernels.pointer, (runs, entries, located.chunks, found)))
     located.present = found == _PRESENT
     if num_bad:
         _explain(located, np.flatnonzero(found == _OUTSIDE), entries)

@@ -335,11 +335,9 @@ def _place(
 
 def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
     """Gives each chunk its entries in the list of blocks and its room in the buffer."""
-    counts = _num_blocks(chunks["decoded_bytes"])
-    # A stored block grows by a byte in 255 and two; each starts at an aligned place.
-    chunks["capacity"] = aligned(chunks["num_bytes"] + chunks["num_bytes"] // 255 + (2 + ALIGNMENT_BYTES) * counts)
-    chunks["first_block"], num_blocks = _ends(counts)
-    chunks["data_offset"], data_bytes = _ends(chunks["capacity"])
+    totals = np.zeros(2, np.int64)
+    kernels.host_library().gpuparse_lay_out(ctypes.c_int64(len(chunks)), *map(kernels.pointer, (chunks, totals)))
+    num_blocks, data_bytes = totals.tolist()
     return chunks, num_blocks, data_bytes
 
 

@@ -158,7 +158,7 @@ class ShardTable:
             StorageError: Remote storage fails.
             OSError: It cannot be read.
         """
-        path = f"{layout.place}/{shard_key}"
+        path = layout.shard_path(shard_key)
         with self._lock:
             shard = self._shards.get(path)
             if shard is not None:
@@ -188,7 +188,7 @@ class ShardTable:
         opened: list[Shard | OSError | Future[Shard | None] | None] = []
         with self._lock:
             for layout, shard_key in wanted:
-                path = f"{layout.place}/{shard_key}"
+                path = layout.shard_path(shard_key)
                 shard = self._shards.get(path)
                 if shard is not None:
                     self._shards.move_to_end(path)

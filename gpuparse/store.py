@@ -197,6 +197,18 @@ class ArrayLayout:
         """Whether one shard holds the whole array, so that its index counts chunks as the array does."""
         return self._shard_grid == self.grid
 
+    def shard_path(self, shard_key: str) -> str:
+        """The file or the URL of a shard."""
+        path = self._shard_paths.get(shard_key)
+        if path is None:
+            path = self._shard_paths[shard_key] = f"{self.place}/{shard_key}"
+        return path
+
+    @functools.cached_property
+    def _shard_paths(self) -> dict[str, str]:
+        """Those that were asked for: one text each, whose hash Python keeps."""
+        return {}
+
     @property
     def chunks_per_shard(self) -> int:
         """Entries of a shard's index."""

@@ -341,6 +341,6 @@ def stack_tables(rows: Sequence[npt.NDArray[Any]], longest: int) -> npt.NDArray[
         rows: (..., length) each, at least one, all of one type.
         longest: Length of all in the result.
     """
-    if any(row.shape[-1] < longest for row in rows):
+    if sum([row.shape[-1] for row in rows]) < longest * len(rows):
         rows = [np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, longest - row.shape[-1])]) for row in rows]
     return np.concatenate(rows).reshape(len(rows), *rows[0].shape)

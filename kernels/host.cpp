@@ -6,12 +6,13 @@
 #include "augment_tiles.cu"
 #include "host_augment.cpp"
 #include "host_encode.cpp"
+#include "host_gather.cpp"
 #include "host_inflate.cpp"
+#include "host_locate.cpp"
 #include "host_prepare.cpp"
 #include "host_presence.cpp"
 #include "host_random.cpp"
 #include "host_read.cpp"
-#include "host_locate.cpp"
 #include "place.cu"
 
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }

@@ -1,13 +1,12 @@
 // Host only: chunks of a batch looked up in their shards' indexes. A batch has hundreds of chunks in dozens of files.
-// Included behind host_read.cpp, whose ChunkRequest it fills.
+#include "chunks.h"
 
-// Some chunks that stand together, all of one shard. Mirrored by RUN_DTYPE in gpuparse/locate.py, 40 bytes.
+// Some chunks that stand together, all of one shard: five 64-bit words of gpuparse/locate.py.
 struct ShardRun {
   const uint64_t *index;  // of the shard: offset and size of each of its chunks; null: there is no such shard
   uint64_t file_bytes;
   int64_t first, end;  // the chunks
-  int32_t file;
-  int32_t reserved;
+  int64_t file;
 };
 
 // For each chunk its place in its shard's index is given; its offset, size and file are filled in, and whether it is
@@ -20,7 +19,7 @@ extern "C" int64_t gpuparse_look_up(int64_t num_runs, const ShardRun *runs, cons
   for (int64_t r = 0; r < num_runs; ++r) {
     const ShardRun &run = runs[r];
     for (int64_t i = run.first; i < run.end; ++i) {
-      chunks[i].file = run.file;
+      chunks[i].file = (int32_t)run.file;
       chunks[i].file_offset = chunks[i].num_bytes = 0;
       found[i] = 0;
       if (!run.index) continue;

@@ -13,21 +13,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "chunks.h"
 #include "compressed.h"
 #include "parallel.h"
-
-// Mirrored by CHUNK_DTYPE in gpuparse/read.py, 64 bytes.
-struct ChunkRequest {
-  int64_t file_offset;
-  int64_t num_bytes;  // of the frame and the checksum behind it
-  int64_t decoded_bytes;
-  int64_t target;       // where the decoded chunk goes in the arena
-  int64_t data_offset;  // where its blocks go in the buffer
-  int64_t capacity;     // bytes kept free for them there
-  int64_t first_block;  // its first entry in the list of blocks
-  int32_t file;
-  int32_t in_memory;  // 1: nothing is read; file_offset is the address of its bytes
-};
 
 // Mirrored by RESULT_DTYPE in gpuparse/read.py, 16 bytes.
 struct ChunkResult {
@@ -180,6 +168,24 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
 }
 
 }  // namespace
+
+// Gives each chunk its entries in the list of blocks and its room in the buffer; writes how many blocks and bytes that
+// is.
+extern "C" void gpuparse_lay_out(int64_t num_chunks, ChunkRequest *chunks, int64_t *totals) {
+  int64_t num_blocks = 0, num_bytes = 0;
+  for (int64_t i = 0; i < num_chunks; ++i) {
+    ChunkRequest &chunk = chunks[i];
+    const int64_t count = (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes;
+    // A block stored as it is grows by a byte in 255 and two; each starts at an aligned place.
+    const int64_t most = chunk.num_bytes + chunk.num_bytes / 255 + (2 + kAlignment) * count;
+    chunk.capacity = (most + kAlignment - 1) / kAlignment * kAlignment;
+    chunk.first_block = num_blocks;
+    chunk.data_offset = num_bytes;
+    num_blocks += count;
+    num_bytes += chunk.capacity;
+  }
+  totals[0] = num_blocks, totals[1] = num_bytes;
+}
 
 extern "C" void gpuparse_read_chunks(int64_t num_chunks, int32_t num_threads, const ChunkRequest *chunks, uint8_t *data,
                                      CompressedBlock *blocks, ChunkResult *results) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from oracle import gather as pixels_of
 from oracle import neighbours, pad_as_reference, pad_to_square
 
 from gpuparse.errors import InputError
-from gpuparse.gather import SliceKey, gather
+from gpuparse.gather import SliceKey, gather, gather_labels
 from gpuparse.store import IMAGE_PATH, ArrayLayout
 from gpuparse.views import PLANE_DTYPE
 
@@ -80,7 +81,12 @@ def test_planes_pick_the_slices_that_numpy_picks(shapes, chunks, dtype, recipe, 
     rng = np.random.default_rng(len(wanted))
     store = FakeStore(shapes, chunks, dtype, rng)
     keys = [SliceKey(store, case, axis, position % shapes[case][axis], recipe) for case, axis, position in wanted]
-    gathering = gather(keys, SIZE)
+    check_slices(keys, gather(keys, SIZE), rng)
+
+
+def check_slices(keys, gathering, rng):
+    """Pixels, padding and tables of all slices, which are of one store and recipe."""
+    store, recipe = keys[0].store, keys[0].recipe
     arena, targets = arena_of(store, gathering, rng)
     blocks = gathering.block_table(targets)
     pad = pad_to_square if recipe == "corrected" else pad_as_reference
@@ -133,8 +139,50 @@ def test_neighbours_share_chunks_and_planes_have_no_stray_values():
     assert not gathering.image_planes["reserved"].any()
 
 
+def test_views_of_many_cases_found_by_several_threads_at_once():
+    """The table of a store's views grows meanwhile."""
+    rng = np.random.default_rng(0)
+    store = FakeStore([(3 + i % 4, 4, 5) for i in range(40)], (2, 3, 4), np.uint8, rng)
+    everything = [SliceKey(store, case, axis, 2) for case in range(40) for axis in range(3)]
+    batches = [[everything[i] for i in rng.permutation(len(everything))[:25]] for _ in range(32)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for keys, gathering in zip(batches, pool.map(lambda keys: gather(keys, SIZE), batches), strict=True):
+            check_slices(keys, gathering, rng)
+
+
+def test_stores_that_come_and_go_in_a_batch():
+    rng = np.random.default_rng(0)
+    stores = [FakeStore([(4, 5, 6)] * 3, (2, 3, 4), np.uint8, rng) for _ in range(3)]
+    keys = [SliceKey(stores[i % 3], i % 2, i % 3, 1) for i in (0, 4, 2, 1, 5, 3)]
+    gathering = gather(keys, SIZE)
+    for i, key in enumerate(keys):
+        alone = gather([key], SIZE)
+        plane, other = gathering.label_planes[i], alone.label_planes[0]
+        tiles = [g.tile_chunk[p["first_block"] :][:4] for g, p in ((gathering, plane), (alone, other))]
+        for g, chunks in zip((gathering, alone), tiles, strict=True):
+            assert {g.arrays[a] for a in g.chunk_array[chunks].tolist()} == {key.store.layout(key.case, "labels")}
+        np.testing.assert_array_equal(gathering.chunk_number[tiles[0]], alone.chunk_number[tiles[1]])
+    check_bookkeeping(gathering, keys)
+
+
+def test_labels_alone_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    store = FakeStore([(9, 6, 5), (4, 8, 8)], (2, 3, 4), np.uint16, rng)
+    keys = [SliceKey(store, case, axis, position) for case in (1, 0) for axis in (2, 0) for position in (3, 0)]
+    whole, labels = gather(keys, SIZE), gather_labels(keys)
+    assert len(labels.image_planes) == 0
+    assert set(labels.arrays) == {store.layout(case, "labels") for case in (0, 1)}
+    for i in range(len(keys)):
+        found = []
+        for each in (whole, labels):
+            chunks = each.tile_chunk[each.label_planes[i]["first_block"] :][:4]
+            found.append([(each.arrays[each.chunk_array[c]], int(each.chunk_number[c])) for c in chunks])
+        assert found[0] == found[1]
+    check_bookkeeping(labels, keys)
+
+
 def test_a_position_outside_its_case_is_refused():
     store = FakeStore([(9, 6, 5)], (1, 6, 5), np.uint8, np.random.default_rng(0))
     for position in (-1, 6):
-        with pytest.raises(InputError, match=rf"slice position {position} is outside 0\.\.5"):
+        with pytest.raises(InputError, match=rf"slice position {position} is outside 0\.\.5: .*'case0', axis 1"):
             gather([SliceKey(store, 0, 1, position)], SIZE)
