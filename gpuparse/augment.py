@@ -242,13 +242,10 @@ def _crop_tables(
     longest = max(height, width)
     if not wanted:  # there is a table in any case, that no sample refers to
         wanted[longest, longest] = 0
-    linear = [linear_table(*lengths) for lengths in wanted]
-    return (
-        numbers,
-        stack_tables([index for index, _ in linear], longest),
-        stack_tables([weight for _, weight in linear], longest),
-        stack_tables([nearest_indices(*lengths) for lengths in wanted], longest),
-    )
+    indices, weights = zip(*[linear_table(*lengths) for lengths in wanted], strict=True)
+    nearest_rows = [nearest_indices(*lengths) for lengths in wanted]
+    index, weight, nearest = (stack_tables(rows, longest) for rows in (indices, weights, nearest_rows))
+    return numbers, index, weight, nearest
 
 
 @dataclass(frozen=True, eq=False)

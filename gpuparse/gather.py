@@ -203,18 +203,23 @@ class _Wanted:
         return tuple([self.stores[place].layouts[number - self.firsts[place]] for number, place in places])
 
 
+def _views_of(store: Store) -> _Views:
+    found = _views.get(store)
+    return _views.setdefault(store, _Views()) if found is None else found
+
+
 def _want(keys: Sequence[SliceKey]) -> _Wanted:
-    numbers: dict[_Views, int] = {}
-    store, views, number = None, _Views(), 0
+    store = keys[0].store
+    views, number = _views_of(store), 0
+    numbers = {views: number}
     rows, of = [], []
     for key in keys:
         if key.store is not store:
             store = key.store
-            known = _views.get(store)
-            views = _views.setdefault(store, _Views()) if known is None else known
+            views = _views_of(store)
             number = numbers.setdefault(views, len(numbers))
         row = views.rows.get((key.case, key.axis, key.recipe))
-        rows.append(views.add(key.store, key.case, key.axis, key.recipe) if row is None else row)
+        rows.append(views.add(store, key.case, key.axis, key.recipe) if row is None else row)
         of.append(number)
     stores, store_of = list(numbers), np.array(of)
     tables = [views.table for views in stores]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ CHUNK_DTYPE = np.dtype(
         ("in_memory", "<i4"),
     ]
 )
-"""One chunk to be read: the struct `ChunkRequest` of kernels/host_read.cpp."""
+"""One chunk to be read: the struct `ChunkRequest` of kernels/chunks.h."""
 
 
 _PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
@@ -46,10 +46,10 @@ class Located:
     """The chunks of a batch on their way: where each is stored, or why it cannot be read."""
 
     chunks: npt.NDArray[Any]  # CHUNK_DTYPE, one for each chunk of the gathering
-    present: npt.NDArray[np.bool_]
     run_starts: list[int]  # runs of chunks of one shard
-    run_shards: list[Shard | None]  # holds the files open
-    errors: dict[int, str]
+    run_shards: list[Shard | None] = field(default_factory=list)  # holds the files open
+    errors: dict[int, str] = field(default_factory=dict)
+    present: npt.NDArray[np.bool_] = field(init=False)
     has_remote: bool = False
     lost: bool = False  # whether remote storage failed, rather than what it holds
 
@@ -80,14 +80,14 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
                 entries = entries.copy()
             entries[first:end] = _add_runs(layout, first, entries[first:end], wanted, starts)
         first = end
-    located = Located(np.zeros(num_chunks, CHUNK_DTYPE), np.zeros(0, bool), starts, [], {})
+    located = Located(np.zeros(num_chunks, CHUNK_DTYPE), starts)
     located.chunks["decoded_bytes"] = gathering.chunk_bytes
     rows: list[int] = []
     for shard, start, end in zip(table.open_all(wanted), starts, [*starts[1:], num_chunks], strict=True):
         if shard is None or isinstance(shard, OSError):
             if shard is not None:
                 layout, shard_key = wanted[len(located.run_shards)]
-                lost = f"'{layout.place / shard_key}' cannot be read: {shard}."
+                lost = f"'{layout.shard_path(shard_key)}' cannot be read: {shard}."
                 message = str(shard) if isinstance(shard, SliceReadError) else lost
                 located.errors.update(dict.fromkeys(range(start, end), message))
                 located.lost |= isinstance(shard, StorageError)

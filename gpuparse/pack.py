@@ -29,7 +29,6 @@ SECTION_ALIGNMENT_BYTES = 256
 SPARE_BLOCK = np.array([0xF0, 1, *[0] * 30], np.uint8)
 SPARE_BLOCK_BYTES = 18
 SPARE_DECODED_BYTES = 16
-_COPIED_BYTES = 1 << 12
 
 
 class Section(NamedTuple):
@@ -200,8 +199,7 @@ def pack(
     bytes_of_buffer = buffer.data  # several times faster than views of numpy, of which there would be many
     for name, array in (*arrays.items(), ("blocks", slices.blocks), ("compressed", slices.compressed)):
         start = sections[name].offset
-        plain = array.nbytes > _COPIED_BYTES and not array.dtype.names  # then a copy is worth saving
-        bytes_of_buffer[start : start + array.nbytes] = array.data.cast("B") if plain else array.tobytes()
+        bytes_of_buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8).data
     return PackedBatch(
         buffer=buffer,
         sections=sections,

@@ -186,7 +186,8 @@ class ChunkReader:
         targets, wanted = _place(gathering, located, slot_bytes, arena)
         located.chunks["target"] = targets
         chosen = np.flatnonzero(wanted)
-        requests, num_blocks, data_bytes = _lay_out(located.chunks[chosen])
+        requests = located.chunks[chosen]
+        num_blocks, data_bytes = _lay_out(requests)
         try:
             if allocate is not None:
                 data = allocate(data_bytes, num_blocks, COMPRESSED_BLOCK_DTYPE)
@@ -311,12 +312,6 @@ def _num_blocks(decoded_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return -(-decoded_bytes // BLOSC_BLOCK_BYTES)
 
 
-def _ends(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
-    """Where each run starts when all stand behind one another, and the length of the whole."""
-    ends = np.cumsum(counts)
-    return ends - counts, int(ends[-1]) if len(ends) else 0
-
-
 def _place(
     gathering: Gathering, located: Located, slot_bytes: int, arena: Arena | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -324,8 +319,8 @@ def _place(
     targets = np.full(len(located.present), -1, np.int64)
     present = np.flatnonzero(located.present)
     if arena is None:
-        starts, _ = _ends(_num_blocks(gathering.chunk_bytes[present]))
-        targets[present] = starts * slot_bytes
+        counts = _num_blocks(gathering.chunk_bytes[present])
+        targets[present] = (np.cumsum(counts) - counts) * slot_bytes
         return targets, located.present
     wanted = np.zeros(len(located.present), bool)
     places, resident = arena.reserve(gathering.arrays, gathering.chunk_array[present], gathering.chunk_number[present])
@@ -333,12 +328,12 @@ def _place(
     return targets, wanted
 
 
-def _lay_out(chunks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], int, int]:
-    """Gives each chunk its entries in the list of blocks and its room in the buffer."""
+def _lay_out(requests: npt.NDArray[Any]) -> tuple[int, int]:
+    """Gives each chunk its entries in the list of blocks and its room in the buffer; returns how much that is."""
     totals = np.zeros(2, np.int64)
-    kernels.host_library().gpuparse_lay_out(ctypes.c_int64(len(chunks)), *map(kernels.pointer, (chunks, totals)))
+    kernels.host_library().gpuparse_lay_out(ctypes.c_int64(len(requests)), *map(kernels.pointer, (requests, totals)))
     num_blocks, data_bytes = totals.tolist()
-    return chunks, num_blocks, data_bytes
+    return num_blocks, data_bytes
 
 
 def _explain(gathering: Gathering, located: Located, chunk: int, result: Any) -> str:

@@ -13,7 +13,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,33 +185,25 @@ class ShardTable:
 
     def open_all(self, wanted: Sequence[tuple[ArrayLayout, str]]) -> list[Shard | OSError | None]:
         """Opens shards, remote ones side by side; in place of one that cannot be read stands its error."""
-        opened: list[Shard | OSError | Future[Shard | None] | None] = []
-        with self._lock:
-            for layout, shard_key in wanted:
-                path = layout.shard_path(shard_key)
-                shard = self._shards.get(path)
-                if shard is not None:
-                    self._shards.move_to_end(path)
-                opened.append(shard)
-        started: dict[tuple[ArrayLayout, str], Future[Shard | None]] = {}
-        for i, key in enumerate(wanted):
-            if opened[i] is not None:
+        opened: dict[str, Shard | OSError | None] = {}
+        waiting: dict[str, Future[Shard | None]] = {}
+        paths = [layout.shard_path(shard_key) for layout, shard_key in wanted]
+        for path, (layout, shard_key) in zip(paths, wanted, strict=True):
+            if path in opened or path in waiting:
                 continue
-            layout, shard_key = key
-            if isinstance(layout.place, RemotePath):
-                if key not in started:
-                    started[key] = layout.place.site.executor.submit(self.open, layout, shard_key)
-                opened[i] = started[key]
+            if isinstance(layout.place, RemotePath) and path not in self._shards:
+                waiting[path] = layout.place.site.executor.submit(self.open, layout, shard_key)
                 continue
-            opened[i] = _result_or_error(lambda: self.open(layout, shard_key))  # noqa: B023  # called at once
-        return [_result_or_error(each.result) if isinstance(each, Future) else each for each in opened]
-
-
-def _result_or_error(get: Callable[[], Shard | None]) -> Shard | OSError | None:
-    try:
-        return get()
-    except OSError as error:
-        return error
+            try:
+                opened[path] = self.open(layout, shard_key)
+            except OSError as error:
+                opened[path] = error
+        for path, future in waiting.items():
+            try:
+                opened[path] = future.result()
+            except OSError as error:
+                opened[path] = error
+        return [opened[path] for path in paths]
 
 
 @dataclass(eq=False)

@@ -325,10 +325,9 @@ def resampling_tables(lengths: tuple[tuple[int, int], ...]) -> ResamplingTables:
         lengths: Pairs of source and target length in pixels, each at least 1.
     """
     longest = max(target for _, target in lengths)
-    cubic = [cubic_table(source, target) for source, target in lengths]
-    tables = ([index for index, _ in cubic], [weights for _, weights in cubic],
-              [nearest_indices(source, target) for source, target in lengths])  # fmt: skip
-    index, weights, nearest = (stack_tables(rows, longest) for rows in tables)
+    indices, coefficients = zip(*[cubic_table(*pair) for pair in lengths], strict=True)
+    nearest_rows = [nearest_indices(*pair) for pair in lengths]
+    index, weights, nearest = (stack_tables(rows, longest) for rows in (indices, coefficients, nearest_rows))
     for array in (index, weights, nearest):
         array.setflags(write=False)
     return ResamplingTables(index, weights, nearest, longest)

@@ -32,6 +32,10 @@ constexpr int64_t kBlockBytes = 16384;  // the format's blosc block
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kHeaderBytes = 16;
 
+int64_t blocks_of(const ChunkRequest &chunk) { return (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes; }
+
+int64_t aligned(int64_t num_bytes) { return (num_bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
 uint32_t load_u32(const uint8_t *address) {
   uint32_t value;
   memcpy(&value, address, 4);
@@ -133,7 +137,7 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
   // Not shuffled, and each block one LZ4 stream: elements of one byte, or blocks that are not split by element.
   const bool plain_lz4 = flags >> 5 == 1 && !(flags & 5) && (frame[3] == 1 || flags & 16);
   const int64_t wanted = chunk.decoded_bytes < kBlockBytes ? chunk.decoded_bytes : kBlockBytes;
-  const int64_t num_blocks = (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes;
+  const int64_t num_blocks = blocks_of(chunk);
   const int64_t starts_end = kHeaderBytes + (stored ? 0 : 4 * num_blocks);
   const bool whole = stored ? frame_bytes == kHeaderBytes + chunk.decoded_bytes : load_u32(frame + 8) == wanted;
   if (!(stored || plain_lz4) || !whole || starts_end > frame_bytes) return {kBlocks, 0, -1};
@@ -162,23 +166,21 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
       memcpy(out, frame + start, (size_t)num_bytes);
       block.num_bytes = (int32_t)num_bytes;
     }
-    used += (block.num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used += aligned(block.num_bytes);
   }
   return {kOk, 0, 0};
 }
 
 }  // namespace
 
-// Gives each chunk its entries in the list of blocks and its room in the buffer; writes how many blocks and bytes that
-// is.
+// Gives each chunk its entries in the list of blocks and its room in the buffer; writes how many blocks and bytes.
 extern "C" void gpuparse_lay_out(int64_t num_chunks, ChunkRequest *chunks, int64_t *totals) {
   int64_t num_blocks = 0, num_bytes = 0;
   for (int64_t i = 0; i < num_chunks; ++i) {
     ChunkRequest &chunk = chunks[i];
-    const int64_t count = (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes;
+    const int64_t count = blocks_of(chunk);
     // A block stored as it is grows by a byte in 255 and two; each starts at an aligned place.
-    const int64_t most = chunk.num_bytes + chunk.num_bytes / 255 + (2 + kAlignment) * count;
-    chunk.capacity = (most + kAlignment - 1) / kAlignment * kAlignment;
+    chunk.capacity = aligned(chunk.num_bytes + chunk.num_bytes / 255 + (2 + kAlignment) * count);
     chunk.first_block = num_blocks;
     chunk.data_offset = num_bytes;
     num_blocks += count;
