@@ -115,6 +115,31 @@ def _cupy_cuda_major() -> int:
         ) from error
 
 
+class Ready:
+    """The point in a device's work where a batch is made.
+
+    Args:
+        device: The device, with its number.
+        stream: A stream of it; the point is behind all work on it so far.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._device = device
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def synchronize(self) -> None:
+        """Waits for it, in any thread."""
+        # On that device: a thread's current one is 0 at first, and asking CUDA there would make a context on it, half a
+        # gigabyte for each rank of a machine.
+        with torch.cuda.device(self._device):
+            self._event.synchronize()
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Has a stream wait for it; the host does not."""
+        stream.wait_event(self._event)
+
+
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
     """A batch's tensors, perhaps still being made.
@@ -122,17 +147,17 @@ class DeviceBatch:
     Attributes:
         image: (batch, 3, height, width).
         labels: (batch, num_prompts, height, width) or (batch, height, width).
-        ready: Happens when they are made.
+        ready: When they are made.
     """
 
     image: torch.Tensor
     labels: torch.Tensor
-    ready: Any
+    ready: Ready
 
     def hand_over(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors, for use on torch's current stream, which waits for them; the host does not."""
         stream = torch.cuda.current_stream(self.image.device)
-        stream.wait_event(self.ready)
+        self.ready.hold(stream)
         for tensor in (self.image, self.labels):
             tensor.record_stream(stream)  # freed memory is not used again before that stream is done with it
         return self.image, self.labels
@@ -166,7 +191,8 @@ class DeviceRenderer:
         self._slab: torch.Tensor | None = None
         if cache_bytes:
             try:
-                self._slab = torch.empty(cache_bytes, dtype=torch.uint8, device=device)
+                with torch.cuda.stream(self._home):
+                    self._slab = torch.empty(cache_bytes, dtype=torch.uint8, device=device)
             except torch.cuda.OutOfMemoryError as error:
                 free, total = torch.cuda.mem_get_info(device)
                 raise DeviceError(
@@ -203,8 +229,7 @@ class DeviceRenderer:
                 encoded, image, labels = self._allocate(packed)
                 with self._home_of_cupy, probes.stage("render"):
                     self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels))
-                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                ready.record(self._home)
+                ready = Ready(self._device, self._home)
         except (torch.cuda.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
             raise DeviceError(
                 f"{self._device} is out of memory while a batch of {packed.num_samples} samples is made ({error}). "

@@ -1,7 +1,7 @@
 """The DALI graph: packed batches go in, rendered batches come out. The only module that imports DALI.
 
-On a GPU: `external_source` (a batch in one pinned buffer) -> one copy -> `decoders.inflate` (all blocks of the batch in
-one call); the kernels are launched behind the pipeline, on its outputs, by the thread that takes the batch. On the CPU
+On a GPU: `external_source` (a batch in one buffer) -> one copy -> `decoders.inflate` (all blocks of the batch in one
+call); the kernels are launched behind the pipeline, on its outputs, by the thread that takes the batch. On the CPU
 `external_source` -> one Python operator that decodes and runs the kernels' CPU build in DALI's thread. Both write
 straight into the torch tensors of their batch: DALI would copy what an operator returns (ARCHITECTURE.md has the
 figures).
@@ -103,9 +103,10 @@ class BatchPipeline:
 
     @property
     def num_ready(self) -> int:
-        """Batches not yet taken that are rendered; on a GPU, that DALI has been given."""
+        """Batches not yet taken that are rendered; on a GPU, that are read, of which DALI has some."""
         if self._options.device_index is not None:
-            return sum(given.step < self._options.num_steps for given in self._given)
+            num_given = sum(given.step < self._options.num_steps for given in self._given)
+            return num_given + sum(future.done() for future in self._ahead.values())
         return max(0, self._num_rendered - self._num_taken)
 
     def run(self, stream: int | None = None) -> int:
@@ -156,7 +157,8 @@ class BatchPipeline:
             self._given.clear()
 
     def _graph(self, fn: Any, types: Any) -> tuple[Any, ...]:
-        # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own.
+        # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own. For a GPU DALI 2.4
+        # makes a page-locked copy in its thread all the same: it does not see that ours is.
         if self._options.device_index is None:
             buffer = fn.external_source(source=self._host_source, batch=True, no_copy=True)
             return (fn.python_function(buffer, function=self._render_on_host, num_outputs=1),)

@@ -188,7 +188,7 @@ class LoaderReport:
         seconds: Stage -> seconds. In the reading thread "plan" (drawing samples) and "read" (chunks from files); in the
             pipeline "decode", "encode", "augment" on the CPU, "render" (launching) on a GPU. "wait" is what the
             training loop waited for batches, on a GPU with "render" in it, "step" what it did with them.
-        mean_queue_depth: Batches that were ready when the loop asked for one, on average; on a GPU those DALI has.
+        mean_queue_depth: Batches that were ready when the loop asked for one, on average; on a GPU those that are read.
         read_bytes: Compressed bytes read from files or from the page cache.
         num_chunks: Chunks that the batches' slices lie in.
         num_resident: Of these, chunks that a cache still had decoded.

@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import struct
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -149,16 +150,17 @@ class StandInDali:
 
 
 class Event:
-    """Happens at once; notes who recorded it and who waited for it."""
+    """Happens at once; notes who recorded it and who waited for it. CUDA has to be asked on the event's device."""
 
-    def __init__(self, log, number):
-        self._log, self._number = log, number
+    def __init__(self, stand_in, number):
+        self._stand_in, self._number = stand_in, number
 
     def record(self, stream):
-        self._log.append(("record", stream.name))
+        self._stand_in.log.append(("record", stream.name))
 
     def synchronize(self):
-        self._log.append(("synchronize", self._number))
+        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        self._stand_in.log.append(("synchronize", self._number))
 
 
 class Stream:
@@ -177,12 +179,13 @@ class StandInTorch:
         self.log = log
         self.allocated = []
         self.free_bytes = None
+        self._thread = threading.local()
         self.cuda = SimpleNamespace(
             Stream=lambda device: Stream(log, "home", HOME_STREAM),
-            Event=lambda: Event(log, next(numbers)),
+            Event=lambda: Event(self, next(numbers)),
             current_stream=lambda device: Stream(log, "user"),
-            device=contextlib.nullcontext,
-            stream=lambda stream: contextlib.nullcontext(log.append(("inside", stream.name))),
+            device=self._on_device,
+            stream=self._on_stream,
             OutOfMemoryError=torch.cuda.OutOfMemoryError,
             mem_get_info=lambda device: (2**30, 2**34),
         )
@@ -190,8 +193,30 @@ class StandInTorch:
     def __getattr__(self, name):
         return getattr(torch, name)
 
+    def current_device(self):
+        """The device that the calling thread has chosen, None where it has not."""
+        return getattr(self._thread, "device", None)
+
+    @contextlib.contextmanager
+    def _on_stream(self, stream):
+        self.log.append(("inside", stream.name))
+        before, self._thread.stream = getattr(self._thread, "stream", None), stream
+        try:
+            yield
+        finally:
+            self._thread.stream = before
+
+    @contextlib.contextmanager
+    def _on_device(self, device):
+        before, self._thread.device = self.current_device(), device
+        try:
+            yield
+        finally:
+            self._thread.device = before
+
     def empty(self, shape, *, dtype, device):
         assert device.type == "cuda"
+        assert self._thread.stream.name == "home"  # whose memory it is in torch's allocator
         tensor = torch.empty(shape, dtype=dtype)
         if self.free_bytes is not None and tensor.nbytes > self.free_bytes:
             raise torch.cuda.OutOfMemoryError("made to fail")

@@ -326,7 +326,7 @@ class TestScripts:
 
         return make
 
-    def test_one_call_runs_everything(self, stubs, tmp_path):
+    def test_one_call_runs_everything_but_the_peers(self, stubs, tmp_path):
         done = subprocess.run([BENCH / "run_on_gpu.sh"], capture_output=True, text=True, env=stubs())
         assert done.returncode == 0, done.stdout + done.stderr
         calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "host_library" not in line]
@@ -334,15 +334,20 @@ class TestScripts:
         assert calls[0].startswith("nvidia-smi")
         assert calls[1] == f"python3 bench/bench_device.py --about --json {out}/environment.json require="
         assert re.fullmatch(r"python3 -m pytest -m gpu .*tests/test_gpu_loader\.py.* require=1", calls[2])
-        for i, tool in ((3, "memcheck"), (6, "racecheck"), (7, "initcheck")):
+        for i, tool in ((3, "memcheck"), (5, "racecheck"), (6, "initcheck")):
             assert calls[i].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9")
             assert "python3 bench/small_pipeline.py" in calls[i]
         assert calls[4] == f"python3 bench/bench_device.py --json {out}/device.json require="
-        assert calls[5].startswith("python3 -m gpuparse bench --device cuda --quick --part loader --part epoch ")
-        assert calls[5].endswith(f"--out {out}/peers require=")
-        assert len(calls) == 8
+        assert len(calls) == 7
         last = (out / "run-on-gpu.log").read_text().splitlines()[-1]
-        assert last == "=== passed: nvidia-smi environment tests memcheck bench peers racecheck initcheck"
+        assert last == "=== passed: nvidia-smi environment tests memcheck bench racecheck initcheck"
+
+    def test_the_peers_run_where_they_are_named(self, stubs, tmp_path):
+        done = subprocess.run([BENCH / "run_on_gpu.sh", "peers"], capture_output=True, text=True, env=stubs())
+        assert done.returncode == 0, done.stdout + done.stderr
+        *_, call = (tmp_path / "calls").read_text().splitlines()
+        assert call.startswith("python3 -m gpuparse bench --device cuda --quick --part loader --part epoch ")
+        assert call.endswith(f"--out {tmp_path}/out/peers require=")
 
     def test_a_part_that_fails_is_named_at_the_end(self, stubs):
         done = subprocess.run(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -143,7 +144,7 @@ class TestOnAGpu:
         side = _DaliSide.__new__(_DaliSide)
         side._settings, side._on_gpu, side._classes = self.SETTINGS, True, [[1, 2, 3, 4]]
         # Defining checks each operator's device against its inputs'; building would want a driver.
-        graph = side._define(_Files(["image.png"], ["mask.png"], [0]), 2, augment)
+        graph = side._define(_Files(["image.png"], ["mask.png"], [0]), 2, deque(), augment)
         assert graph.device_id == 0
 
 

@@ -19,10 +19,11 @@ from gpuparse import DataLoader, SliceDataset
 from gpuparse.augment import OutputTypes
 from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import DeviceError, InputError, MissingDependencyError, PipelineError
-from gpuparse.pack import SPARE_BLOCK
+from gpuparse.pack import SPARE_BLOCK, Section
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
 
 SIZE = (64, 64)
+U8 = np.dtype(np.uint8)
 
 
 # Choosing.
@@ -173,6 +174,21 @@ def test_past_the_end_the_graph_is_fed_a_spare_block(cuda):
     buffers, offsets, sizes, slots = pipeline._device_source(0)
     assert buffers[0] is SPARE_BLOCK
     assert [offsets[0].tolist(), sizes[0].tolist(), slots[0].tolist()] == [[0], [18], [16]]
+    pipeline.close()
+
+
+def test_batches_that_are_read_are_ready(cuda):
+    def made(step):
+        return SimpleNamespace(buffer=np.zeros(32, np.uint8), compressed=[], sections={"spare": Section(0, U8, (32,))})
+
+    pipeline = BatchPipeline(made, lambda *_: None, PipelineOptions(9, 2, device_index=0))
+    ready = [pipeline.num_ready]
+    for _ in range(9):
+        pipeline.run(HOME_STREAM)
+        for future in pipeline._ahead.values():
+            future.result()
+        ready.append(pipeline.num_ready)
+    assert ready == [0, 3, 3, 3, 3, 3, 3, 2, 1, 0]  # DALI has one, two are read ahead of it
     pipeline.close()
 
 

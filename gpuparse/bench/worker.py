@@ -185,10 +185,10 @@ class _Worker:
         from gpuparse.bench.training import TrainingStep
 
         settings = self._settings
+        if self._held is None:
+            self._held = self._next()  # before the network: workers are forked here, and CUDA survives no fork
         if self._step is None:
             self._step = TrainingStep(settings)
-        if self._held is None:
-            self._held = self._next()
         for _ in range(1 if held else self._side.num_ahead + 2):
             self._step(*(self._held if held else self._next()))
         self._synchronize()

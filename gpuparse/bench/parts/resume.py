@@ -55,6 +55,8 @@ def measure(context: Context) -> dict[str, Any]:
             fresh.load_state_dict(states[step])
             batches = iter(fresh)
             batch = next(batches)
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
             same &= bool(torch.equal(batch["image"], expected[step]))
             batches.close()  # type: ignore[attr-defined]

@@ -24,6 +24,8 @@ from gpuparse.bench.sides import PlainBatch
 __all__ = ["make", "variants"]
 
 _DEPTH = 2
+_Drawn = deque[list[npt.NDArray[np.int32]]]
+"""Class ids of batches on their way, in order."""
 
 
 def variants(settings: BenchSettings) -> list[str]:
@@ -104,11 +106,13 @@ class _DaliSide:
     def __init__(self, data: BenchData, settings: BenchSettings, on_gpu: bool) -> None:
         self._data, self._settings, self._on_gpu = data, settings, on_gpu
         self._classes = [list(prompts) for prompts in data.prompts.values()]
-        self._pipeline = self._define(_all_files(data, settings.size), settings.batch_size, augment=True)
+        self._drawn: _Drawn = deque()
+        files = _all_files(data, settings.size)
+        self._pipeline = self._define(files, settings.batch_size, self._drawn, augment=True)
         self._pipeline.build()
         self.num_ahead = _DEPTH + 1
 
-    def _define(self, files: _Files, batch_size: int, augment: bool) -> Any:
+    def _define(self, files: _Files, batch_size: int, drawn_ids: _Drawn, augment: bool) -> Any:
         fn, types, _, pipeline_def = _import_dali()
 
         size, classes, on_gpu = self._settings.size, self._classes, self._on_gpu
@@ -120,10 +124,11 @@ class _DaliSide:
                 mine = classes[int(number[0])]
                 drawn = random.choice(mine, NUM_PROMPTS, replace=len(mine) < NUM_PROMPTS) if augment else mine * 4
                 found.append(np.array(drawn[:NUM_PROMPTS], np.int32).reshape(NUM_PROMPTS, 1, 1))
+            drawn_ids.append(found)
             return found
 
         @pipeline_def(enable_conditionals=True)  # type: ignore
-        def graph() -> tuple[Any, Any, Any]:
+        def graph() -> tuple[Any, Any]:
             options = {"seed": 1, "random_shuffle": augment, "initial_fill": 4096, "labels": files.datasets}
             encoded, number = fn.readers.file(files=files.images, **options)
             encoded_mask, _ = fn.readers.file(files=files.masks, **options)  # the same seed: the same order
@@ -141,7 +146,7 @@ class _DaliSide:
             class_ids = fn.python_function(number, function=draw, num_outputs=1, batch_processing=True)
             wanted = class_ids.gpu() if on_gpu else class_ids
             labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=types.INT64)
-            return image, labels, class_ids
+            return image, labels
 
         return graph(
             batch_size=batch_size,
@@ -161,14 +166,14 @@ class _DaliSide:
         shape = (settings.batch_size, 3, settings.size, settings.size)
         stream = torch.cuda.current_stream() if self._on_gpu else None
         copied: deque[tuple[Any, ...]] = deque()  # DALI's outputs, until what was copied from them is there
+        options: dict[str, Any] = {"device": device, "pin_memory": settings.device != "cpu" and not self._on_gpu}
         while True:
-            image, labels, class_ids = (
-                self._pipeline.run() if stream is None else self._pipeline.run(stream.cuda_stream)
-            )
-            # One copy each: DALI uses its buffers again.
+            image, labels = self._pipeline.run() if stream is None else self._pipeline.run(stream.cuda_stream)
+            # One copy each: on the CPU DALI uses its buffers again; on a GPU they go back to it in the order of its own
+            # stream, which does not wait for training.
             batch = {
-                "image": torch.empty(shape, dtype=torch.float32, device=device),
-                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64, device=device),
+                "image": torch.empty(shape, dtype=torch.float32, **options),
+                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64, **options),
             }
             feed(image.as_tensor(), batch["image"], cuda_stream=stream)
             feed(labels.as_tensor(), batch["labels"], cuda_stream=stream)
@@ -176,7 +181,8 @@ class _DaliSide:
                 copied.append((stream.record_event(), image, labels))
                 if len(copied) > _DEPTH:
                     copied.popleft()[0].synchronize()
-            ids = class_ids.as_array().reshape(shape[0], NUM_PROMPTS).tolist()
+            # Not an output of the pipeline: the host would wait for what is copied to the GPU.
+            ids = [row.reshape(-1).tolist() for row in self._drawn.popleft()]
             yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
 
     def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
@@ -190,12 +196,13 @@ class _DaliSide:
             images.append(str(folder / "train" / name))
             masks.append(str(folder / "train_mask" / name))
         files = _Files(images, masks, [names.index(ref.volume.dataset) for ref in refs])
-        pipeline = self._define(files, len(refs), augment=False)
+        drawn_ids: _Drawn = deque()
+        pipeline = self._define(files, len(refs), drawn_ids, augment=False)
         pipeline.build()
-        image, labels, class_ids = pipeline.run()
+        image, labels = pipeline.run()
         if self._on_gpu:
             image, labels = image.as_cpu(), labels.as_cpu()
-        ids = class_ids.as_array().reshape(len(refs), NUM_PROMPTS).astype(np.int64)
+        ids = np.stack(drawn_ids[0]).reshape(len(refs), NUM_PROMPTS).astype(np.int64)
         return PlainBatch(np.array(image.as_array()), np.array(labels.as_array()), ids)
 
     def describe(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class _GpuparseSide:
         from gpuparse.sampling import Augmentation
 
         size = (settings.size, settings.size)
-        self._data = data
+        self._data, self._settings = data, settings
         self._size = size
         # As all other sides: "auto" would draw fewer flips where a prompt names a side.
         law = Augmentation(mirror=True)
@@ -52,21 +52,28 @@ class _GpuparseSide:
             yield from self.loader
 
     def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
-        from gpuparse.dataset import SliceDataset
+        from torch.utils.data import ConcatDataset, Subset
 
-        images, labels, ids = [], [], []
+        from gpuparse.dataset import SliceDataset
+        from gpuparse.loader import DataLoader
+
+        datasets, wanted = {}, []
         for ref in refs:
-            dataset = SliceDataset(
-                self._data.stores / ref.volume.dataset, num_prompts=NUM_PROMPTS, transforms=None, img_size=self._size
-            )
-            table = dataset.store.slices
-            case = [case.name for case in dataset.store.cases].index(ref.volume.path.stem)
+            name = ref.volume.dataset
+            if name not in datasets:
+                datasets[name] = SliceDataset(
+                    self._data.stores / name, num_prompts=NUM_PROMPTS, transforms=None, img_size=self._size
+                )
+            table = datasets[name].store.slices
+            case = [case.name for case in datasets[name].store.cases].index(ref.volume.path.stem)
             chosen = (table.case == case) & (table.axis == ref.axis) & (table.position == ref.position)
-            item = dataset[int(np.flatnonzero(chosen)[0])]
-            images.append(item["image"].numpy())
-            labels.append(item["labels"].numpy())
-            ids.append([int(text) for text in item["class_ids"].split("&")])
-        return PlainBatch(np.stack(images), np.stack(labels), np.array(ids))
+            wanted.append(Subset(datasets[name], [int(np.flatnonzero(chosen)[0])]))
+        (batch,) = DataLoader(ConcatDataset(wanted), len(refs), device=self._settings.device)
+        return PlainBatch(
+            batch["image"].cpu().numpy(),
+            batch["labels"].cpu().numpy(),
+            np.array([[int(text) for text in ids.split("&")] for ids in batch["class_ids"]]),
+        )
 
     def describe(self) -> dict[str, Any]:
         stores = [Path(self._data.stores / name) for name in self._data.names]
