@@ -24,7 +24,7 @@ from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
 from gpuparse.memory import GIB, default_memory_bytes
 from gpuparse.publish import PublishTarget
-from gpuparse.remote import RemoteOptions
+from gpuparse.remote import RemoteOptions, is_url
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
@@ -86,8 +86,8 @@ def convert(
             reads them. None keeps what the store has, or sets none apart.
         foreign: How to find and read NIfTI or DICOM cases; None reads npz files.
         on_case: Called in this process after each file.
-        work_dir: A local folder for what is fetched and what is to be sent; needed with URLs. What an earlier run left
-            there need not be fetched or converted again.
+        work_dir: A local folder for what is fetched and what is to be sent; needed with URLs, with `dask` one that all
+            workers see. What an earlier run left there need not be fetched or converted again.
         remote: How URLs are used; None takes the defaults.
 
     Returns:
@@ -117,7 +117,9 @@ def convert(
     _check_executor(executor, scheduler, num_jobs)
     memory_bytes = None if memory_gib is None else int(memory_gib * GIB)
     if executor == "dask":  # the workers stand in other folders
-        data_dir, out_dir = Path(data_dir).absolute(), None if out_dir is None else Path(out_dir).absolute()
+        data_dir = _absolute(data_dir)
+        out_dir = None if out_dir is None else _absolute(out_dir)
+        work_dir = None if work_dir is None else _absolute(work_dir)
     reports: list[DatasetReport] = []
     failures: list[Failure] = []
     options = RunOptions(on_error, overwrite, dry_run, on_case)
@@ -142,6 +144,10 @@ def convert(
             reports += [report] if report is not None else []
             failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    return path if is_url(path) else Path(path).absolute()
 
 
 def _check_executor(executor: str, scheduler: str | None, num_jobs: int) -> None:

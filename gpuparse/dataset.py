@@ -68,7 +68,8 @@ class SliceDataset(Dataset[dict[str, Any]]):
         all_class_masks: One map of all classes, with one prompt for each, instead of a mask per prompt.
         transforms: What is drawn and applied; None switches augmentation off.
         img_size: Rows and columns of a sample.
-        name: The dataset's name; None takes the folder's.
+        name: The dataset's name; None takes the folder's, or the one that a store named by `root_dir` was converted
+            under.
         views: Slice axes to use: "auto" takes all that conversion chose, or a selection such as (0,).
         recipe: "corrected", or "reference" for the reference's behaviour bug for bug.
         seed: 0 .. 2^64 - 1.
@@ -112,7 +113,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
                 f"transforms is {type(transforms).__name__}; expected gpuparse.Augmentation(...) or None. "
                 "Augmentation runs in gpuparse's own kernel; apply other transforms to the batches."
             )
-        self.root_dir = os.fspath(root_dir)
+        self.root_dir = os.fspath(root_dir).rstrip("/") or "/"  # shells complete folders with a slash
         self.split = split
         self.num_prompts = num_prompts
         self.all_class_masks = all_class_masks

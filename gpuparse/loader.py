@@ -24,7 +24,7 @@ from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
 from gpuparse.plan import EpochPlan, check_epoch, check_seed
 from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply, produce
-from gpuparse.ranks import detect_ranks
+from gpuparse.ranks import count_local_ranks, detect_ranks
 from gpuparse.read import ChunkReader
 from gpuparse.report import FailureLog, FailurePolicy, LoaderReport, Probes
 from gpuparse.residency import CacheOptions, Caches
@@ -284,7 +284,8 @@ class DataLoader:
         """What outlives an iteration: made when the first one begins, in the process that iterates."""
         if self._equipment is None:
             device = with_index(self.device)
-            caches = Caches(self._cache_options, self._flat, device)
+            num_local_ranks = count_local_ranks(self._plan.ranks.world_size)
+            caches = Caches(self._cache_options, self._flat, device, num_local_ranks)
             size, types = self._flat.size, self._types
             maker: Maker
             if device.type == "cuda":

@@ -157,8 +157,8 @@ class BatchPipeline:
             self._given.clear()
 
     def _graph(self, fn: Any, types: Any) -> tuple[Any, ...]:
-        # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own. For a GPU DALI 2.4
-        # makes a page-locked copy in its thread all the same: it does not see that ours is.
+        # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own. For a GPU DALI
+        # makes a page-locked copy in its thread all the same: it does not see that ours is (2.4).
         if self._options.device_index is None:
             buffer = fn.external_source(source=self._host_source, batch=True, no_copy=True)
             return (fn.python_function(buffer, function=self._render_on_host, num_outputs=1),)

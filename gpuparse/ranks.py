@@ -1,15 +1,19 @@
-"""Which rank this process is: from arguments, else torch.distributed, else the launcher's environment."""
+"""Which rank this process is, from arguments, else torch.distributed, else the launcher's environment.
+
+And how many ranks its machine has.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 
 import torch.distributed
 
 from gpuparse.errors import InputError
 from gpuparse.plan import Ranks
 
-__all__ = ["detect_ranks"]
+__all__ = ["count_local_ranks", "detect_ranks"]
 
 # torchrun and every launcher that follows it; srun. SLURM's variables also stand in jobs that start one process only,
 # such as an interactive shell: there the number of tasks of the *step* is 1.
@@ -47,3 +51,20 @@ def detect_ranks(rank: int | None = None, world_size: int | None = None) -> Rank
                     f"({error}). Give rank and world_size."
                 ) from error
     return Ranks()
+
+
+def count_local_ranks(world_size: int) -> int:
+    """How many ranks this machine has, at most: what they share there is enough for them.
+
+    Args:
+        world_size: Number of processes in all.
+
+    Returns:
+        LOCAL_WORLD_SIZE (torchrun), else the most that SLURM_STEP_TASKS_PER_NODE (srun) gives a machine, else
+        `world_size`: whoever else launches processes does not say.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if local.isdecimal():
+        return max(1, int(local))
+    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 4(x2),3
+    return max([int(number) for number in tasks], default=world_size)

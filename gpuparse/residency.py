@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,9 +89,12 @@ class Caches:
         options: What to keep.
         flat: The loader's datasets.
         device: Where its batches are made.
+        num_local_ranks: Loaders like this one on the machine, which share its page cache.
     """
 
-    def __init__(self, options: CacheOptions, flat: FlatDataset, device: torch.device) -> None:
+    def __init__(
+        self, options: CacheOptions, flat: FlatDataset, device: torch.device, num_local_ranks: int = 1
+    ) -> None:
         self.slab_bytes = 0
         self._chunks: ChunkCache | None = None
         self._budget: PageCacheBudget | None = None
@@ -109,7 +111,6 @@ class Caches:
             fits = needed.decoded_bytes <= options.num_bytes
         else:
             fits = needed.compressed_bytes <= options.num_bytes
-            num_local_ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
             self._budget = PageCacheBudget(None if fits else options.num_bytes // num_local_ranks)
         _LOG.info(
             "cache=%r of %.2f GiB on %s: the datasets take %s, which %s.",

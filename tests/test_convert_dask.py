@@ -131,6 +131,20 @@ def test_a_bad_file_stops_the_run_or_is_skipped_as_it_is_locally(cluster, data, 
     assert [report.datasets[0].num_cases, len(report.failures)] == [15, 1]
 
 
+def test_sources_and_stores_may_be_urls_where_all_see_the_work_dir(cluster, data, tmp_path, monkeypatch, request):
+    pytest.importorskip("object_store", reason="needs moto[server]")
+    server, options = request.getfixturevalue("server"), request.getfixturevalue("options")
+    server.upload(data, "sources")
+    monkeypatch.chdir(tmp_path)  # where workers are not
+    report = gpuparse.convert(
+        "s3://bucket/sources", out_dir="s3://bucket/stores", work_dir="work", executor="dask", scheduler=cluster[1],
+        remote=options,
+    )  # fmt: skip
+    assert report.datasets[0].store_path.is_relative_to(tmp_path / "work")
+    assert len(gpuparse.open_store("s3://bucket/stores/TOY/train.zarr", remote=options).cases) == 16
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "work"}
+
+
 def test_the_command_takes_executor_and_scheduler(cluster, data, tmp_path):
     arguments = ["convert", str(data), "--out", str(tmp_path / "out"), "--executor", "dask", "--scheduler", cluster[1]]
     assert CliRunner().invoke(app, [*arguments, "--dry-run"]).exit_code == 0

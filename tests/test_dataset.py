@@ -88,6 +88,15 @@ def test_views_select_axes_and_change_no_sample(cells):
     assert "_view1_005.png" in one[5]["mask_file"]
 
 
+@pytest.mark.parametrize("ending", ["", "/", "/train.zarr", "/train.zarr/", "/train.zarr//"])
+def test_a_folder_and_its_store_are_the_same_dataset_with_a_slash_or_without(ct, ending):
+    named = SliceDataset(ct.root_dir + ending)
+    assert named.name == ct.name
+    item = named[7]
+    assert same({**item, "mask_file": ""}, {**ct[7], "mask_file": ""})
+    assert "//" not in item["mask_file"]
+
+
 def test_items_depend_on_seed_epoch_and_name_alone(ct):
     again = SliceDataset(ct.root_dir)
     assert same(again[7], ct[7])

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from gpuparse.errors import InputError
 from gpuparse.order import BlockOrder, MixedOrder, PlainOrder
 from gpuparse.plan import EpochPlan, Ranks
-from gpuparse.ranks import detect_ranks
+from gpuparse.ranks import count_local_ranks, detect_ranks
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
-    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
 )  # fmt: skip
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_NTASKS": "3"}
@@ -47,6 +47,24 @@ def process_group(tmp_path):
 
 def test_nothing_said_is_one_process(environment):
     assert detect_ranks() == Ranks(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 8),  # all, for all that is known
+        (TORCHRUN, 4),
+        ({"LOCAL_WORLD_SIZE": ""}, 8),
+        ({"LOCAL_WORLD_SIZE": "0"}, 1),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 4),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x3),5,1(x12)"}, 5),
+        ({**TORCHRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 4),  # torchrun once on each node
+        ({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 8),  # Lightning's own launcher
+    ],
+)
+def test_ranks_of_this_machine_are_counted_or_all_are_taken(environment, variables, count):
+    environment(**variables)
+    assert count_local_ranks(8) == count
 
 
 def test_the_launchers_environment_gives_the_global_rank(environment):

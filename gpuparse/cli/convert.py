@@ -46,7 +46,9 @@ def convert_command(
     ] = None,
     work_dir: Annotated[
         Path | None,
-        typer.Option("--work-dir", help="With URLs: local folder for what is fetched and what is to be sent."),
+        typer.Option(
+            "--work-dir", help="With URLs: local folder for what is fetched and sent; with Dask one that all see."
+        ),
     ] = None,
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Convert this dataset only; may be given several times.")
