@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpuparse.pairs import FolderLayout
     from gpuparse.remote import RemoteOptions
     from gpuparse.sampling import Augmentation, sample_params
+    from gpuparse.splits import ValSplit
     from gpuparse.store import Store, open_store
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOMES = {
     "RemoteOptions": "gpuparse.remote",
     "SliceDataset": "gpuparse.dataset",
     "Store": "gpuparse.store",
+    "ValSplit": "gpuparse.splits",
     "VolumeDataset": "gpuparse.evaluation.volumes",
     "augment": "gpuparse.augment",
     "check": "gpuparse.check",
@@ -64,6 +66,7 @@ __all__ = [
     "RemoteOptions",
     "SliceDataset",
     "Store",
+    "ValSplit",
     "VolumeDataset",
     "augment",
     "check",

@@ -126,7 +126,8 @@ def augment(
         class_ids: (batch, num_prompts) class ids; needed for "prompts", "instances" and "foreground".
         labels: "prompts": binary, per prompt; "instances": the id map, once per prompt; "classes": one id map;
             "foreground": one map, the first class where the mask is not 0.
-        recipe: How the mask is padded, see `view_geometry`.
+        recipe: How the mask is padded: "corrected" pads an odd difference of the sides by floor before and the rest
+            after; "reference" by floor on both sides, one pixel off square.
         image_dtype: "float32", "float16", or "bfloat16" (returned as its bits in uint16; view it as bfloat16).
         labels_dtype: "int64" or "uint8".
         num_threads: CPU threads, None for all cores. The result does not depend on it.

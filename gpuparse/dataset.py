@@ -81,6 +81,9 @@ class SliceDataset(Dataset[dict[str, Any]]):
         StoreFormatError: There is no readable store.
         StorageError: Remote storage does not answer or refuses.
         InputError: An argument is out of range.
+        MissingDependencyError: It is a URL, and obstore is not installed.
+        ChunkCorruptError: While taking an item: its slice cannot be read.
+        IndexError: While taking an item: there is none of that number.
     """
 
     def __init__(

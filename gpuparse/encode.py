@@ -67,7 +67,8 @@ def encode(
         positions: Slices to encode, from 0 to the axis's length - 1, in any order; None takes all.
         axis: The slice axis: 0 (z), 1 (y) or 2 (x).
         size: Rows and columns of an encoded slice.
-        recipe: How an odd difference between height and width is padded, see `view_geometry`.
+        recipe: "corrected" pads an odd difference of the sides by floor before and the rest after; "reference" by floor
+            on both sides, one pixel off square.
         num_threads: CPU threads, None for all cores. The result does not depend on it.
 
     Returns:

@@ -110,7 +110,9 @@ def export_store(
         InputError: An argument is out of range, or files are in the way.
         StoreFormatError: There is no readable store.
         ChunkCorruptError: A case of it cannot be read. Finished cases stay for the next run.
+        StorageError: Remote storage failed; likewise.
         StoreWriteError: The files cannot be written.
+        MissingDependencyError: It is a URL, and obstore is not installed.
     """
     if format not in _FORMATS:
         raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")

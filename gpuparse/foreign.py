@@ -30,7 +30,9 @@ class ForeignFormat:
 
     Attributes:
         layout: How a dataset's folder holds its cases.
-        window: As `parse_window` takes it. None takes `percentile`, unless the images may be CT.
+        window: The name of a CT window (docs/formats.md lists them), `W,L` (width and level in the images' units),
+            `percentile`, or `none` for images that are 0..255 already. None takes `percentile`, unless the images may
+            be CT.
         orientation: Where x, y and z of the volumes grow to, such as `LPS`; `stored` keeps the images' axes.
     """
 

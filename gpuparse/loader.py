@@ -85,6 +85,10 @@ class DataLoader:
         InputError: An argument or a dataset is not usable.
         DeviceError: There is no such device.
         MissingDependencyError: DALI, or on a GPU CuPy, is not installed or does not fit torch.
+        ChunkCorruptError: While iterating: a slice cannot be read; with `on_error="skip"`, too many.
+        StorageError: While iterating: remote storage failed.
+        PipelineError: While iterating: DALI failed. What a batch alone can show is raised then, too: uint8 labels that
+            cannot hold its ids (`InputError`), a device without memory (`DeviceError`).
     """
 
     def __init__(
@@ -178,7 +182,11 @@ class DataLoader:
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration run epoch `epoch`: from its start, or from where a loaded state stands in it."""
+        """Makes the next iteration run epoch `epoch`: from its start, or from where a loaded state stands in it.
+
+        Raises:
+            InputError: `epoch` is no whole number from 0 to 2^32 - 1.
+        """
         if self._begun or check_epoch(epoch) != self._epoch:
             self._epoch, self._position, self._begun = check_epoch(epoch), 0, False
             self._owner = None  # an iterator under way goes on, and moves this place no more

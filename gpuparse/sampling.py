@@ -89,6 +89,9 @@ class Augmentation:
         salt_and_pepper_noise: Sets U(0.02, 0.1) of the pixels, drawn with replacement, to 0 or 255 in all channels.
         mirror: Whether flips may turn left into right. "auto" forbids it for datasets whose prompts name a side (the
             flip of both axes, a half turn, stays). With recipe "reference", "auto" always allows it.
+
+    Raises:
+        InputError: A value is out of range or of another type.
     """
 
     prob: float = 0.5

@@ -25,6 +25,9 @@ class ValSplit:
         group_regex: Finds a case's group in its name: the first parenthesised part, or all that matches. Cases of one
             group (a patient, a site) stay together; a file that splits one is refused. None makes every case a group.
         file: A JSON file {"train": [case names], "val": [case names]}, or such an object per dataset.
+
+    Raises:
+        InputError: The fraction is out of range, is given beside a file, or the expression is none.
     """
 
     fraction: float = 0.0

@@ -81,8 +81,7 @@ class SliceTable:
         axis: (num_slices,) uint8, slice axis in (z, y, x).
         position: (num_slices,) int32 along that axis.
         class_indptr: (num_slices + 1,) int64; row r has `class_ids[class_indptr[r]:class_indptr[r + 1]]`.
-        class_ids: (num_entries,) int32, the classes present in the slice at native size, ascending; for instance
-            datasets the first class where any instance is present.
+        class_ids: (num_entries,) int32, classes present at native size, ascending; the first for all instances.
         zeroed: (num_slices,) uint8: 1 where the ids, cut to 8 bits, are exactly 0 and 255; the reference turns such
             an item into zeros.
         split: (num_slices,) uint8: 0 train, 1 val.
@@ -407,6 +406,8 @@ def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = N
     Raises:
         StoreFormatError: There is no store, or it has another format version.
         StorageError: Remote storage does not answer or refuses.
+        InputError: `remote` is given with a path.
+        MissingDependencyError: For a URL obstore is not installed.
     """
     return read_store(open_place(path, remote))
 

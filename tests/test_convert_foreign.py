@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scans import LIVER, as_stored, phantom, write_nifti, write_segmentation, wr
 from typer.testing import CliRunner
 
 import gpuparse
+from gpuparse.check import repair
 from gpuparse.cli import app
 from gpuparse.collect import detect_format
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
@@ -85,6 +87,28 @@ def test_other_settings_write_the_cases_again(nnunet):
     for other in (ForeignFormat(CT.layout, "lung"), ForeignFormat(CT.layout, "lung", "RAS")):
         assert gpuparse.convert(root, foreign=other).datasets[0].num_written == 2
     np.testing.assert_array_equal(arrays(nnunet / "train.zarr")[1], LABELS[:, ::-1, ::-1])
+
+
+def test_a_damaged_case_is_made_anew_as_its_finding_says(nnunet):
+    store_path = gpuparse.convert(nnunet.parent, foreign=CT).datasets[0].store_path
+    expected, folder = arrays(store_path), open_store(store_path).case_path(0)
+    shard = folder / LABELS_PATH / "c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    checked = gpuparse.check(store_path)
+    (remedy,) = [f.remedy for f in checked.findings if f.code == "GP204"]
+    assert remedy.endswith("one from NIfTI or DICOM by removing its folder and running its conversion again.")
+    assert repair(checked).left == (
+        (
+            str(folder),
+            "it was made from a_0000.nii.gz, and --repair converts npz files only: remove this folder, and run "
+            "`gpuparse convert` with its options again.",
+        ),
+    )
+    shutil.rmtree(folder)
+    report = gpuparse.convert(nnunet.parent, foreign=CT)
+    assert (report.datasets[0].num_written, report.datasets[0].num_kept) == (1, 1)
+    assert not [f for f in gpuparse.check(store_path).findings if f.severity == "error"]
+    np.testing.assert_array_equal(arrays(store_path), expected)
 
 
 def test_changed_labels_write_their_case_again(nnunet):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -135,6 +136,10 @@ def test_every_public_name_is_in_the_reference(site):
         assert f"{module}.{name}" in page.anchors, name
         first_line = inspect.getdoc(value).splitlines()[0].replace("`", "")
         assert " ".join(first_line.split()[:5]) in " ".join(page.text.split()), name
+    for package in map(importlib.import_module, ("gpuparse.evaluation", "gpuparse.info", "gpuparse.preview")):
+        for name in package.__all__:
+            value = getattr(package, name)
+            assert f"{inspect.getmodule(value).__name__}.{name}" in page.anchors, (package.__name__, name)
     for name in errors.__all__:
         assert f"gpuparse.errors.{name}" in page.anchors
 

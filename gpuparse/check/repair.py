@@ -124,7 +124,7 @@ class _Repair:
         sources: dict[str, Path] = {}
         left = []
         for name, path in paths.items():
-            file, reason = self._source_of(name)
+            file, reason = self._source_of(name, Path(path))
             if file is not None:
                 sources[name] = file
             else:
@@ -146,8 +146,14 @@ class _Repair:
                 found[str(summary["name"])] = str(folder)
         return found
 
-    def _source_of(self, name: str) -> tuple[Path | None, str]:
+    def _source_of(self, name: str, folder: Path) -> tuple[Path | None, str]:
         """The source file of a case if it can be converted, or the reason why it cannot."""
+        foreign = _foreign_source(folder)
+        if foreign is not None:
+            return None, (
+                f"it was made from {foreign}, and --repair converts npz files only: remove this folder, and run "
+                "`gpuparse convert` with its options again."
+            )
         file = next((f for folder in self.folders if (f := folder / f"{name}.npz").is_file()), None)
         if file is None:
             places = " or ".join(str(folder) for folder in self.folders)
@@ -194,6 +200,15 @@ def _linked(store: Store, sources: Mapping[str, Path]) -> Iterator[Path]:
         for name, file in sources.items():
             (folder / f"{name}.npz").symlink_to(file.resolve())
         yield data_dir
+
+
+def _foreign_source(folder: Path) -> str | None:
+    """The name of the NIfTI or DICOM source that a case records, None where it records an npz file or nothing."""
+    try:
+        source = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]["gpuparse"]["source"]
+        return str(source["file"]) if source.get("reader") else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # it may be what is damaged
+        return None
 
 
 def _unsettle(path: Path, saved: dict[Path, bytes]) -> None:

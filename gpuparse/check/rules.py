@@ -35,7 +35,10 @@ class Rule:
 
 
 _COPY_AGAIN = "Copy or export the file again."
-_REPAIR = "Convert the case again: `gpuparse check STORE --repair`, with --source where the source has moved."
+_REPAIR = (
+    "Convert the case again: `gpuparse check STORE --repair`, with --source where the source has moved; one from NIfTI "
+    "or DICOM by removing its folder and running its conversion again."
+)
 
 _CATALOGUE = (
     # Source files: what conversion would refuse, and two things that it leaves out.

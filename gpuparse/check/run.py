@@ -45,8 +45,7 @@ def check(
         datasets: Names to check; None checks all.
         mirroring: Whether training mirrors slices whatever the prompts say: `mirror=True`, or recipe "reference".
         max_volume_gib: Largest image with its labels, decoded, that is read.
-        num_jobs: Processes that check cases side by side, each with one volume in memory. Above 1, a script that
-            calls this needs the usual `if __name__ == "__main__":` guard.
+        num_jobs: Processes that check cases side by side, each with one volume in memory.
         ignore: Codes of findings to leave out.
         on_case: Called in this process after each case with the number of cases done and the number of all.
         remote: How URLs are read; None takes the defaults.
@@ -57,6 +56,7 @@ def check(
     Raises:
         InputError: A path or an argument is not usable; nothing has been checked.
         StorageError: A URL cannot be listed or looked up; nothing has been checked.
+        MissingDependencyError: A path is a URL, and obstore is not installed.
     """
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")

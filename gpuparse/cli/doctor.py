@@ -30,7 +30,7 @@ def doctor_command(
 
     Takes half a minute. The output has no user names and can be pasted into a bug report as it is.
 
-    Exit status: 0 it works (warnings at most), 1 something does not work, 2 an argument is wrong, 130 interrupted.
+    Exit status: 0 it works (warnings at most), 1 something does not work, 2 an option is wrong, 130 interrupted.
 
     Example: gpuparse doctor --store stores/AMOS/train.zarr
     """

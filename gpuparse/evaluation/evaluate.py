@@ -72,8 +72,7 @@ def evaluate(
         options: Tolerances; None takes the challenge's.
         missing: What to do where a case has no prediction: `stop`, score it as `empty`, which the challenge does, or
             `skip` it; either way the report names it.
-        num_jobs: Processes that score cases side by side. Above 1, a script that calls this needs the usual
-            `if __name__ == "__main__":` guard.
+        num_jobs: Processes that score cases side by side.
         on_case: Called after each case with its scores and the number of all cases.
         remote: How a URL is read; None takes the defaults.
 
@@ -84,7 +83,10 @@ def evaluate(
     Raises:
         InputError: There are no cases or no prediction fits, or an argument is out of range.
         VolumeFormatError: A file cannot be read.
-        MissingDependencyError: A package of the extra `evaluation` is not installed.
+        StoreFormatError: A store cannot be read.
+        ChunkCorruptError: A case of a store is damaged.
+        StorageError: Remote storage failed.
+        MissingDependencyError: A package of the extra `evaluation` is not installed, or obstore for a URL.
     """
     if missing not in _MISSING:
         raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")

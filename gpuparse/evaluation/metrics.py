@@ -30,6 +30,9 @@ class MetricOptions:
         instances: What an instance of the labels is: `components`, as the reference's evaluator has it, takes voxels of
             one id that touch with a face; parts that do not touch are instances of their own. `ids` takes each id as
             one instance.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     tolerance_mm: float = 2.0

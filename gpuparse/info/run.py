@@ -48,6 +48,7 @@ def info(
     Raises:
         InputError: There is no store, or an argument is wrong.
         GpuparseError: None of the stores can be read; or labels are damaged.
+        MissingDependencyError: A path is a URL, and obstore is not installed.
     """
     if isinstance(num_jobs, bool) or not isinstance(num_jobs, int) or num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs!r}; expected a whole number of at least 1.")

@@ -32,6 +32,9 @@ class SliceChoice:
         num_samples: How many, where `positions` does not say.
         split: `train` or `val`.
         seed: Another seed chooses other cases.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     cases: tuple[str, ...] = ()

@@ -90,9 +90,13 @@ def preview(
         remote: How a URL is read; None takes the defaults.
         on_sample: Called with the number of samples made and the number of all, as far as it is known.
 
+    Returns:
+        The files that were written, and the samples in them.
+
     Raises:
         InputError: There is no store, case, axis or slice of that name, or the folder cannot be written.
         SliceReadError: A slice cannot be read.
+        MissingDependencyError: It is a URL, and obstore is not installed.
     """
     options = options or PreviewOptions()
     places = find_stores(path, datasets=options.datasets or None, remote=remote)

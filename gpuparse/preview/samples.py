@@ -38,6 +38,9 @@ class DrawOptions:
         epoch: The epoch to draw for.
         num_prompts: Draw so many prompts, as training does; None shows every class that is in the slice.
         size: Rows and columns.
+
+    Raises:
+        InputError: The recipe or the size is none.
     """
 
     augment: bool = False
