@@ -190,6 +190,31 @@ def test_a_run_resumed_from_any_checkpoint_trains_on_what_the_undisturbed_run_do
         assert trainer.global_step == len(whole.trained)
 
 
+@pytest.mark.parametrize("limits", [{}, {"limit_train_batches": 4}])
+@pytest.mark.parametrize("first", [{"max_epochs": 1}, {"max_steps": NUM_BATCHES}, {"max_steps": 3}, {"max_steps": 8}])
+@pytest.mark.parametrize("then", [{"max_steps": 14}, {"max_epochs": 4}])
+def test_a_checkpoint_saved_after_fit_leaves_no_batch_out(data, tmp_path, limits, first, then):
+    options = {**limits, "limit_val_batches": 0}
+    whole = Recorder()
+    fit(whole, data, max_epochs=6, **options)
+    model, datamodule = Recorder(), GpuparseDataModule(**data, options=OPTIONS)
+    trainer = fit(model, datamodule, **first, **options)
+    trainer.validate(model, datamodule, verbose=False)  # leaves the place in training alone
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    more = Recorder()
+    again = fit(more, data, tmp_path / "x.ckpt", **then, **options)
+    trained = [samples for _, _, samples in model.trained + more.trained]
+    assert trained == [samples for _, _, samples in whole.trained][: len(trained)]
+    assert len(more.trained) >= 5
+    # And once more, from the run that was resumed, with the loaders made anew for each epoch.
+    again.save_checkpoint(tmp_path / "y.ckpt")
+    last = Recorder()
+    fit(last, data, tmp_path / "y.ckpt", max_steps=len(whole.trained), reload_dataloaders_every_n_epochs=1, **options)
+    trained += [samples for _, _, samples in last.trained]
+    assert trained == [samples for _, _, samples in whole.trained][: len(trained)]
+    assert len(trained) == len(whole.trained)
+
+
 @pytest.mark.parametrize("hook", ["batch end", "epoch end"])
 def test_a_loader_without_the_data_module_resumes_too(data, epochs, tmp_path, hook):
     def train(checkpoint=None):
@@ -300,6 +325,13 @@ def test_training_needs_one_dataset(data, train, count):
     train = train and [data["train"], data["train"]]
     with pytest.raises(InputError, match=f"has {count} training datasets; expected one. Pass train=.*ConcatDataset"):
         GpuparseDataModule(train).train_dataloader()
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("given", ["folder", 3, [lambda: None, "folder"], (None,)])
+def test_data_are_datasets_or_functions(part, given):
+    with pytest.raises(InputError, match=rf"{part} is or has ('folder'|3|None); expected a dataset, such as gpuparse"):
+        GpuparseDataModule(**{part: given})
 
 
 def test_lightning_is_taken_under_the_name_that_is_in_use(monkeypatch):

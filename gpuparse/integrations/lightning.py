@@ -1,7 +1,9 @@
 """Lightning: a data module of gpuparse loaders, and a callback that logs what the training loader reports.
 
 Lightning shards no loader but torch's, so each rank's loader takes its own part by itself. Before each epoch Lightning
-calls `batch_sampler.sampler.set_epoch`, and it keeps the training loader's `state_dict` in its checkpoints.
+calls `batch_sampler.sampler.set_epoch`. It keeps the training loader's `state_dict` in its checkpoints, but does not
+give it back where `fit` had ended, and counts epochs and batches differently then: so the data module keeps the
+loader's place, too, and the loader counts for itself until it is at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -70,7 +73,7 @@ class GpuparseDataModule(_LightningDataModule):
         eval_options: Further ones for validation and test; they go before `options`.
 
     Raises:
-        InputError: An option is not one of the loader's.
+        InputError: An option is not one of the loader's, or data are neither datasets nor functions.
 
     Example:
         >>> datamodule = GpuparseDataModule(
@@ -93,8 +96,25 @@ class GpuparseDataModule(_LightningDataModule):
         super().__init__()
         self.options = _check_options("options", options)
         self.eval_options = _check_options("eval_options", eval_options)
-        self._sources = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test)}
+        given = {"train": train, "val": val, "test": test}
+        self._sources = {part: _as_list(part, sources) for part, sources in given.items()}
         self._datasets: dict[str, list[Dataset[Any]]] = {}
+        self._place = _Place()
+        self._train_loader: _TrainLoader | None = None
+
+    def setup(self, stage: str) -> None:
+        """Begins a run of training anew; called before a checkpoint is read."""
+        if stage == "fit":
+            self._place, self._train_loader = _Place(), None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, for a checkpoint; nothing where there is no training."""
+        return {} if self._train_loader is None else self._train_loader.place_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes training go on where `state_dict` was taken."""
+        if state_dict and self.trainer is not None and self.trainer.state.fn == "fit":
+            self._place.resumed = state_dict
 
     def train_dataloader(self) -> DataLoader:
         """A new training loader.
@@ -111,7 +131,8 @@ class GpuparseDataModule(_LightningDataModule):
         options = {"shuffle": True, **self._device(), **self.options}
         if self.trainer is None:
             return DataLoader(datasets[0], **options)
-        return _TrainLoader(self.trainer, datasets[0], options)
+        self._train_loader = _TrainLoader(self.trainer, self._place, datasets[0], options, self._train_loader)
+        return self._train_loader
 
     def val_dataloader(self) -> list[DataLoader]:
         """New validation loaders, one for each dataset, in the order of `val`."""
@@ -181,6 +202,22 @@ class LoaderReportCallback(_Callback):
             logger.log_metrics(metrics, step=step - 1)  # Lightning numbers steps from 0
 
 
+@dataclass
+class _Place:
+    """What the training loaders of a run know of it, one after another.
+
+    Attributes:
+        num_epochs_ahead: The loader's epoch less Lightning's.
+        resumed: What `_TrainLoader.place_dict` said in the checkpoint, until the first batch is asked for.
+        is_catching_up: Whether the epoch under way was begun before the checkpoint, or right behind it: Lightning may
+            then ask for too few batches of it (a single one where `fit` had ended with an epoch) or too many.
+    """
+
+    num_epochs_ahead: int = 0
+    resumed: Mapping[str, Any] | None = None
+    is_catching_up: bool = False
+
+
 class _TrainLoader(DataLoader):
     """A training loader that stands where its trainer stands.
 
@@ -188,11 +225,21 @@ class _TrainLoader(DataLoader):
     batch as not done. The loader's state must then be the one before that batch, although it was handed out.
     """
 
-    def __init__(self, trainer: Any, dataset: Dataset[Any], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        place: _Place,
+        dataset: Dataset[Any],
+        options: Mapping[str, Any],
+        previous: _TrainLoader | None,
+    ) -> None:
         super().__init__(dataset, **options)
         self._trainer = trainer
+        self._place = place
         # Of the batch handed out last: the number of batches trained on by then, the state before it and after it.
         self._in_hand: tuple[int, dict[str, Any], dict[str, Any]] | None = None
+        if previous is not None and place.is_catching_up:  # its epoch may not be at its end
+            super().load_state_dict(previous.state_dict())
 
     @property
     def batch_sampler(self) -> Any:
@@ -200,9 +247,23 @@ class _TrainLoader(DataLoader):
 
         The number passed is one too high after resuming, in a run with `max_steps`, from the end of an epoch.
         """
-        return SimpleNamespace(
-            sampler=SimpleNamespace(set_epoch=lambda _epoch: self.set_epoch(self._trainer.current_epoch))
-        )
+        return SimpleNamespace(sampler=SimpleNamespace(set_epoch=lambda _epoch: self._follow()))
+
+    def _follow(self) -> None:
+        place = self._place
+        if place.resumed is not None:  # the first batch decides
+            return
+        if place.is_catching_up and self._position < self._end:
+            super().load_state_dict(super().state_dict())  # the next iteration goes on with this epoch
+            place.num_epochs_ahead = self._epoch - self._trainer.current_epoch
+            return
+        place.is_catching_up = False
+        self.set_epoch(self._trainer.current_epoch + place.num_epochs_ahead)
+
+    @property
+    def _end(self) -> int:
+        """The position at which an epoch ends for Lightning."""
+        return self._plan.consumed(min(len(self), self._trainer.num_training_batches))
 
     @property
     def _progress(self) -> Any:
@@ -217,22 +278,45 @@ class _TrainLoader(DataLoader):
                 return before
         return state
 
+    def place_dict(self) -> dict[str, Any]:
+        """The loader's state; which epoch that is to Lightning, and whether it has no more batches for Lightning."""
+        state = self.state_dict()
+        return {
+            "loader": state,
+            "trainer_epoch": state["epoch"] - self._place.num_epochs_ahead,
+            "epoch_is_done": state["position"] >= self._end,
+        }
+
+    def _resume(self, resumed: Mapping[str, Any]) -> None:
+        """Goes where a checkpoint stands, by the loader's own count of epochs."""
+        state, trainer_epoch = resumed["loader"], self._trainer.current_epoch
+        if resumed["epoch_is_done"] and trainer_epoch != resumed["trainer_epoch"]:
+            self.set_epoch(state["epoch"] + 1)
+        else:
+            self.load_state_dict(state)
+        self._place.num_epochs_ahead, self._place.is_catching_up = self._epoch - trainer_epoch, True
+
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        if self._place.resumed is not None:  # the data module's own goes first
+            return
         super().load_state_dict(state, strict=strict)
         num_trained = self._progress.current.processed
         plan = self._plan
         if plan.consumed(num_trained) != state["position"]:
             _LOG.warning(
                 "Resuming at sample %d of epoch %d, but Lightning counts %d batches of %d samples there: the "
-                "checkpoint is of another batch size or number of processes. Lightning will end this epoch early or "
-                "without its validation; the next ones are whole. Checkpoints from the end of an epoch do not have "
-                "this problem.",
+                "checkpoint is of another batch size or number of processes, or was saved in mid-epoch after fit had "
+                "ended. Lightning will end this epoch early or without its validation; the next ones are whole. "
+                "Checkpoints from the end of an epoch do not have this problem.",
                 state["position"], state["epoch"], num_trained, plan.global_batch_size,
             )  # fmt: skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        resumed, self._place.resumed = self._place.resumed, None
+        if resumed is not None:
+            self._resume(resumed)
         with contextlib.closing(super().__iter__()) as batches:  # type: ignore[type-var]
-            while True:
+            while not (self._place.is_catching_up and self._position >= self._end):
                 before = super().state_dict()
                 batch = next(batches, None)
                 if batch is None:
@@ -250,10 +334,17 @@ class _EvaluationLoader(DataLoader):
         return super().__iter__()
 
 
-def _as_list(sources: Source | Sequence[Source] | None) -> list[Source]:
+def _as_list(part: str, sources: Source | Sequence[Source] | None) -> list[Source]:
     if sources is None:
         return []
-    return [sources] if isinstance(sources, Dataset) or callable(sources) else list(sources)
+    found = list(sources) if isinstance(sources, list | tuple) else [sources]
+    for source in found:
+        if not isinstance(source, Dataset) and not callable(source):
+            raise InputError(
+                f"{part} is or has {source!r}; expected a dataset, such as gpuparse.SliceDataset(...), or a function "
+                "without arguments that makes one."
+            )
+    return found
 
 
 def _check_options(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
