@@ -15,6 +15,7 @@ __all__ = ["CaseResult", "CaseState", "ConversionReport", "DatasetReport", "Fail
 
 REPORT_FILE = "report.json"
 CaseState = Literal["written", "kept", "failed"]
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class DatasetReport:
         store_path: Its store.
         num_written: Cases written in this run; in a dry run, those that would be.
         num_kept: Cases that an earlier run had written.
+        num_val: Cases of the store that are for validation, where `split` is `train`; 0 in a dry run.
+        without_source: Names of kept cases that no file of this run stands for: it is gone, was renamed or is bad.
         num_slices: Trainable slices in the store, over all its views; 0 in a dry run.
         source_bytes: Size of the source files.
         raw_bytes: Size of the voxels, image and labels, uncompressed; 0 in a dry run.
@@ -63,6 +66,8 @@ class DatasetReport:
     store_path: Path
     num_written: int
     num_kept: int
+    num_val: int
+    without_source: tuple[str, ...]
     num_slices: int
     source_bytes: int
     raw_bytes: int
@@ -73,6 +78,17 @@ class DatasetReport:
     def num_cases(self) -> int:
         """Cases in the store."""
         return self.num_written + self.num_kept
+
+    def notice(self) -> str:
+        """What to know of the cases that are in the store without a source; empty where there are none."""
+        if not self.without_source:
+            return ""
+        count, names = len(self.without_source), ", ".join(self.without_source[:_MAX_NAMED])
+        more = f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""
+        return (
+            f"{self.name}: {count} {'case stays' if count == 1 else 'cases stay'} in the store without a usable source "
+            f"in this run: {names}{more}. After a renaming both are there; --overwrite drops what has no source."
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,7 @@ class ConversionReport:
                     f"{d.name}: {d.num_cases} cases ({d.num_kept} kept), {d.num_slices} slices, "
                     f"{d.source_bytes / 1e6:.1f} MB npz -> {d.store_bytes / 1e6:.1f} MB store, {d.seconds:.2f} s"
                 )
+            lines += [notice] if (notice := d.notice()) else []
         return "\n".join(lines + [f"skipped: {failure.reason}" for failure in self.failures])
 
 
@@ -151,6 +168,7 @@ def write_report(
         "num_written": sum(result.state == "written" for result in results),
         "num_kept": sum(result.state == "kept" for result in results),
         "num_failed": sum(file["state"] == "failed" for file in files),
+        "without_source": [] if dataset is None else list(dataset.without_source),
         "files": files,
     }
     try:

@@ -155,9 +155,19 @@ def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
 
 
 def _nifti_files(folder: Path) -> dict[Path, str]:
-    """NIfTI files of a folder with their stems; hidden ones, such as macOS puts into archives, left out."""
-    paths = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
-    return {path: stem for path in paths if (stem := nifti_stem(path)) is not None}
+    """NIfTI files of a folder with their stems; hidden ones, such as macOS puts into archives, left out.
+
+    Raises:
+        InputError: Two have the same stem.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.glob("*") if not path.name.startswith(".")):
+        stem = nifti_stem(path)
+        if stem is not None and stem in found:
+            raise InputError(f"{found[stem]} and {path} would both be {stem!r}. Keep one of them.")
+        if stem is not None:
+            found[stem] = path
+    return {path: stem for stem, path in found.items()}
 
 
 def _paired(
@@ -193,7 +203,7 @@ def _orphan(name: str, labels: Path, where: str) -> Pair:
 def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Path]:
     """Files (or folders) below `folder`, by case.
 
-    A case is called by what `*` stands for; several parts are joined, repeated ones once.
+    A case is called by what `*` stands for; several parts are joined, repeated and empty ones left out.
     """
     parts = PurePosixPath(glob).parts
     if "*" not in glob or any(c in glob for c in "?[]") or "**" in glob or glob.startswith("/") or ".." in parts:
@@ -201,14 +211,19 @@ def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Pat
             f"glob {glob!r} cannot be used: expected a path below the dataset's folder with at least one '*' and no "
             "other wildcard, such as 'images/*.nii.gz'."
         )
-    pattern = re.compile("([^/]+)".join(re.escape(part) for part in str(PurePosixPath(glob)).split("*")))
+    pattern = re.compile("([^/]*)".join(re.escape(part) for part in str(PurePosixPath(glob)).split("*")))
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(glob)):
         match = pattern.fullmatch(path.relative_to(folder).as_posix())
         hidden = path.name.startswith(".") or path.suffix == ".zarr"  # a store may lie beside its sources
         if match is None or hidden or path.is_dir() != folders:
             continue
-        name = "_".join(dict.fromkeys(match.groups()))
+        name = "_".join(dict.fromkeys(part for part in match.groups() if part))
+        if not name:
+            raise InputError(
+                f"glob {glob!r} matches {path} with nothing for '*', which is what a case is called by. Put '*' in the "
+                "place of the whole name, or rename the file."
+            )
         if name in found:
             raise InputError(
                 f"glob {glob!r}: {found[name]} and {path} would both be case {name!r}. Use a narrower glob."

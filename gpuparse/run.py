@@ -103,7 +103,8 @@ class DatasetRun:
         done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        done += self._orphans(folders, {case.name for case in done})
+        orphans = self._orphans(folders, {case.name for case in done})
+        done += orphans
         publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)
         num_kept = sum(case.kept for case in done)
         return DatasetReport(
@@ -111,6 +112,8 @@ class DatasetRun:
             store_path=self.target.store_path,
             num_written=len(done) - num_kept,
             num_kept=num_kept,
+            num_val=sum(val_cases.chosen[case.name] for case in done),
+            without_source=tuple(case.name for case in orphans),
             num_slices=sum(case.num_slices for case in done),
             source_bytes=sum(case.source_bytes for case in done),
             raw_bytes=sum(case.raw_bytes for case in done),
@@ -119,7 +122,9 @@ class DatasetRun:
         )
 
     def _rehearse(self, start: float) -> DatasetReport | None:
-        kept = self._kept(_folders_of(None if self.options.overwrite else self.store))
+        folders = _folders_of(None if self.options.overwrite else self.store)
+        kept = self._kept(folders)
+        orphans = sorted(set(folders) - {case.name for case in self.cases})
         for case in self.cases:
             state: CaseState = "kept" if case.name in kept else "written"
             if state == "written":
@@ -134,7 +139,9 @@ class DatasetRun:
             name=self.target.name,
             store_path=self.target.store_path,
             num_written=states.count("written"),
-            num_kept=states.count("kept"),
+            num_kept=states.count("kept") + len(orphans),
+            num_val=0,
+            without_source=tuple(orphans),
             num_slices=0,
             source_bytes=sum(result.source_bytes for result in self.results),
             raw_bytes=0,

@@ -294,7 +294,12 @@ def as_uint8(path: Path, image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     low, high = image.min(), image.max()
-    if not (low >= 0 and high <= 255):  # also true where NaN makes every comparison false
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise VolumeFormatError(
+            f"{path}: imgs ({image.dtype}) has NaN or infinite values; expected 0..255. Set them to the background's "
+            "grey level."
+        )
+    if not (low >= 0 and high <= 255):
         raise VolumeFormatError(
             f"{path}: imgs ({image.dtype}) has values {low}..{high}; expected 0..255. "
             "Apply the intensity window and scale to 0..255 before saving."
@@ -320,6 +325,10 @@ def as_narrow_labels(
     if labels.dtype == np.bool_:
         return np.ascontiguousarray(labels.astype(np.uint8))
     low, high = labels.min(), labels.max()
+    if labels.dtype.kind == "f" and not (math.isfinite(low) and math.isfinite(high)):
+        raise VolumeFormatError(
+            f"{path}: {what} ({labels.dtype}) has NaN or infinite values; expected whole numbers. Set them to 0."
+        )
     if low < 0:
         raise VolumeFormatError(
             f"{path}: {what} has negative ids (lowest {low}); expected 0 for background and positive ids. "

@@ -53,7 +53,7 @@ FAULTS = {
     "shapes that differ": (changed(gts=LABELS[1:]), r"shape \(4, 12, 10\) and gts \(3, 12, 10\)", "Resample the mask"),
     "Hounsfield units": (changed(imgs=IMAGE * 8.0 - 1024), r"values -1024\.0\.\.1016\.0", "Apply the intensity window"),
     "intensities in 0..1": (changed(imgs=IMAGE / 255.0), r"values 0\.0\.\.1\.0, scaled to 0\.\.1", "Multiply by 255"),
-    "not a number": (changed(imgs=HOLED), r"values nan\.\.nan; expected 0\.\.255", "Apply the intensity window"),
+    "not a number": (changed(imgs=HOLED), r"has NaN or infinite values; expected 0\.\.255", "Set them to the"),
     "negative labels": (
         changed(gts=LABELS.astype(np.int8) - 1),
         r"negative ids \(lowest -1\)",

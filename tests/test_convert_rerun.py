@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import zarr
 from oracle import files_below
+from typer.testing import CliRunner
 
 import gpuparse
+from gpuparse.cli import app
 from gpuparse.errors import InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.store import open_store
 
@@ -63,6 +65,31 @@ def test_changed_and_new_sources_are_followed_and_removed_ones_lose_nothing(two_
     np.testing.assert_array_equal(voxels(store, "b"), np.full((3, 8, 8), 2))
     assert len(store.slices) == 9
     assert store.slices.class_ids.tolist() == [2] * 3
+
+
+def test_cases_that_lost_their_source_are_named(two_cases, data_dir, tmp_path):
+    source = data_dir / "DATA" / "train"
+    (source / "b.npz").rename(source / "renamed.npz")
+    for dry_run in (True, False):
+        report = gpuparse.convert(data_dir, dry_run=dry_run)
+        assert (report.datasets[0].num_written, report.datasets[0].num_kept) == (1, 2)
+        assert report.datasets[0].without_source == ("b",)
+        assert report.to_json()["datasets"][0]["without_source"] == ("b",)
+        notice = "DATA: 1 case stays in the store without a usable source in this run: b. After a renaming both are"
+        assert str(report).splitlines()[1].startswith(notice)
+    assert [case.name for case in open_store(report.datasets[0].store_path).cases] == ["a", "b", "renamed"]
+    entry = json.loads((data_dir / "DATA" / "report.json").read_text())["train.zarr"]
+    assert entry["without_source"] == ["b"]
+    # A bad file stands for nothing, either: its case of an earlier run stays.
+    (source / "renamed.npz").write_bytes(b"")
+    report = gpuparse.convert(data_dir, on_error="skip")
+    assert report.datasets[0].without_source == ("b", "renamed")
+    assert "2 cases stay in the store without a usable source in this run: b, renamed." in str(report)
+    result = CliRunner().invoke(app, ["convert", str(data_dir), "--on-error", "skip"])
+    assert "2 cases stay in the store" in result.stderr + result.stdout
+    (source / "renamed.npz").unlink()
+    report = gpuparse.convert(data_dir, overwrite=True)
+    assert (report.datasets[0].without_source, report.datasets[0].num_cases) == ((), 1)
 
 
 def test_a_case_without_source_that_fits_no_more_is_reported(two_cases, data_dir):

@@ -114,6 +114,21 @@ def test_an_image_glob_may_match_the_labels_too(folder):
     assert [(p.name, p.problem is None) for p in pairs] == [("a", True), ("b", False)]
 
 
+def test_a_star_may_stand_for_nothing_beside_another(folder):
+    root = folder("im/a.nii", "im/a_2.nii", "im/b.nii.gz", "gt/a.nii", "gt/a_2.nii", "gt/b.nii.gz")
+    pairs = find_pairs(root, FolderLayout("nifti", "im/*.nii*", "gt/*.nii*"))
+    assert [(p.name, p.problem) for p in pairs] == [("a", None), ("a_2", None), ("b_.gz", None)]
+
+
+def test_one_image_in_two_files_is_refused(folder):
+    root = folder("imagesTr/a_0000.nii", "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(InputError, match=r"a_0000\.nii and .*a_0000\.nii\.gz would both be 'a_0000'\. Keep one"):
+        find_pairs(root, NNUNET)
+    root = folder("second/imagesTr/a.nii", "second/labelsTr/a.nii", "second/labelsTr/a.nii.gz") / "second"
+    with pytest.raises(InputError, match=r"labelsTr/a\.nii and .*a\.nii\.gz would both be 'a'\. Keep one of them"):
+        find_pairs(root, NNUNET)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -127,6 +142,7 @@ def test_an_image_glob_may_match_the_labels_too(folder):
         ("absent/*.nii", "masks/*.nii", "nothing in it matches 'absent"),
         ("i*/*.nii", "m*/*.nii", "i1_2/1.nii would both be case '1_2_1'"),
         ("images/*.nii", "images/*.nii", "so it is labels"),
+        ("images/p1*.nii", "masks/p1*.nii", r"matches .*images/p1\.nii with nothing for '\*'.* rename the file"),
     ],
 )
 def test_globs_that_cannot_pair_are_refused(folder, images, labels, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 
 import numpy as np
@@ -50,6 +51,18 @@ def test_no_fraction_sets_nothing_apart_and_a_single_group_is_for_training():
     assert chosen(["only"], fraction=0.9) == set()
     assert chosen(NAMES, fraction=0.9, group_regex="patient") == set()
     assert len(chosen(["a", "b"], fraction=0.01)) == len(chosen(["a", "b"], fraction=0.99)) == 1
+
+
+def test_one_group_of_all_cases_is_told(caplog):
+    with caplog.at_level(logging.WARNING, logger="gpuparse"):
+        assign_splits("ONE", ["pat1", "pat2"], ValSplit(0.3, group_regex="^(pat)"))
+        assign_splits("TWO", ["pat1", "pat2"], ValSplit(0.3))
+        assign_splits("NONE", ["pat1"], ValSplit())
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "ONE: no case is set apart for validation: its 2 cases are one group, 'pat'. Look at group_regex "
+        "(--group-regex), or name the cases in a file (--split-file)."
+    )
 
 
 def test_another_seed_sets_other_cases_apart_and_all_are_equally_likely():
@@ -394,6 +407,7 @@ def test_the_flags_of_convert(volumes, data_dir, tmp_path):
     names = [f"p{group}-{scan}" for group in range(6) for scan in range(2)]
     flags = ["--val-fraction", 0.3, "--split-seed", 4, "--group-regex", r"p(\d+)-"]
     assert run(data_dir, "--out", tmp_path / "a", *flags).exit_code == 0
+    assert gpuparse.convert(data_dir, out_dir=tmp_path / "a").datasets[0].num_val == 4  # kept by a later run
     expected = assign_splits("DATA", names, ValSplit(0.3, 4, r"p(\d+)-"))
     assert cases_in(tmp_path / "a" / "DATA", "val") == {name for name in names if expected[name]}
     path = tmp_path / "splits.json"

@@ -217,14 +217,15 @@ def _print_report(console: Console, report: ConversionReport) -> None:
         console.print(str(report).partition("\nskipped: ")[0], highlight=False, soft_wrap=True)
         return
     table = Table(title="Converted")
-    for name, justify in (("dataset", "left"), ("cases", "right"), ("kept", "right"), ("slices", "right"),
-                          ("voxels", "right"), ("source", "right"), ("store", "right"), ("time", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("dataset")
+    for name in ("cases", "kept", "val", "slices", "voxels", "source", "store", "time"):
+        table.add_column(name, justify="right")
     for entry in report.datasets:
         table.add_row(
             entry.name,
             str(entry.num_cases),
             str(entry.num_kept),
+            str(entry.num_val),
             str(entry.num_slices),
             _megabytes(entry.raw_bytes),
             _megabytes(entry.source_bytes),
@@ -235,6 +236,8 @@ def _print_report(console: Console, report: ConversionReport) -> None:
         console.print(table)
     for entry in report.datasets:
         console.print(str(entry.store_path), highlight=False, soft_wrap=True)
+        if entry.without_source:
+            console.print(entry.notice(), markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def _megabytes(num_bytes: float) -> str:

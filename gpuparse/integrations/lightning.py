@@ -337,7 +337,7 @@ class _EvaluationLoader(DataLoader):
 def _as_list(part: str, sources: Source | Sequence[Source] | None) -> list[Source]:
     if sources is None:
         return []
-    found = list(sources) if isinstance(sources, list | tuple) else [sources]
+    found: list[Any] = list(sources) if isinstance(sources, list | tuple) else [sources]
     for source in found:
         if not isinstance(source, Dataset) and not callable(source):
             raise InputError(
