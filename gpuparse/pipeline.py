@@ -10,6 +10,7 @@ figures).
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import math
 import os
 from collections import deque
@@ -75,6 +76,7 @@ class BatchPipeline:
         options: PipelineOptions,
     ) -> None:
         _refuse_after_fork()
+        self._process = os.getpid()
         fn, types, pipeline_class = _import_dali()
         self._fetch = fetch
         self._render = render
@@ -118,7 +120,9 @@ class BatchPipeline:
         Raises:
             BaseException: Whatever `fetch` or `render` raised for this batch.
             PipelineError: DALI itself failed.
+            InputError: This process was forked from the one that has made the pipeline.
         """
+        _refuse_after_fork()
         step = self._num_taken
         try:
             outputs = self._pipeline.run(stream) if stream is not None else self._pipeline.run()
@@ -140,11 +144,19 @@ class BatchPipeline:
             self._launch(given, *outputs)
         return step
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one that has made the pipeline: its threads are not here."""
+        return os.getpid() != self._process
+
     def close(self) -> None:
         """Ends all threads; batches under way are dropped."""
         if self._closed:
             return
         self._closed = True
+        if self.is_inherited:  # DALI would wait for its threads for ever: its memory stays until the process ends
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pipeline))
+            return
         for future in self._ahead.values():
             future.cancel()
         try:

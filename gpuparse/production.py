@@ -352,10 +352,15 @@ def produce(
         return event
 
     pipeline = BatchPipeline(fetch, render, PipelineOptions(plan.num_batches, prefetch_depth, maker.device_index))
+
+    def end_here(end: Callable[[], None]) -> Callable[[], None]:
+        # In a forked process there is nothing to wait for: threads and devices are the parent's.
+        return lambda: None if pipeline.is_inherited else end()
+
     with contextlib.ExitStack() as on_exit:
-        on_exit.callback(maker.finish)
+        on_exit.callback(end_here(maker.finish))
         on_exit.callback(pipeline.close)
-        on_exit.callback(ring.close)
+        on_exit.callback(end_here(ring.close))
         for _ in range(plan.num_batches):
             num_ready = pipeline.num_ready
             with probes.stage("wait"):

@@ -190,12 +190,26 @@ def refusal():
     except InputError as error:
         return str(error)
 
+def inherited():
+    try:
+        next(batches)
+    except InputError as error:
+        message = str(error)
+    batches.close()
+    closed.close()
+    return message
+
 dataset = SliceDataset(sys.argv[1], img_size=(32, 32))
 dataset[0]  # items are made without DALI
 loader = DataLoader(Subset(dataset, range(12)), 4, shuffle=True, num_threads=2)
 in_child(lambda: [samples_of(batch) for batch in loader])
 first = samples_of(next(iter(loader)))
 in_child(refusal)
+batches, closed = iter(loader), iter(DataLoader(dataset, 4))
+next(batches), next(closed)
+in_child(inherited)
+batches.close()
+closed.close()
 in_child(lambda: samples_of({k: v[None] if hasattr(v, "shape") else [v] for k, v in dataset[5].items()}))
 loader.set_epoch(0)
 print(json.dumps([samples_of(batch) for batch in loader]))
@@ -210,12 +224,12 @@ def test_fork_before_the_first_batch_works_and_after_it_is_refused(stores):
         capture_output=True, text=True, timeout=100, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    child, refusal, item, parent, (first, process) = map(json.loads, result.stdout.splitlines())
+    child, refusal, inherited, item, parent, (first, process) = map(json.loads, result.stdout.splitlines())
     dataset = SliceDataset(stores[0], img_size=(32, 32))
     expected = [samples_of(batch) for batch in DataLoader(Subset(dataset, range(12)), 4, shuffle=True)]
     assert child == parent == expected
     assert first == expected[0]
-    assert refusal == (
+    assert refusal == inherited == (
         f"this process was forked from process {process} after a gpuparse.DataLoader had run there, and DALI cannot go "
         "on in a forked process. Start processes with the 'spawn' method, or fork before the first batch."
     )
