@@ -170,10 +170,11 @@ def _chosen(
             "each case."
         )
     if not names:
-        raise InputError(
-            f"{data_dir}: no folder in it has npz files in {split}/. Expected DATASETn/{split}/*.npz; "
-            "other formats are named with --format."
-        )
+        remedy = f"Expected DATASETn/{split}/*.npz; other formats are named with --format."
+        if any((data_dir / split).glob("*.npz")):
+            alone = f"--dataset {data_dir.resolve().name}"
+            remedy = f"It is a dataset itself: name the folder that it is in, with {alone} for it alone."
+        raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. {remedy}")
     return {name: found[name] for name in names}
 
 

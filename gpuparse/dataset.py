@@ -22,7 +22,7 @@ from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import open_place
-from gpuparse.plan import check_seed, sample_streams
+from gpuparse.plan import check_epoch, check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
 from gpuparse.remote import RemoteOptions
@@ -165,8 +165,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
         return self._rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes items draw the prompts and the augmentation of another epoch."""
-        self._epoch[0] = epoch
+        """Makes items draw the prompts and the augmentation of another epoch.
+
+        Raises:
+            InputError: `epoch` is no whole number from 0 to 2^32 - 1.
+        """
+        self._epoch[0] = check_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = len(self)

@@ -48,7 +48,7 @@ class _Picked:
     def __init__(self, inner: _Node, indices: Any) -> None:
         self._inner = inner
         # A range stays a range: it takes no memory.
-        self._indices = indices if isinstance(indices, range) else np.asarray(indices, np.int64)
+        self._indices = indices if isinstance(indices, range) else _whole(indices)
         self.length = len(indices)
         low, high = (min(indices), max(indices)) if self.length else (0, 0)
         if self.length and not (low >= 0 and high < inner.length):
@@ -64,6 +64,13 @@ class _Picked:
         if isinstance(indices, range):
             indices = np.asarray([indices.start, indices.stop, indices.step], np.int64)
         return ["subset", self.length, hashlib.sha256(indices.tobytes()).hexdigest(), self._inner.describe()]
+
+
+def _whole(indices: Any) -> npt.NDArray[np.int64]:
+    found = np.asarray(indices)
+    if found.size and found.dtype.kind not in "ui":
+        raise InputError(f"a Subset has indices of type {found.dtype}; expected whole numbers.")
+    return found.astype(np.int64)
 
 
 class _Chained:

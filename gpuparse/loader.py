@@ -217,6 +217,8 @@ class DataLoader:
         Raises:
             InputError: The state is not one, or belongs to something else.
         """
+        if not isinstance(state, Mapping):
+            raise InputError(f"the loader's state is {state!r}; expected what state_dict() returned.")
         missing = [key for key in ("version", "seed", "epoch", "position", "plan_hash") if key not in state]
         if missing:
             raise InputError(f"the loader's state has no {', '.join(missing)}; expected what state_dict() returned.")

@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -164,9 +164,7 @@ class MixedOrder:
                 node, position = left, before
             else:
                 node, position = right, position - before
-        if not isinstance(node, int):
-            raise TypeError("a leaf of the mixture's tree is a list's number")
-        return node, position
+        return cast(int, node), position  # a leaf is a list's number
 
     def describe(self) -> list[object]:
         """See `Order`."""

@@ -186,8 +186,12 @@ def _paired(
             f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "
             "Give narrower globs."
         )
-    pairs = [_pair(name, path, labels.get(name), str(folder / label_glob)) for name, path in sorted(images.items())]
-    return pairs + [_orphan(n, labels[n], str(folder / image_glob)) for n in sorted(set(labels) - set(images))]
+
+    def expected(glob: str, name: str) -> str:
+        return str(folder / (glob.replace("*", name) if glob.count("*") == 1 else glob))
+
+    pairs = [_pair(n, path, labels.get(n), expected(label_glob, n)) for n, path in sorted(images.items())]
+    return pairs + [_orphan(n, labels[n], expected(image_glob, n)) for n in sorted(set(labels) - set(images))]
 
 
 def _pair(name: str, image: Path, labels: Path | None, where: str) -> Pair:

@@ -189,10 +189,6 @@ def make_volume(case: SourceCase, image: Scan, labels: Scan, window: Window, ori
 def _ids(labels: Scan) -> npt.NDArray[np.unsignedinteger[Any]]:
     """(z, y, x), in the narrowest type."""
     values = labels.values.T
-    if values.dtype.kind not in "buif":
-        raise VolumeFormatError(
-            f"{labels.what}: labels of type {values.dtype}; expected whole numbers. Save them as integers."
-        )
     slope, intercept = labels.rescale
     return as_narrow_labels(
         labels.what, values if labels.rescale == (1.0, 0.0) else values * slope + intercept, "labels"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpuparse.augment import augment
+from gpuparse.augment import LabelSpec, OutputTypes, augment, finish_batch
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.sampling import identity_params
+from gpuparse.views import PLANE_DTYPE, resampling_tables
 
 
 def good(**changes):
@@ -164,3 +165,13 @@ def test_a_refusal_leaves_the_arguments_as_they_were():
         augment(**arguments, labels="boxes")
     for name, value in copies.items():
         np.testing.assert_array_equal(np.array(arguments[name]), value)
+
+
+def test_images_without_a_label_plane_each_are_refused():
+    spec = LabelSpec(np.ones((2, 1), np.int32), np.zeros(2, np.int32), True)
+    tables = resampling_tables(((16, 16),))
+    with pytest.raises(InputError, match="there are 2 images and 1 label planes; expected one for each"):
+        finish_batch(
+            IMAGE, np.zeros(16, np.uint8), np.zeros(1, np.int64), np.zeros(1, PLANE_DTYPE), tables, identity_params(2),
+            spec, OutputTypes(),
+        )  # fmt: skip

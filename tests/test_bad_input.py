@@ -217,3 +217,10 @@ def test_missing_prompts_and_empty_folders_are_refused(data_dir, tmp_path):
     with pytest.raises(InputError, match=r"empty: no folder in it has npz files in train/\. Expected DATASETn/train"):
         gpuparse.convert(tmp_path / "empty", out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_in_the_place_of_its_folder_is_named(data_dir, tmp_path, write_case):
+    write_case(IMAGE, LABELS)
+    with pytest.raises(InputError, match=r"It is a dataset itself: name the folder that it is in, with --dataset DATA"):
+        gpuparse.convert(data_dir / "DATA", out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

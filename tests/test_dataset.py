@@ -103,6 +103,9 @@ def test_items_depend_on_seed_epoch_and_name_alone(ct):
     assert same(again[7 - len(again)], ct[7])
     assert not same(SliceDataset(ct.root_dir, seed=1)[7], ct[7])
     assert not same(SliceDataset(ct.root_dir, name="OTHER")[7], ct[7])
+    for epoch in (-1, 1.5, "a", 2**63):
+        with pytest.raises(InputError, match=r"epoch is .*; expected 0 to 2\^32 - 1"):
+            again.set_epoch(epoch)
     again.set_epoch(1)
     assert again.epoch == 1
     assert not same(again[7], ct[7])

@@ -203,6 +203,21 @@ def test_uint8_labels_refuse_wide_instance_ids(sample_stores):
         list(DataLoader(dataset, batch_size=64, labels_dtype="uint8"))
 
 
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 10**6], r"a Subset has indices 0\.\.1000000; its dataset has \d+ samples"),
+        ([-1, 3], r"a Subset has indices -1\.\.3; its dataset has"),
+        (range(0, 10**6, 1000), r"a Subset has indices 0\.\.999000; its dataset has"),
+        ([1.5], "a Subset has indices of type float64; expected whole numbers"),
+        (["a"], "a Subset has indices of type <U1; expected whole numbers"),
+    ],
+)
+def test_subsets_of_what_is_not_there_are_refused(ct, indices, message):
+    with pytest.raises(InputError, match=message):
+        DataLoader(Subset(ct, indices), batch_size=4)
+
+
 def test_negative_epochs_are_refused(ct):
     with pytest.raises(InputError, match="epoch is -1"):
         DataLoader(ct).set_epoch(-1)

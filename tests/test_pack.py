@@ -140,6 +140,17 @@ def test_a_batch_that_uint8_labels_cannot_hold_is_refused_before_it_is_read(mixe
     assert len(reader._shards) == 0
 
 
+def test_a_batch_of_two_gib_is_refused_before_there_is_memory_for_it(mixed_store, monkeypatch):
+    keys = keys_of(mixed_store)[:2]
+
+    def read(reader, keys, gathering, *, arena, allocate):
+        return allocate(2**31, 1, COMPRESSED_BLOCK_DTYPE)
+
+    monkeypatch.setattr(ChunkReader, "read", read)
+    with pytest.raises(InputError, match=r"a batch of 2 samples takes 2\.0 GiB compressed; expected less than 2\."):
+        pack(ChunkReader(), keys, params_of(keys), labels_of(keys), SIZE, TYPES)
+
+
 # What a GPU's decoder is told, and where its blocks go.
 
 

@@ -78,6 +78,8 @@ def test_what_cannot_be_restored_is_refused():
         restore(thing, geometry)
     with pytest.raises(InputError, match=r"no 'axis' among pad_width, padded_size; expected an item"):
         restore(np.zeros((4, 8, 8)), {k: v for k, v in item.items() if k != "axis"})
+    with pytest.raises(InputError, match=r"meta is None; expected an item of VolumeDataset, or the geometry of one"):
+        restore(np.zeros((4, 8, 8)), None)
     with pytest.raises(InputError, match=r"axis is 3; expected 0, 1 or 2"):
         restore(np.zeros((4, 8, 8)), {**item, "axis": 3})
     with pytest.raises(InputError, match=r"padded_size is \[6, 6\]; expected 1 whole number, those of one volume"):

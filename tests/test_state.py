@@ -236,6 +236,8 @@ def test_things_that_are_no_states_are_refused_and_change_nothing(both, change, 
         loader.load_state_dict(state, strict=strict)
     with pytest.raises(InputError, match="state has no version, seed, epoch, position, plan_hash"):
         loader.load_state_dict({}, strict=strict)
+    with pytest.raises(InputError, match=r"state is None; expected what state_dict\(\) returned"):
+        loader.load_state_dict(None, strict=strict)
     assert loader.state_dict() == before
 
 

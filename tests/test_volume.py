@@ -193,6 +193,13 @@ def test_unusable_arrays_are_refused_with_file_value_and_remedy(tmp_path, member
     assert isinstance(error.value, ValueError)
 
 
+def test_a_spacing_as_long_as_a_volume_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, imgs=ZEROS, gts=ZEROS, spacing=np.zeros((2**20 + 1,), np.uint8))
+    with pytest.raises(VolumeFormatError, match=r"spacing has shape \(1048577,\); expected three positive millimetre"):
+        read_volume(path)
+
+
 def test_a_side_beyond_31_bits_is_refused_by_its_header(tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(npz_with_headers(imgs=b"{'descr': '|u1', 'fortran_order': False, 'shape': (2147483648, 1, 1)}\n"))

@@ -93,6 +93,21 @@ def test_a_label_image_is_valid_and_stands_beside_the_labels(store):
     assert len(VolumeDataset(store.path, (8, 8))[1]["labels"].unique()) == 3  # the labels are what they were
 
 
+def test_a_store_with_a_prediction_is_sound_and_one_without_labels_is_not(store):
+    write_label_image(store, "b", np.ones((5, 30, 20), np.uint8))
+    assert [f for f in gpuparse.check(store.path).findings if f.severity == "error"] == []
+    listing = store.path / "cases/b/labels/zarr.json"
+    listing.write_text(listing.read_text().replace('"gts",', ""))
+    (finding,) = [f for f in gpuparse.check(store.path).findings if f.severity == "error"]
+    assert finding.code == "GP203"
+    assert "viewers look for labels in ['prediction'], array '0'; expected 'gts'" in finding.found
+
+
+def test_a_label_image_goes_into_an_open_store(store):
+    with pytest.raises(InputError, match=r"store is .*train\.zarr.*; expected what gpuparse\.open_store"):
+        write_label_image(store.path, "b", np.ones((5, 30, 20), np.uint8))
+
+
 def test_a_label_image_can_be_replaced_and_others_added(store):
     zeros, ones = np.zeros((5, 30, 20), np.uint8), torch.ones((5, 30, 20), dtype=torch.bool)
     for ids, name in ((zeros, "prediction"), (ones, "prediction"), (zeros, "other")):

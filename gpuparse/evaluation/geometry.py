@@ -68,6 +68,8 @@ class PreparedGeometry:
         Raises:
             InputError: A key is missing, or a value is not that of one volume.
         """
+        if not isinstance(item, Mapping):
+            raise InputError(f"meta is {item!r}; expected an item of VolumeDataset, or the geometry of one.")
         axis = _numbers(item, "axis", 1)[0]
         padding = _numbers(item, "pad_width", 6)
         padded_size = _numbers(item, "padded_size", 1)[0]

@@ -114,6 +114,8 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
         InputError: There is no such case, the shape is another, or the name cannot be used.
         StoreWriteError: The store cannot be written; it is as it was.
     """
+    if not isinstance(store, Store):
+        raise InputError(f"store is {store!r}; expected what gpuparse.open_store(...) returns.")
     check_name(name, "label image")
     names = {info.name: number for number, info in enumerate(store.cases)}
     if case not in names or name == "gts":
