@@ -137,15 +137,17 @@ class TestOnAGpu:
                 assert torch.equal(ours[key], theirs[key])
 
     @pytest.mark.parametrize("augment", [True, False])
-    def test_dalis_graph_is_one_for_a_gpu(self, augment):
+    def test_dalis_graph_is_one_for_a_gpu(self, augment, tmp_path):
         pytest.importorskip("nvidia.dali")
         from gpuparse.bench.peers.dali_png import _DaliSide, _Files
 
         side = _DaliSide.__new__(_DaliSide)
         side._settings, side._on_gpu, side._classes = self.SETTINGS, True, [[1, 2, 3, 4]]
+        side._data = SimpleNamespace(scratch=tmp_path)
         # Defining checks each operator's device against its inputs'; building would want a driver.
         graph = side._define(_Files(["image.png"], ["mask.png"], [0]), 2, deque(), augment)
         assert graph.device_id == 0
+        assert list(tmp_path.glob("__autograph*.py"))  # DALI's, which would be left elsewhere
 
 
 class TestTrials:

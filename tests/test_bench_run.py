@@ -44,6 +44,7 @@ def toy(tmp_path_factory):
     command = [sys.executable, "-m", "gpuparse", "bench", "--toy", "--device", "cpu", "--cores", "1"]
     done = subprocess.run([*command, "--against", "reference", "--out", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"^\d\d:\d\d:\d\d loader: round 1 of ", done.stderr, re.MULTILINE)
     for word in ("Loaders by themselves", "ahead", "Targets", "per 1000 batches", "raw npz"):
         assert word in done.stdout
     return out, json.loads((out / "results.json").read_text())

@@ -111,6 +111,9 @@ def test_an_image_glob_may_match_the_labels_too(folder):
     root = folder("a.nii", "a_seg.nii", "b.nii")
     pairs = find_pairs(root, FolderLayout("nifti", "*.nii", "*_seg.nii"))
     # What the labels' glob matches is labels; b has none, and the report says so.
+    assert [p.problem for p in pairs if p.image == root / "b.nii"] == [
+        f"{root}/b.nii: no labels for it, expected {root}/b_seg.nii. Add them, or leave the image out."
+    ]
     assert [(p.name, p.problem is None) for p in pairs] == [("a", True), ("b", False)]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,13 @@ def bench_command(
             original=original,
         )
         with _ending_in_order(), console.status("starting") as status:
-            found = run_bench(request, out, lambda name, what: status.update(f"{name}: {what}"))
+
+            def tell(name: str, what: str) -> None:
+                status.update(f"{name}: {what}")
+                if not console.is_terminal:  # nothing is seen of a status in a file or a pipe
+                    typer.echo(f"{time.strftime('%H:%M:%S')} {name}: {what}", err=True)
+
+            found = run_bench(request, out, tell)
     print_results(console, found)
     for path in write_page(found, out):
         console.print(str(path), highlight=False, soft_wrap=True)

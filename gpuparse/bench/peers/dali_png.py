@@ -7,9 +7,12 @@ small as the laws allow until the end.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +105,16 @@ def _augmented(image: Any, mask: Any, size: int, on_gpu: bool) -> tuple[Any, Any
     return image, mask
 
 
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """DALI writes the code of conditionals to a file that goes when a process ends in order, which ours do not."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 class _DaliSide:
     def __init__(self, data: BenchData, settings: BenchSettings, on_gpu: bool) -> None:
         self._data, self._settings, self._on_gpu = data, settings, on_gpu
@@ -148,14 +161,15 @@ class _DaliSide:
             labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=types.INT64)
             return image, labels
 
-        return graph(
-            batch_size=batch_size,
-            num_threads=self._settings.num_cores,
-            device_id=0 if on_gpu else None,
-            prefetch_queue_depth=_DEPTH,
-            seed=1,
-            **({"exec_dynamic": True} if on_gpu else {}),  # which Python's function on the CPU needs there
-        )
+        with _temporary_files_in(self._data.scratch):
+            return graph(
+                batch_size=batch_size,
+                num_threads=self._settings.num_cores,
+                device_id=0 if on_gpu else None,
+                prefetch_queue_depth=_DEPTH,
+                seed=1,
+                **({"exec_dynamic": True} if on_gpu else {}),  # which Python's function on the CPU needs there
+            )
 
     def batches(self) -> Iterator[dict[str, Any]]:
         import torch
