@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
