@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_training import QUIET, Recorder, SaveAlways, make_data, samples_of
@@ -213,6 +213,27 @@ def test_a_checkpoint_saved_after_fit_leaves_no_batch_out(data, tmp_path, limits
     trained += [samples for _, _, samples in last.trained]
     assert trained == [samples for _, _, samples in whole.trained][: len(trained)]
     assert len(trained) == len(whole.trained)
+
+
+class SaveAtStart(Callback):
+    """Saves before the first batch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, model):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("place", [("batch end", 8), ("validation end", 6), ("epoch end", 6)])
+def test_a_checkpoint_saved_before_the_first_batch_of_a_resumed_run_is_the_one_it_came_from(data, tmp_path, place):
+    whole, save = Recorder(), SaveAlways(tmp_path)
+    fit(whole, data, callbacks=[save], max_epochs=2)
+    (path,) = [path for hook, path, num_trained in save.saved if (hook, num_trained) == place]
+    fit(Recorder(), data, path, callbacks=[SaveAtStart(tmp_path / "again.ckpt")], max_epochs=2)
+    model = Recorder()
+    fit(model, data, tmp_path / "again.ckpt", max_epochs=2)
+    assert model.trained == whole.trained[place[1] :]
 
 
 @pytest.mark.parametrize("hook", ["batch end", "epoch end"])

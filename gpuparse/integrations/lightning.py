@@ -109,6 +109,8 @@ class GpuparseDataModule(_LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, for a checkpoint; nothing where there is no training."""
+        if self._place.resumed is not None:  # nothing was trained on since
+            return dict(self._place.resumed)
         return {} if self._train_loader is None else self._train_loader.place_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,6 +273,8 @@ class _TrainLoader(DataLoader):
         return self._trainer.fit_loop.epoch_loop.batch_progress
 
     def state_dict(self) -> dict[str, Any]:
+        if self._place.resumed is not None:
+            return dict(self._place.resumed["loader"])
         state = super().state_dict()
         if self._in_hand is not None:
             num_trained, before, after = self._in_hand
