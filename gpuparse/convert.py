@@ -140,7 +140,7 @@ def convert(
                 run = DatasetRun(target, found.cases, options, pool, store)
                 report = run()
                 if report is not None and not dry_run:
-                    staging.send(found.name, store_path)
+                    staging.send(found.name, store_path, anew=overwrite)
             reports += [report] if report is not None else []
             failures += run.failures
     return ConversionReport(tuple(reports), tuple(failures), dry_run)

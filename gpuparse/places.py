@@ -55,6 +55,8 @@ def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None
     Raises:
         InputError: `remote` is given with a path, or its cache's folder cannot be written.
     """
+    if remote is not None and not isinstance(remote, RemoteOptions):
+        raise InputError(f"remote is {type(remote).__name__}; expected gpuparse.RemoteOptions(...).")
     if is_url(path):
         options = remote or RemoteOptions()
         if options.cache_dir is not None:

@@ -60,11 +60,13 @@ def count_local_ranks(world_size: int) -> int:
         world_size: Number of processes in all.
 
     Returns:
-        LOCAL_WORLD_SIZE (torchrun), else the most that SLURM_STEP_TASKS_PER_NODE (srun) gives a machine, else
-        `world_size`: whoever else launches processes does not say.
+        LOCAL_WORLD_SIZE (torchrun), else the most that SLURM_STEP_TASKS_PER_NODE gives a machine where srun has started
+        the ranks, else `world_size`: whoever else launches processes does not say.
     """
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     if local.isdecimal():
         return max(1, int(local))
+    if os.environ.get("SLURM_STEP_NUM_TASKS") != str(world_size):  # of a shell in which the ranks were started
+        return world_size
     tasks = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 4(x2),3
     return max([int(number) for number in tasks], default=world_size)

@@ -80,8 +80,14 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         for name in ("num_attempts", "num_connections"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a whole number of at least 1.")
+        for name in ("timeout_seconds", "backoff_seconds", "cache_gib"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (name == "cache_gib" and value is None):
+                raise InputError(f"{name} is {value!r}; expected a number.")
+        if not isinstance(self.config, Mapping):
+            raise InputError(f"config is {type(self.config).__name__}; expected obstore's options by name.")
         if not self.timeout_seconds > 0:
             raise InputError(f"timeout_seconds is {self.timeout_seconds!r}; expected a number above 0.")
         if not self.backoff_seconds >= 0:

@@ -124,7 +124,7 @@ class DatasetRun:
     def _rehearse(self, start: float) -> DatasetReport | None:
         folders = _folders_of(None if self.options.overwrite else self.store)
         kept = self._kept(folders)
-        orphans = sorted(set(folders) - {case.name for case in self.cases})
+        usable = set()
         for case in self.cases:
             state: CaseState = "kept" if case.name in kept else "written"
             if state == "written":
@@ -134,6 +134,9 @@ class DatasetRun:
                     state = "failed"
                     self.failures.append(Failure(case.path, str(error)))
             self._tell(case, state)
+            if state != "failed":
+                usable.add(case.name)
+        orphans = [name for name in sorted(set(folders) - usable) if stored_case(folders[name], self.target.settings)]
         states = [result.state for result in self.results]
         return DatasetReport(
             name=self.target.name,

@@ -114,7 +114,7 @@ class Augmentation:
         for name in ("rotate", "flip", "pixel_shift", "crop", "gaussian_noise", "salt_and_pepper_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"Augmentation: {name} is {getattr(self, name)!r}; expected True or False.")
-        if self.mirror not in (True, False, "auto"):
+        if self.mirror != "auto" and not isinstance(self.mirror, bool):
             raise InputError(f"Augmentation: mirror is {self.mirror!r}; expected 'auto', True or False.")
 
 

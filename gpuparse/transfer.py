@@ -120,7 +120,7 @@ def _download(place: RemotePath, info: ObjectInfo, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def upload_store(store: Store, target: RemotePath) -> TransferReport:
+def upload_store(store: Store, target: RemotePath, *, anew: bool = False) -> TransferReport:
     """Makes a remote store hold what a local one holds: until the last object, readers see it as it was.
 
     Cases that the remote store has are not sent again. What neither the new index nor the one before it names is
@@ -129,20 +129,21 @@ def upload_store(store: Store, target: RemotePath) -> TransferReport:
     Args:
         store: The local store.
         target: The remote one, such as `s3://bucket/DATASET1/train.zarr`.
+        anew: Send everything, also what is there: its size is all that is known of it.
 
     Raises:
         StorageError: Storage fails; the remote store is as it was, and what was sent is kept for the next run.
         StoreWriteError: Another run is writing it.
     """
     with Lease(target) as lease:
-        return _Upload(store, target, lease).run()
+        return _Upload(store, target, lease, anew).run()
 
 
 class _Upload:
     """One upload; the caller holds the lease."""
 
-    def __init__(self, store: Store, target: RemotePath, lease: Lease) -> None:
-        self._store, self._target, self._lease = store, target, lease
+    def __init__(self, store: Store, target: RemotePath, lease: Lease, anew: bool) -> None:
+        self._store, self._target, self._lease, self._anew = store, target, lease, anew
         self._there = target.list_objects()
         self._num_objects = self._num_bytes = self._num_kept = 0
 
@@ -205,7 +206,7 @@ class _Upload:
         """Files whose key says what they hold: one of the same size need not be sent again."""
         new = {}
         for key, path in files.items():
-            if key in self._there and self._there[key].num_bytes == path.stat().st_size:
+            if self._is_there(key, path.stat().st_size):
                 self._num_kept += 1
             else:
                 new[key] = path
@@ -215,8 +216,11 @@ class _Upload:
         self._num_objects += len(new)
         self._num_bytes += sum(path.stat().st_size for path in new.values())
 
+    def _is_there(self, key: str, num_bytes: int) -> bool:
+        return not self._anew and key in self._there and self._there[key].num_bytes == num_bytes
+
     def _send(self, key: str, data: bytes) -> None:
-        if key in self._there and self._there[key].num_bytes == len(data):
+        if self._is_there(key, len(data)):
             self._num_kept += 1
             return
         (self._target / key).write(data)
@@ -276,11 +280,11 @@ class Staging:
             download_sources(self._source, self._data_dir, split=split, datasets=datasets)
         return self._data_dir
 
-    def send(self, dataset: str, store_path: Path) -> None:
+    def send(self, dataset: str, store_path: Path, *, anew: bool) -> None:
         """Sends a store and the report beside it, if stores go to a URL; see `upload_store`."""
         if self._target is not None:
             folder = self._target / dataset
-            upload_store(open_store(store_path), folder / store_path.name)
+            upload_store(open_store(store_path), folder / store_path.name, anew=anew)
             with contextlib.suppress(FileNotFoundError):  # it could not be written, which was said
                 (folder / REPORT_FILE).write((store_path.parent / REPORT_FILE).read_bytes())
 

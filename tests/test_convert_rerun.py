@@ -82,8 +82,10 @@ def test_cases_that_lost_their_source_are_named(two_cases, data_dir, tmp_path):
     assert entry["without_source"] == ["b"]
     # A bad file stands for nothing, either: its case of an earlier run stays.
     (source / "renamed.npz").write_bytes(b"")
-    report = gpuparse.convert(data_dir, on_error="skip")
-    assert report.datasets[0].without_source == ("b", "renamed")
+    for dry_run in (True, False):
+        report = gpuparse.convert(data_dir, on_error="skip", dry_run=dry_run)
+        assert report.datasets[0].without_source == ("b", "renamed")
+        assert report.datasets[0].num_kept == 3
     assert "2 cases stay in the store without a usable source in this run: b, renamed." in str(report)
     result = CliRunner().invoke(app, ["convert", str(data_dir), "--on-error", "skip"])
     assert "2 cases stay in the store" in result.stderr + result.stdout

@@ -301,3 +301,23 @@ def test_the_page_on_evaluation_works_as_it_stands(tmp_path, monkeypatch):
     result = run(*command.split())
     assert result.exit_code == 0, result.output
     assert {p.name for p in tmp_path.glob("scores.*")} == {"scores.csv", "scores.json", "scores.png"}
+
+
+def test_another_split_is_not_scored_in_its_place_and_brackets_in_prompts_are_shown(tmp_path):
+    labels = np.zeros((4, 16, 16), np.uint8)
+    labels[1:3, 4:9, 4:9] = 1
+    for split in ("train", "val"):
+        (tmp_path / "D" / split).mkdir(parents=True)
+        np.savez(tmp_path / "D" / split / "c.npz", imgs=labels * 90, gts=labels, spacing=np.ones(3))
+    (tmp_path / "p").mkdir()
+    np.savez(tmp_path / "p" / "c.npz", segs=labels)
+    prompts = {"D": {"1": ["Liver [/b] in [portal phase] CT"], "instance_label": 0}}
+    (tmp_path / "class_prompts.json").write_text(json.dumps(prompts))
+    arguments = ["evaluate", "--pred", str(tmp_path / "p"), "--data", str(tmp_path / "D")]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code != 0
+    assert isinstance(refused.exception, InputError)
+    assert "no test cases in any folder" in str(refused.exception)
+    scored = CliRunner().invoke(app, [*arguments, "--split", "val"])
+    assert scored.exit_code == 0, scored.output
+    assert "1 Liver [/b] in [portal phase] CT" in scored.stdout

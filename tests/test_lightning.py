@@ -133,7 +133,7 @@ def test_the_device_is_the_trainers_and_without_a_trainer_the_loader_is_a_plain_
     assert type(datamodule.train_dataloader()) is gpuparse.DataLoader
     assert next(iter(datamodule.train_dataloader()))["image"].shape == (4, 3, 32, 32)
     datamodule.trainer = types.SimpleNamespace(
-        strategy=types.SimpleNamespace(root_device=torch.device("cpu")), fit_loop=None
+        strategy=types.SimpleNamespace(root_device=torch.device("cpu")), fit_loop=None, train_dataloader=None
     )
     assert datamodule.train_dataloader().device.type == "cpu"
     assert datamodule._device() == {"device": "cpu"}
@@ -216,12 +216,13 @@ def test_a_checkpoint_saved_after_fit_leaves_no_batch_out(data, tmp_path, limits
 
 
 class SaveAtStart(Callback):
-    """Saves before the first batch."""
+    """Saves before the first batch, and asks for a loader of its own."""
 
     def __init__(self, path):
         self.path = path
 
     def on_train_start(self, trainer, model):
+        next(iter(trainer.datamodule.train_dataloader()))
         trainer.save_checkpoint(self.path)
 
 
@@ -230,7 +231,8 @@ def test_a_checkpoint_saved_before_the_first_batch_of_a_resumed_run_is_the_one_i
     whole, save = Recorder(), SaveAlways(tmp_path)
     fit(whole, data, callbacks=[save], max_epochs=2)
     (path,) = [path for hook, path, num_trained in save.saved if (hook, num_trained) == place]
-    fit(Recorder(), data, path, callbacks=[SaveAtStart(tmp_path / "again.ckpt")], max_epochs=2)
+    again = SaveAtStart(tmp_path / "again.ckpt")
+    fit(Recorder(), data, path, callbacks=[again], max_epochs=2)
     model = Recorder()
     fit(model, data, tmp_path / "again.ckpt", max_epochs=2)
     assert model.trained == whole.trained[place[1] :]

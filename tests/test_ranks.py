@@ -56,8 +56,9 @@ def test_nothing_said_is_one_process(environment):
         (TORCHRUN, 4),
         ({"LOCAL_WORLD_SIZE": ""}, 8),
         ({"LOCAL_WORLD_SIZE": "0"}, 1),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 4),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x3),5,1(x12)"}, 5),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "2,5,1(x1)"}, 5),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, 8),  # a shell that started them itself
         ({**TORCHRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 4),  # torchrun once on each node
         ({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 8),  # Lightning's own launcher
     ],

@@ -320,6 +320,11 @@ def test_other_commands_say_that_they_need_a_local_store(server, options):
         ({"num_attempts": 0}, "num_attempts is 0; expected a whole number of at least 1"),
         ({"num_connections": 1.5}, "num_connections is 1.5; expected a whole number"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0; expected a number above 0"),
+        ({"timeout_seconds": "30"}, "timeout_seconds is '30'; expected a number"),
+        ({"backoff_seconds": None}, "backoff_seconds is None; expected a number"),
+        ({"cache_dir": "x", "cache_gib": "9"}, "cache_gib is '9'; expected a number"),
+        ({"num_attempts": True}, "num_attempts is True; expected a whole number"),
+        ({"config": "x"}, "config is str; expected obstore's options by name"),
         ({"backoff_seconds": -1}, "backoff_seconds is -1; expected a number of at least 0"),
         ({"cache_dir": "x"}, "cache_gib is None; cache_dir needs its size in GiB, above 0"),
         ({"cache_gib": 1}, "cache_gib is 1 but cache_dir is None; expected a folder"),
@@ -333,6 +338,8 @@ def test_options_out_of_range_are_refused(arguments, message):
 def test_options_for_a_local_store_are_refused(sample_stores):
     with pytest.raises(InputError, match=r"remote is given but '.*train.zarr' is no URL"):
         gpuparse.open_store(sample_stores["SAMPLE_CT"], remote=RemoteOptions())
+    with pytest.raises(InputError, match=r"remote is dict; expected gpuparse\.RemoteOptions"):
+        gpuparse.open_store("s3://bucket/x.zarr", remote={"num_attempts": 3})
 
 
 def test_bad_options_of_the_store_are_an_error_of_storage():

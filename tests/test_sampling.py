@@ -161,7 +161,10 @@ NUMBER = "expected a number from"
         *(({"crop_ratio": v}, rf"crop_ratio is {v}; {NUMBER} 0 to 0\.5\.") for v in (-0.1, 0.51, False)),
         ({"crop_ratio": 0}, r"crop_ratio is 0; expected more than 0\. Use crop=False for no crop"),
         *(({name: v}, rf"{name} is {v}; expected True or False\.") for name in SWITCHES for v in (1, None)),
-        *(({"mirror": v}, rf"mirror is {v!r}; expected 'auto', True or False\.") for v in ("yes", None, 2, "Auto")),
+        *(
+            ({"mirror": v}, rf"mirror is {v!r}; expected 'auto', True or False\.")
+            for v in ("yes", None, 2, "Auto", 0, 1)
+        ),
     ],
 )
 def test_laws_out_of_range_are_refused_by_name(arguments, message):

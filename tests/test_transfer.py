@@ -93,6 +93,26 @@ def test_a_store_is_sent_whole_with_its_root_last_and_never_twice(server, option
     assert len({key.split("/")[4] for key in server.list_keys("stores/DATA/train.zarr/index/")} - {"zarr.json"}) == 2
 
 
+def test_overwriting_replaces_objects_that_were_damaged_there(server, options, convert, write_case):
+    write_case(*volume(1), name="a")
+    convert()
+    (key,) = [key for key in server.list_keys("stores/DATA/train.zarr/cases/a") if key.endswith("/gts/0/c/0/0/0")]
+    content = bytearray(server.get(key))
+    content[5] ^= 1
+    server.put(key, bytes(content))
+
+    def errors():
+        report = gpuparse.check("s3://bucket/stores/DATA/train.zarr", remote=options)
+        return [finding.code for finding in report.findings if finding.severity == "error"]
+
+    assert errors() == ["GP206"]
+    convert()  # knows its size alone
+    assert errors() == ["GP206"]
+    convert(overwrite=True)
+    assert errors() == []
+    assert bytes(content) != server.get(key)
+
+
 def test_a_lost_work_dir_costs_no_second_upload(server, options, convert, write_case, tmp_path):
     write_case(*volume(1))
     convert()

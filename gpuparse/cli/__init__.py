@@ -42,7 +42,9 @@ def main() -> None:
     try:
         app()
     except GpuparseError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
+        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
+            f"error: {error}", markup=False, style="red"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def _say_interrupted() -> None:
-    Console(stderr=True).print("interrupted", style="yellow")
+    Console(markup=False, stderr=True).print("interrupted", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:

@@ -81,7 +81,7 @@ def bench_command(
     from gpuparse.bench.sides import OURS, chosen_peers
     from gpuparse.bench.tables import print_results
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 140)
     if results is not None:
         found = load_results(results)
     else:

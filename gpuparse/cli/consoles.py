@@ -14,21 +14,21 @@ _PLAIN_WIDTH = 160  # where there is no terminal to ask
 
 def table_console() -> Console:
     """Standard output, wide enough for tables where it is no terminal."""
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
+        console = Console(markup=False, highlight=False, width=_PLAIN_WIDTH)
     return console
 
 
 def error_console() -> Console:
     """Standard error, for lines that are not to be broken."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(markup=False, stderr=True, highlight=False, soft_wrap=True)
 
 
 def counting_progress(console: Console, *, quiet: bool = False) -> Progress:
     """A bar of things done, gone when all are; on a terminal only."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

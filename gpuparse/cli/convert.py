@@ -116,7 +116,7 @@ def convert_command(
 
     With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
-    console = Console(quiet=quiet or json_output)
+    console = Console(markup=False, quiet=quiet or json_output)
     val_split = None
     if val_fraction is not None or split_file is not None:
         val_split = ValSplit(val_fraction or 0.0, split_seed, group_regex, split_file)
@@ -171,10 +171,10 @@ class _CaseProgress:
 
     def __init__(self, console: Console, cases: Sequence[SourceCase]) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -205,7 +205,7 @@ class _CaseProgress:
 def _print_failures(report: ConversionReport) -> None:
     if not report.failures:
         return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(markup=False, stderr=True, highlight=False, soft_wrap=True)
     for failure in report.failures:
         console.print(f"skipped: {failure.reason}", markup=False, style="yellow")
     if not report.dry_run:

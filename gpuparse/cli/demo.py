@@ -24,4 +24,4 @@ def demo_command(
     """
     from gpuparse.demo import run_demo
 
-    run_demo(out, batch_size=batch_size, num_epochs=epochs, console=Console())
+    run_demo(out, batch_size=batch_size, num_epochs=epochs, console=Console(markup=False))

@@ -36,7 +36,7 @@ def doctor_command(
     """
     from gpuparse.doctor import diagnose
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     status = console.status("looking") if console.is_terminal and not json_output else None
 
     def show(check: Check) -> None:

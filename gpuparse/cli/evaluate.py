@@ -71,7 +71,7 @@ def evaluate_command(
     for option, path, suffix in (("--csv", csv, ".csv"), ("--json", json, ".json")):
         if path is not None and path.suffix != suffix:
             raise InputError(f"{option} is {path}; expected a name that ends in {suffix}.")
-    console = Console(quiet=quiet)
+    console = Console(markup=False, quiet=quiet)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=None)
 
@@ -97,7 +97,7 @@ def evaluate_command(
     _print(console, report)
     for dataset_name, case in report.missing:
         state = "left out" if missing == "skip" else "scored as empty"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
             f"no prediction, {state}: {dataset_name}/{case}", markup=False, style="yellow"
         )
     if report.missing:

@@ -50,9 +50,9 @@ def export_command(
     """
     from gpuparse.export import export_store
 
-    console = Console(quiet=quiet or json_output, highlight=False, soft_wrap=True)
+    console = Console(markup=False, quiet=quiet or json_output, highlight=False, soft_wrap=True)
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -85,7 +85,7 @@ def export_command(
         console.print(str(folder))
     num_cut = sum(case.num_cut for case in report.cases)
     if num_cut and not quiet:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
             f"{num_cut} slices have ids above 255: in the masks they are cut to 8 bits, as in BiomedParse's own.",
             style="yellow",
         )

@@ -98,7 +98,7 @@ def preview_command(
     if json_output:
         typer.echo(json.dumps(made.to_json(), indent=2))
     elif not quiet:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(markup=False, highlight=False, soft_wrap=True)
         size_mb = made.page.stat().st_size / 1e6
         console.print(f"{len(made.samples)} sample{'' if len(made.samples) == 1 else 's'}")
         console.print(f"page: {made.page} ({size_mb:.1f} MB)", markup=False)

@@ -319,7 +319,7 @@ def find_case_sets(
             )
         return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
     folders = sorted(root.iterdir()) if isinstance(root, Path) else [root / name for name in _list_folders(root)]
-    found = {path.name: path for path in folders if _has_cases(path, split)}
+    found = {path.name: path for path in folders if _has_cases(path, split) and not _is_split(path)}
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
@@ -338,6 +338,14 @@ def _has_cases(root: Place, split: str) -> bool:
     if _find_store(root, split) is not None:
         return True
     return isinstance(root, Path) and any(any(f.glob("*.npz")) for f in (root, root / split, root / "imgs"))
+
+
+def _is_split(folder: Place) -> bool:
+    """Whether a folder of npz files is a split, or a split's masks, of the dataset it is in, and no dataset itself."""
+    name = folder.name
+    for suffix in _MASK_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name in ("train", "val", "test") and isinstance(folder, Path) and any(folder.glob("*.npz"))
 
 
 def _find_store(root: Place, split: str) -> Place | None:

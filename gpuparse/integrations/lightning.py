@@ -100,18 +100,12 @@ class GpuparseDataModule(_LightningDataModule):
         self._sources = {part: _as_list(part, sources) for part, sources in given.items()}
         self._datasets: dict[str, list[Dataset[Any]]] = {}
         self._place = _Place()
-        self._train_loader: _TrainLoader | None = None
-
-    def setup(self, stage: str) -> None:
-        """Begins a run of training anew; called before a checkpoint is read."""
-        if stage == "fit":
-            self._place, self._train_loader = _Place(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, for a checkpoint; nothing where there is no training."""
         if self._place.resumed is not None:  # nothing was trained on since
             return dict(self._place.resumed)
-        return {} if self._train_loader is None else self._train_loader.place_dict()
+        return {} if self._place.loader is None else self._place.loader.place_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes training go on where `state_dict` was taken."""
@@ -133,8 +127,9 @@ class GpuparseDataModule(_LightningDataModule):
         options = {"shuffle": True, **self._device(), **self.options}
         if self.trainer is None:
             return DataLoader(datasets[0], **options)
-        self._train_loader = _TrainLoader(self.trainer, self._place, datasets[0], options, self._train_loader)
-        return self._train_loader
+        if self.trainer.train_dataloader is None:  # `fit` begins
+            self._place = _Place(resumed=self._place.resumed)
+        return _TrainLoader(self.trainer, self._place, datasets[0], options)
 
     def val_dataloader(self) -> list[DataLoader]:
         """New validation loaders, one for each dataset, in the order of `val`."""
@@ -213,11 +208,13 @@ class _Place:
         resumed: What `_TrainLoader.place_dict` said in the checkpoint, until the first batch is asked for.
         is_catching_up: Whether the epoch under way was begun before the checkpoint, or right behind it: Lightning may
             then ask for too few batches of it (a single one where `fit` had ended with an epoch) or too many.
+        loader: The one that Lightning trains from; somebody else may ask the module for more.
     """
 
     num_epochs_ahead: int = 0
     resumed: Mapping[str, Any] | None = None
     is_catching_up: bool = False
+    loader: _TrainLoader | None = None
 
 
 class _TrainLoader(DataLoader):
@@ -227,21 +224,14 @@ class _TrainLoader(DataLoader):
     batch as not done. The loader's state must then be the one before that batch, although it was handed out.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        place: _Place,
-        dataset: Dataset[Any],
-        options: Mapping[str, Any],
-        previous: _TrainLoader | None,
-    ) -> None:
+    def __init__(self, trainer: Any, place: _Place, dataset: Dataset[Any], options: Mapping[str, Any]) -> None:
         super().__init__(dataset, **options)
         self._trainer = trainer
         self._place = place
         # Of the batch handed out last: the number of batches trained on by then, the state before it and after it.
         self._in_hand: tuple[int, dict[str, Any], dict[str, Any]] | None = None
-        if previous is not None and place.is_catching_up:  # its epoch may not be at its end
-            super().load_state_dict(previous.state_dict())
+        if place.loader is not None and place.is_catching_up:  # its epoch may not be at its end
+            super().load_state_dict(place.loader.state_dict())
 
     @property
     def batch_sampler(self) -> Any:
@@ -298,7 +288,9 @@ class _TrainLoader(DataLoader):
             self.set_epoch(state["epoch"] + 1)
         else:
             self.load_state_dict(state)
-        self._place.num_epochs_ahead, self._place.is_catching_up = self._epoch - trainer_epoch, True
+        self._place.num_epochs_ahead = self._epoch - trainer_epoch
+        # In the epoch that it was saved in, Lightning counts as it did.
+        self._place.is_catching_up = trainer_epoch != resumed["trainer_epoch"]
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         if self._place.resumed is not None:  # the data module's own goes first
@@ -316,9 +308,11 @@ class _TrainLoader(DataLoader):
             )  # fmt: skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        resumed, self._place.resumed = self._place.resumed, None
-        if resumed is not None:
-            self._resume(resumed)
+        if self._trainer.train_dataloader is self:
+            self._place.loader = self
+            resumed, self._place.resumed = self._place.resumed, None
+            if resumed is not None:
+                self._resume(resumed)
         with contextlib.closing(super().__iter__()) as batches:  # type: ignore[type-var]
             while not (self._place.is_catching_up and self._position >= self._end):
                 before = super().state_dict()
