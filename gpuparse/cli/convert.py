@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gpuparse.cli.consoles import error_console
 from gpuparse.cli.foreign_options import (
     Channel,
     Format,
@@ -205,9 +206,9 @@ class _CaseProgress:
 def _print_failures(report: ConversionReport) -> None:
     if not report.failures:
         return
-    console = Console(markup=False, stderr=True, highlight=False, soft_wrap=True)
+    console = error_console()
     for failure in report.failures:
-        console.print(f"skipped: {failure.reason}", markup=False, style="yellow")
+        console.print(f"skipped: {failure.reason}", style="yellow")
     if not report.dry_run:
         console.print(f"{len(report.failures)} skipped; {REPORT_FILE} beside each store has the list.")
 
@@ -237,7 +238,7 @@ def _print_report(console: Console, report: ConversionReport) -> None:
     for entry in report.datasets:
         console.print(str(entry.store_path), highlight=False, soft_wrap=True)
         if entry.without_source:
-            console.print(entry.notice(), markup=False, highlight=False, soft_wrap=True, style="yellow")
+            console.print(entry.notice(), highlight=False, soft_wrap=True, style="yellow")
 
 
 def _megabytes(num_bytes: float) -> str:

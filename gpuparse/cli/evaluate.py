@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from gpuparse.cli.consoles import error_console
 from gpuparse.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ def evaluate_command(
     _print(console, report)
     for dataset_name, case in report.missing:
         state = "left out" if missing == "skip" else "scored as empty"
-        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
-            f"no prediction, {state}: {dataset_name}/{case}", markup=False, style="yellow"
-        )
+        error_console().print(f"no prediction, {state}: {dataset_name}/{case}", style="yellow")
     if report.missing:
         raise typer.Exit(1)
 

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpuparse.cli.consoles import error_console
+
 if TYPE_CHECKING:
     from gpuparse.export import CaseExport
 
@@ -85,7 +87,7 @@ def export_command(
         console.print(str(folder))
     num_cut = sum(case.num_cut for case in report.cases)
     if num_cut and not quiet:
-        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
+        error_console().print(
             f"{num_cut} slices have ids above 255: in the masks they are cut to 8 bits, as in BiomedParse's own.",
             style="yellow",
         )
