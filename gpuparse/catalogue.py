@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place, open_place
-from gpuparse.remote import RemoteOptions, is_url
+from gpuparse.remote import RemoteOptions, RemotePath
 
 __all__ = ["find_stores"]
 
@@ -24,8 +24,8 @@ def find_stores(
     """Finds the stores behind a path; none is opened.
 
     Args:
-        path: A store, a dataset's folder with `<split>.zarr` in it, or a folder of such folders. Of a URL: a store, or
-            what holds a `train.zarr`, `val.zarr` or `test.zarr`, since servers do not list what is there.
+        path: A store, a dataset's folder with `<split>.zarr` in it, or a folder of such folders. On a web server, which
+            lists nothing: a store, or what holds a `train.zarr`, `val.zarr` or `test.zarr`.
         datasets: Of a folder of datasets, the folders to look at; None takes all.
         remote: How a URL is read; None takes the defaults.
 
@@ -36,24 +36,27 @@ def find_stores(
         InputError: There is no such path, no store in it, or no dataset of a name.
         StorageError: Remote storage does not answer or refuses.
     """
-    if is_url(path):
-        return _remote_stores(open_place(path, remote), datasets)
-    root = Path(path)
+    place = open_place(path, remote)
+    found = _remote_stores(place) if isinstance(place, RemotePath) else _local_stores(Path(path))
+    absent = [name for name in datasets or () if name not in found]
+    if absent:
+        raise InputError(f"{place}: no store of dataset {', '.join(map(repr, absent))}; found {', '.join(found)}.")
+    return tuple(store for name, stores in found.items() if datasets is None or name in datasets for store in stores)
+
+
+def _local_stores(root: Path) -> Mapping[str, Sequence[Place]]:
+    """Datasets and their stores."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a store, a dataset's folder, or a folder of datasets.")
     if root.suffix == ".zarr":
-        found = {root.absolute().parent.name: [root]}
-    elif here := _stores_in(root):
-        found = {root.absolute().name: here}
-    else:
-        found = {folder.name: _stores_in(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
-        found = {name: stores for name, stores in found.items() if stores}
+        return {root.absolute().parent.name: [root]}
+    if here := _stores_in(root):
+        return {root.absolute().name: here}
+    found = {folder.name: _stores_in(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
+    found = {name: stores for name, stores in found.items() if stores}
     if not found:
         raise InputError(f"{root}: no store in it. Make one with `gpuparse convert {root}`, or name a .zarr folder.")
-    absent = [name for name in datasets or () if name not in found]
-    if absent:
-        raise InputError(f"{root}: no store of dataset {', '.join(map(repr, absent))}; found {', '.join(found)}.")
-    return tuple(store for name, stores in found.items() if datasets is None or name in datasets for store in stores)
+    return found
 
 
 def _stores_in(folder: Path) -> list[Path]:
@@ -62,12 +65,28 @@ def _stores_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*.zarr") if path.is_dir())
 
 
-def _remote_stores(place: Place, datasets: Sequence[str] | None) -> tuple[Place, ...]:
-    if datasets:
-        raise InputError(f"'{place}' is one dataset; names of datasets cannot be chosen there. Put them into the URL.")
-    if place.name.endswith(".zarr"):
-        return (place,)
-    found = tuple(place / name for name in _NAMES if (place / name).is_dir())
+def _remote_stores(root: RemotePath) -> Mapping[str, Sequence[Place]]:
+    """Datasets and their stores. Only where the usual names are not there is anything listed."""
+    if root.name.endswith(".zarr"):
+        return {root.parent.name: [root]}
+    usual = [root / name for name in sorted(_NAMES) if (root / name).is_dir()]
+    if usual:
+        return {root.name: usual}
+    try:
+        folders = root.list_folder()[0]
+        if here := _stores_at(root, folders):
+            return {root.name: here}
+        found = {name: _stores_at(root / name, (root / name).list_folder()[0]) for name in folders}
+    except StorageError as error:
+        raise StorageError(
+            f"'{root}': no {' or '.join(_NAMES)} there, and it cannot be seen what is ({error}). Name a store, or the "
+            "dataset that holds one."
+        ) from error
+    found = {name: stores for name, stores in found.items() if stores}
     if not found:
-        raise InputError(f"'{place}': no {' or '.join(_NAMES)} there. Name a store, or the dataset that holds one.")
+        raise InputError(f"'{root}': no store there. Name a store, a dataset that holds one, or a folder of datasets.")
     return found
+
+
+def _stores_at(folder: RemotePath, names: Sequence[str]) -> list[RemotePath]:
+    return [folder / name for name in names if name.endswith(".zarr") and not name.startswith(".")]

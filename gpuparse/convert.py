@@ -24,11 +24,12 @@ from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
 from gpuparse.memory import GIB, default_memory_bytes
 from gpuparse.publish import PublishTarget
-from gpuparse.remote import RemoteOptions, is_url
+from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
 from gpuparse.store import Store, open_store
 from gpuparse.transfer import Staging
+from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES
 from gpuparse.workers import TaskPool, WorkerPool
 

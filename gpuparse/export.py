@@ -20,14 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.catalogue import find_stores
 from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
+from gpuparse.places import open_place
 from gpuparse.prompts import parse_class_prompts
-from gpuparse.remote import is_url
 from gpuparse.store import Store, open_store
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
@@ -41,6 +42,7 @@ _SLICES_AT_ONCE = 16
 _PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}  # Z_RLE, as cv2: it suits slices, and is the fastest
 _WORK_BYTES = _SLICES_AT_ONCE * 8 * SIZE[0] * SIZE[1]
 _MAX_BYTE_ID = 255
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def export_store(
     """Writes a store's cases back to files.
 
     Args:
-        path: A store, or a dataset's folder with `train.zarr`; a path or a URL.
+        path: A store, or a dataset's folder, of which its `train.zarr` or only store is taken; a path or a URL.
         out_dir: Where `<dataset>/` goes; None takes the folder that the dataset's folder is in. A URL needs it.
         format: `png`: `processed/`, `processed_view1/` and `processed_view2/`, each with `<split>/`, `<split>_mask/`
             and `<split>.json`. `npz`: `<split>/<case>.npz` and the dataset's entry in `class_prompts.json`.
@@ -116,7 +118,7 @@ def export_store(
     """
     if format not in _FORMATS:
         raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
-    location = _location(os.fspath(path))
+    location = _location(path)
     store = open_store(location)
     if out_dir is None and store.is_remote:
         raise InputError(f"'{location}' is a URL; name the local folder for the files in out_dir (--out).")
@@ -140,12 +142,20 @@ def export_store(
     return ExportReport(store.name, format, tuple(done), tuple(folders))
 
 
-def _location(path: str) -> str:
+def _location(path: str | os.PathLike[str]) -> str:
     """The path or URL of the store that a path or URL means."""
-    if is_url(path):
-        return path.rstrip("/") if path.rstrip("/").endswith(".zarr") else f"{path.rstrip('/')}/train.zarr"
-    place = Path(path).resolve()
-    return str(place / "train.zarr" if place.suffix != ".zarr" and (place / "train.zarr").is_dir() else place)
+    place = open_place(path)
+    if isinstance(place, Path):
+        place = place.resolve()
+    if place.name.endswith(".zarr") or (place / "zarr.json").exists():
+        return str(place)
+    if (place / "train.zarr").is_dir():
+        return str(place / "train.zarr")
+    stores = find_stores(str(place))
+    if len(stores) > 1:
+        shown = ", ".join(map(str, stores[:_MAX_NAMED])) + (", ..." if len(stores) > _MAX_NAMED else "")
+        raise InputError(f"'{place}' holds {len(stores)} stores; expected one. Name it: {shown}.")
+    return str(stores[0])
 
 
 def _parts(store: Store, splits: Sequence[str] | None) -> dict[int, str]:

@@ -187,7 +187,7 @@ class BlockOrder:
     """
 
     def __init__(self, volume_sizes: npt.NDArray[np.int64], volumes_per_block: int, seed: int) -> None:
-        if not isinstance(volumes_per_block, int) or volumes_per_block < 1:
+        if not isinstance(volumes_per_block, int) or isinstance(volumes_per_block, bool) or volumes_per_block < 1:
             raise InputError(f"shuffle_block is {volumes_per_block!r}; expected volumes per block, at least 1.")
         self.volumes_per_block = volumes_per_block
         self.seed = seed

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from gpuparse.disk_cache import disk_cache
 from gpuparse.errors import InputError
-from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite, is_url
+from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
+from gpuparse.urls import is_url
 
 __all__ = ["Place", "local_path", "open_place"]
 

@@ -22,32 +22,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from gpuparse.errors import InputError, StorageError
 from gpuparse.optional import import_optional
+from gpuparse.urls import check_url
 
-__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite", "is_url"]
+__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite"]
 
 Result = TypeVar("Result")
 
-_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure", "http", "https")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _LONGEST_PAUSE_SECONDS = 30.0
-_REFUSALS = (
-    "PermissionDeniedError",
-    "UnauthenticatedError",
-    "InvalidPathError",
-    "NotSupportedError",
-    "UnknownConfigurationKeyError",
-)
+_REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "UnknownConfigurationKeyError")
+_NOT_OFFERED = ("status code: 405", "status code: 501")  # what web servers say to a request for a listing
 _REASON_LENGTH = 300
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a remote place, by its scheme.
-
-    >>> is_url("s3://bucket/DATASET1"), is_url("/data/DATASET1")
-    (True, False)
-    """
-    scheme, separator, _ = os.fspath(path).partition("://")
-    return bool(separator) and scheme in _SCHEMES
 
 
 @dataclass(frozen=True)
@@ -161,10 +146,16 @@ class RemoteSite:
     Attributes:
         url: Without a slash at its end.
         options: How.
+
+    Raises:
+        InputError: The URL holds credentials, a query or a fragment.
     """
 
     url: str
     options: RemoteOptions
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
 
     def __str__(self) -> str:
         return self.url
@@ -210,6 +201,11 @@ class RemoteSite:
                     "rights that they give."
                 ) from error
             except (known.BaseError, OSError) as error:
+                if isinstance(error, known.NotSupportedError) or any(code in str(error) for code in _NOT_OFFERED):
+                    raise StorageError(
+                        f"'{url}' {what}: the server does not offer it: {_reason(error)}. Reading takes a server that "
+                        "answers requests for ranges of bytes, listing an object store. Use one, or copy the data here."
+                    ) from error
                 if attempt == options.num_attempts:
                     raise StorageError(
                         f"'{url}' {what}: {attempt} attempts in {time.monotonic() - start:.1f} s failed, the last "

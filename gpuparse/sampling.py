@@ -361,6 +361,6 @@ def redraw_foreground(
 
 def check_fraction(name: str, value: float) -> float:
     """Returns `value` if it lies in 0..1, else raises an `InputError` that calls it `name`."""
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise InputError(f"{name} is {value!r}; expected a number from 0 to 1.")
     return float(value)

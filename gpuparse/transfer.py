@@ -26,8 +26,9 @@ from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWriteError
 from gpuparse.lease import Lease
 from gpuparse.prompts import PROMPTS_FILE
-from gpuparse.remote import ObjectInfo, RemoteOptions, RemotePath, RemoteSite, is_url
+from gpuparse.remote import ObjectInfo, RemoteOptions, RemotePath, RemoteSite
 from gpuparse.store import Store, open_store, read_store
+from gpuparse.urls import check_url, is_url
 
 __all__ = ["Staging", "TransferReport", "download_sources", "upload_store"]
 
@@ -246,7 +247,7 @@ class Staging:
         out_dir: Where stores are written, a local folder; None writes them beside the sources.
 
     Raises:
-        InputError: There is no folder to work in, or no place for the stores.
+        InputError: There is no folder to work in, no place for the stores, or a URL with more in it than a place.
     """
 
     def __init__(
@@ -262,6 +263,8 @@ class Staging:
         self._target: RemotePath | None = None
         options = remote or RemoteOptions()
         urls = [os.fspath(path) for path in (data_dir, out_dir) if path is not None and is_url(path)]
+        for url in urls:
+            check_url(url)
         if urls and work_dir is None:
             raise InputError(
                 f"'{urls[0]}' is a URL, and work_dir is not given. Name a local folder with --work-dir; it needs "

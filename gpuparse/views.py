@@ -7,6 +7,7 @@ CPU and the GPU share their coefficients to the last bit.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,7 +83,9 @@ def check_size(size: Sequence[int], name: str = "size") -> tuple[int, int]:
         InputError: It is not two whole numbers from 1 to 16384.
     """
     try:
-        height, width = (int(n) for n in size)
+        if any(isinstance(n, bool) for n in size):
+            raise TypeError
+        height, width = map(operator.index, size)
     except (TypeError, ValueError):
         raise InputError(f"{name} is {size!r}; expected (rows, columns), such as (512, 512).") from None
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):

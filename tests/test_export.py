@@ -348,10 +348,23 @@ def test_two_at_a_time_are_refused(stores, tmp_path, monkeypatch):
 
 
 def test_what_is_no_store_is_refused(tmp_path):
-    with pytest.raises(StoreFormatError):
+    with pytest.raises(InputError, match=r"no store in it\. Make one with `gpuparse convert"):
         export_store(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        export_store(tmp_path / "nowhere")
+    with pytest.raises(StoreFormatError, match=r"nowhere\.zarr' is no folder"):
+        export_store(tmp_path / "nowhere.zarr")
     with pytest.raises(InputError, match="format is 'gif'; expected one of png, npz"):
         export_store(tmp_path, format="gif")
+
+
+def test_the_only_store_is_taken_and_several_are_named(stores, tmp_path):
+    with pytest.raises(InputError, match=r"holds 2 stores; expected one\. Name it: .*CELLS/train\.zarr, .*ORGANS/"):
+        export_store(stores, tmp_path)
+    (tmp_path / "CELLS").mkdir()
+    (tmp_path / "CELLS" / "test.zarr").symlink_to(stores / "CELLS" / "train.zarr")
+    report = export_store(tmp_path / "CELLS", tmp_path / "out", format="npz")
+    assert (report.dataset, len(report.cases)) == ("CELLS", 1)
 
 
 # The volumes.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import pickle
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,12 +18,18 @@ import gpuparse
 from gpuparse import remote, shards
 from gpuparse.errors import ChunkCorruptError, InputError, MissingDependencyError, StorageError, StoreFormatError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
-from gpuparse.remote import RemoteOptions, is_url
+from gpuparse.remote import RemoteOptions
+from gpuparse.urls import is_url
 
 serve = pytest.importorskip("object_store", reason="needs moto[server]").serve
 pytest.importorskip("obstore")
 
 ENVIRONMENT = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "aws_region": "us-east-1"}
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +363,25 @@ def test_without_obstore_the_extra_is_named(monkeypatch):
     assert not is_url("/data/s3://x")
 
 
+def test_a_web_server_without_ranges_and_listings_is_told_apart_from_a_broken_one(sample_stores):
+    folder = str(sample_stores["SAMPLE_CT"].parent.parent)
+    handler = functools.partial(QuietHandler, directory=folder)  # answers everything whole, and lists nothing
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{web.server_port}"
+            (found,) = gpuparse.info(f"{url}/SAMPLE_CT").stores
+            assert found.num_cases == len(gpuparse.open_store(sample_stores["SAMPLE_CT"]).cases)
+            with pytest.raises(StorageError, match=r"cannot be read: the server does not offer it: .*ranges of bytes"):
+                gpuparse.SliceDataset(f"{url}/SAMPLE_CT")[0]
+            with pytest.raises(StorageError, match=r"no train\.zarr or .*, and it cannot be seen what is \(.*listed"):
+                gpuparse.info(url)
+        finally:
+            web.shutdown()
+            thread.join()
+
+
 def test_info_and_preview_of_a_url_show_what_they_show_of_the_folder(server, options, sample_stores, tmp_path):
     from gpuparse.preview import DrawOptions, PreviewOptions, SliceChoice, preview
 
@@ -366,11 +394,18 @@ def test_info_and_preview_of_a_url_show_what_they_show_of_the_folder(server, opt
         far_report = gpuparse.info(far, voxels=voxels, remote=options)
         assert without_path(far_report) == without_path(gpuparse.info(near, voxels=voxels))
         assert [store.path for store in far_report.stores] == [f"{url}/train.zarr"]
-    with pytest.raises(InputError, match=r"no train\.zarr or val\.zarr or test\.zarr there"):
-        gpuparse.info("s3://bucket/data", remote=options)
-    with pytest.raises(InputError, match="is one dataset; names of datasets cannot be chosen there"):
-        gpuparse.info(url, datasets=["SAMPLE_CELLS"], remote=options)
+    both = gpuparse.info("s3://bucket/data", remote=options)
+    assert without_path(both) == without_path(gpuparse.info(local.parent))
+    assert [store.name for store in both.stores] == sorted(sample_stores)
+    (one,) = gpuparse.info("s3://bucket/data", datasets=["SAMPLE_CT"], remote=options).stores
+    assert one.path == "s3://bucket/data/SAMPLE_CT/train.zarr"
+    with pytest.raises(InputError, match=r"data: no store of dataset 'NONE'; found SAMPLE_CELLS, SAMPLE_CT\."):
+        gpuparse.info("s3://bucket/data", datasets=["NONE"], remote=options)
+    with pytest.raises(InputError, match=r"'s3://bucket/data/SAMPLE_CT/train': no store there\. Name a store"):
+        gpuparse.info("s3://bucket/data/SAMPLE_CT/train", remote=options)
     wanted = PreviewOptions(SliceChoice(num_samples=2), DrawOptions(augment=True, size=(64, 64)))
     far_made = preview(url, tmp_path / "far", wanted, remote=options)
     near_made = preview(local, tmp_path / "near", wanted)
     assert far_made.page.read_text() == near_made.page.read_text()
+    far_all = preview("s3://bucket/data", tmp_path / "far", wanted, remote=options)
+    assert far_all.page.read_text() == preview(local.parent, tmp_path / "near", wanted).page.read_text()

@@ -219,6 +219,7 @@ def test_fractions_out_of_range_are_refused_by_name(value, sample_stores):
     with pytest.raises(InputError, match=rf"foreground_fraction is {re.escape(repr(value))}; expected"):
         gpuparse.SliceDataset(sample_stores["SAMPLE_CT"], foreground_fraction=value)
     assert check_fraction("present_fraction", 1) == 1.0
+    assert check_fraction("present_fraction", np.float32(0.5)) == 0.5
 
 
 def prompts_of(*texts, instance_label=0):

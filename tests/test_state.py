@@ -296,6 +296,7 @@ def test_blocks_in_the_loader_keep_to_two_volumes_at_a_time(ct):
         ({"weights": [1]}, "weights has 1 entries; expected one per dataset, 2"),
         ({"shuffle_block": 2}, "shuffle_block is 2 but shuffle is False; expected shuffle=True"),
         ({"shuffle_block": 0, "shuffle": True}, "shuffle_block is 0; expected volumes per block"),
+        ({"shuffle_block": True, "shuffle": True}, "shuffle_block is True; expected volumes per block"),
         ({"rank": 1}, "rank is 1 and world_size is None; give both"),
     ],
 )

@@ -22,8 +22,8 @@ from gpuparse.check.store import opened_store
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.prompts import PROMPTS_FILE
-from gpuparse.remote import is_url
 from gpuparse.store import Store, open_store
+from gpuparse.urls import is_url
 
 __all__ = ["RepairReport", "repair"]
 

@@ -13,7 +13,8 @@ from typing import Literal
 from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import PROMPTS_FILE
-from gpuparse.remote import RemoteOptions, RemotePath, is_url
+from gpuparse.remote import RemoteOptions, RemotePath
+from gpuparse.urls import is_url
 
 __all__ = ["Target", "find_targets"]
 

@@ -29,9 +29,9 @@ from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
 from gpuparse.memory import GIB, default_memory_bytes
-from gpuparse.remote import is_url
 from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
+from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES
 
 __all__ = ["convert_command"]

@@ -21,7 +21,7 @@ __all__ = ["export_command"]
 
 def export_command(
     store: Annotated[
-        str, typer.Argument(help="A store, or a dataset's folder with train.zarr; path or URL.", show_default=False)
+        str, typer.Argument(help="A store, or a dataset's folder with one; path or URL.", show_default=False)
     ],
     format_name: Annotated[
         Literal["png", "npz"],

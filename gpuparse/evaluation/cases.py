@@ -19,8 +19,9 @@ from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFo
 from gpuparse.npz import NpzFile
 from gpuparse.places import Place, open_place
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
-from gpuparse.remote import RemoteOptions, RemotePath, is_url
+from gpuparse.remote import RemoteOptions, RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, read_store, split_code
+from gpuparse.urls import is_url
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
 
 __all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]

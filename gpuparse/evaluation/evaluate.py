@@ -135,7 +135,7 @@ def _plan(
         raise InputError(
             f"{pred_dir}: no prediction for {len(absent)} cases ({shown}); expected "
             f"{'DATASET/' if len(case_sets) > 1 else ''}<case>.npz with segs, or <case>.nii.gz. "
-            "Add them, or choose missing='empty' (scored as the challenge does) or 'skip'."
+            "Add them, or choose missing='empty' (--missing empty), scored as the challenge does, or 'skip'."
         )
     return jobs, absent
 
