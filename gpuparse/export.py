@@ -30,6 +30,7 @@ from gpuparse.memory import default_memory_bytes
 from gpuparse.places import open_place
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.store import Store, open_store
+from gpuparse.urls import check_local
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
 
@@ -118,6 +119,8 @@ def export_store(
     """
     if format not in _FORMATS:
         raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
+    if out_dir is not None:
+        check_local(out_dir, "out_dir")
     location = _location(path)
     store = open_store(location)
     if out_dir is None and store.is_remote:
