@@ -38,7 +38,10 @@ CHUNK_DTYPE = np.dtype(
 """One chunk to be read: the struct `ChunkRequest` of kernels/chunks.h."""
 
 
-_LOST = "Look at the storage; where the file is gone, convert this case again: `gpuparse check STORE --repair`."
+_LOST = (
+    "Look at the storage. Where the file is gone: open the store again if it was converted since; otherwise convert "
+    "this case again: `gpuparse check STORE --repair`."
+)
 _PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
 
 

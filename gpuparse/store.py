@@ -193,10 +193,22 @@ class Store:
         try:
             attributes = read_json(path / "zarr.json", _REMEDY).get("attributes")
         except StoreFormatError as error:
+            self._check_current(error)
             raise StoreFormatError(f"'{self.place}' has no readable slice index ({error}).") from error
         if not isinstance(attributes, dict):
             raise StoreFormatError(f"'{self.place}' has no readable slice index ({path} has no attributes). {_REMEDY}")
         return attributes
+
+    def _check_current(self, error: Exception) -> None:
+        """Called where a part of the store cannot be read: says so if newer ones have taken its place meanwhile."""
+        try:
+            current = read_json(self.place / "zarr.json", "")["attributes"]["gpuparse"]["index"]
+        except (KeyError, TypeError, StorageError, StoreFormatError):
+            return
+        if current != self.attributes["index"]:
+            raise StoreFormatError(
+                f"'{self.place}' was converted again since it was opened, and what it was then is gone. Open it again."
+            ) from error
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         checksums = self._index.get("crc32c", {})
@@ -208,6 +220,7 @@ class Store:
         except StorageError:
             raise
         except (KeyError, ValueError, OSError) as error:
+            self._check_current(error)
             raise StoreFormatError(
                 f"'{self.place}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
             ) from error
@@ -270,18 +283,23 @@ class Store:
         """
         key = (case, array_path)
         if key not in self._layouts:
-            folder = self.case_place(case)
-            if case not in self._files:
-                self._files[case] = shard_sizes(folder)
-            files = self._files[case]
-            prefix = f"{array_path}/"
-            own = (
-                {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)}
-                if files is not None
-                else None
-            )
-            self._layouts[key] = parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
+            try:
+                self._layouts[key] = self._read_layout(case, array_path)
+            except StoreFormatError as error:
+                self._check_current(error)
+                raise
         return self._layouts[key]
+
+    def _read_layout(self, case: int, array_path: str) -> ArrayLayout:
+        folder = self.case_place(case)
+        if case not in self._files:
+            self._files[case] = shard_sizes(folder)
+        files = self._files[case]
+        prefix = f"{array_path}/"
+        own = (
+            {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)} if files is not None else None
+        )
+        return parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
 
     def prepare(self, cases: Iterable[int]) -> dict[int, StorageError | StoreFormatError]:
         """Has the layouts of several cases ready, read side by side where the store is remote.

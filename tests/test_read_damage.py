@@ -122,7 +122,7 @@ def test_a_deleted_shard_is_not_taken_for_background(store, array):
     (store.path / "cases/case" / array / "c/0/0/0").unlink()
     with pytest.raises(
         ChunkCorruptError,
-        match=rf"case 'case', axis 0, slice \d: '.*case/{array}/c/0/0/0' cannot be read: .*No such.*convert this case",
+        match=rf"case 'case', axis 0, slice \d: '.*case/{array}/c/0/0/0' cannot be read: .*No such.*open the store",
     ):
         fetch_all(store)
 
