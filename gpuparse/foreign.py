@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
-from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
 from gpuparse.nifti import nifti_bytes, nifti_stem, read_nifti
 from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json
@@ -91,6 +91,17 @@ class ForeignReader:
             VolumeFormatError: It cannot be used; the message names file and remedy.
             MissingDependencyError: A package of the extra `formats` is missing.
         """
+        try:
+            return self._read(case)
+        except (GpuparseError, MemoryError):
+            raise
+        except Exception as error:  # no file ends the run, whatever the libraries make of it or of a lost mount
+            raise VolumeFormatError(
+                f"{case.path}: cannot be read ({type(error).__name__}: {error}). Copy or export it again; check "
+                "its disk."
+            ) from error
+
+    def _read(self, case: SourceCase) -> Volume:
         pair = self.pair
         if pair.problem is not None:
             raise VolumeFormatError(pair.problem)

@@ -18,6 +18,7 @@ from gpuparse.collect import detect_format
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat
 from gpuparse.pairs import FolderLayout
+from gpuparse.source import SourceCase
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, open_store
 
 IMAGE, LABELS = phantom()
@@ -234,6 +235,22 @@ def test_a_broken_case_does_not_stop_the_rest(nnunet):
     report = gpuparse.convert(nnunet.parent, foreign=CT, on_error="skip")
     assert report.datasets[0].num_cases == 1
     assert [failure.path for failure in report.failures] == [path]
+
+
+def test_what_no_reader_foresees_is_the_fault_of_its_case(nnunet, monkeypatch):
+    digest = SourceCase.digest
+    path = nnunet / "imagesTr" / "a_0000.nii.gz"
+
+    def lost(case):
+        if case.path == path:
+            raise OSError(5, "Input/output error")
+        return digest(case)
+
+    monkeypatch.setattr(SourceCase, "digest", lost)
+    report = gpuparse.convert(nnunet.parent, foreign=CT, on_error="skip")
+    assert [case.name for case in open_store(report.datasets[0].store_path).cases] == ["b"]
+    (failure,) = report.failures
+    assert failure.reason.startswith(f"{path}: cannot be read (OSError: [Errno 5] Input/output error). Copy or export")
 
 
 def test_a_volume_larger_than_allowed_is_refused_by_its_header(nnunet):

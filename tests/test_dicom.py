@@ -85,6 +85,12 @@ def test_a_series_that_nothing_can_decode_says_what_to_install(folder):
         scan_of(folder)
 
 
+def test_without_a_scale_stored_values_are_the_intensities(folder):
+    for path in folder.iterdir():
+        edit(path, RescaleSlope=None, RescaleIntercept=None)
+    np.testing.assert_array_equal(intensities(scan_of(folder)), IMAGE.transpose(2, 1, 0) + 1024)
+
+
 def test_one_slice_is_a_volume_as_thick_as_it_says(tmp_path):
     write_series(tmp_path / "case", image=IMAGE[:1])
     scan = scan_of(tmp_path / "case")
@@ -123,6 +129,10 @@ def test_two_slices_at_one_place_are_found(folder):
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "directions .*Move scouts"),
         ({"PixelSpacing": [0.8, 1.5]}, "spacing_mm .*Move scouts"),
         ({"PixelSpacing": [0, 1.5]}, "sizes above 0"),
+        ({"ImagePositionPatient": [-20.0, "nan", 119.0]}, "position .*nan.*expected .* a point"),
+        ({"RescaleSlope": ""}, r"003\.dcm: RescaleSlope is empty; expected a number"),
+        ({"RescaleIntercept": ""}, r"003\.dcm: RescaleIntercept is empty; expected a number"),
+        ({"RescaleSlope": "inf"}, r"003\.dcm: RescaleSlope is inf; expected a number"),
         ({"Rows": 8}, r"shape \[8, 12\], but .* has \[9, 12\]"),
         ({"PixelData": b"\0" * 20}, "damaged DICOM"),
         ({"ImagePositionPatient": [-20.0, 99.0, 119.0]}, "do not form one stack"),
@@ -229,6 +239,28 @@ def test_unusable_segmentations_are_refused(tmp_path):
         read_segmentation(twice, IDS)
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(VolumeFormatError, match=r"seg\.dcm: (damaged DICOM|its segments)"):
+        read_segmentation(path, IDS)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_segment_that_is_not_described_is_not_left_out_in_silence(tmp_path, kind):
+    series = write_series(tmp_path / "case")
+    path = write_segmentation(
+        tmp_path / "seg.dcm", series, LPS_LABELS, NAMES,
+        segmentation_type=highdicom.seg.SegmentationTypeValues[kind],
+    )  # fmt: skip
+    data = pydicom.dcmread(path)
+    for wrong, message in (
+        (9, r"seg\.dcm: voxels of segment 2, but it describes 1, 9, 3 only"),
+        (3, r"seg\.dcm: damaged DICOM .*its segments have the numbers \[(0, )?1, 3, 3\]"),
+    ):
+        data.SegmentSequence[-2].SegmentNumber = wrong
+        data.save_as(path)
+        with pytest.raises(VolumeFormatError, match=message):
+            read_segmentation(path, IDS)
+    data.SegmentSequence = pydicom.Sequence()
+    data.save_as(path)
+    with pytest.raises(VolumeFormatError, match=r"its segments have the numbers \[\]"):
         read_segmentation(path, IDS)
 
 
