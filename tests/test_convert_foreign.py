@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 import gpuparse
 from gpuparse.check import repair
 from gpuparse.cli import app
-from gpuparse.collect import detect_format
+from gpuparse.collect import case_sizes, detect_format
+from gpuparse.dicom import look_into
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
-from gpuparse.foreign import ForeignFormat
+from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import FolderLayout
 from gpuparse.source import SourceCase
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, open_store
@@ -227,6 +228,29 @@ def test_dicom_through_the_command_line(tmp_path):
     np.testing.assert_array_equal(arrays(store)[1], LABELS)
     assert open_store(store).prompts.classes[LIVER] == ("liver in MRI", "MRI of the liver")
     assert run(tmp_path / "d", "--format", "dicom").exit_code == 0  # the store beside the case is no case
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_dicom_headers_are_looked_through_once_before_the_first_case(tmp_path, monkeypatch, on_terminal):
+    root = tmp_path / "d"
+    for case in ("p1", "p2"):
+        series = write_series(root / case)
+        write_segmentation(root / case / "seg.dcm", series, as_stored(LABELS, "LPS")[0], NAMES)
+    (root / "class_prompts.json").write_text(json.dumps({"d": PROMPTS}))
+    seen = []
+    monkeypatch.setattr("gpuparse.foreign.look_into", lambda folder, **how: seen.append(folder) or look_into(folder))
+    monkeypatch.setenv("FORCE_COLOR", "1") if on_terminal else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    result = run(root, "--format", "dicom", "--window", "abdomen", "--dry-run")
+    assert "d: 2 cases to write, 0 to keep" in result.stdout
+    assert ("2/2" in result.stdout) == on_terminal
+    assert seen == [root / "p1"]
+
+
+def test_the_sizes_of_cases_are_those_of_their_files(nnunet):
+    expected = [case.num_bytes for case in find_cases(nnunet, CT).cases]
+    assert case_sizes(nnunet.parent, foreign=CT) == expected
+    names = ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    assert expected[0] == sum((nnunet / name).stat().st_size for name in names)
 
 
 def test_a_broken_case_does_not_stop_the_rest(nnunet):

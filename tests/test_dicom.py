@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import highdicom
@@ -15,6 +16,7 @@ from gpuparse.dicom import look_into, read_segmentation, read_series, series_byt
 from gpuparse.errors import MissingDependencyError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import FolderLayout
+from gpuparse.proposal import propose_prompts
 from gpuparse.scan import lay_onto
 
 IMAGE, LABELS = phantom()
@@ -294,6 +296,44 @@ def test_names_come_from_the_first_segmentation_and_hold_for_all(tmp_path):
     np.testing.assert_array_equal(a.read().labels, b.read().labels)
     with pytest.raises(VolumeFormatError, match="segment 'gall' is of no class"):
         c.read()
+
+
+@pytest.fixture
+def looked_into(monkeypatch):
+    """Names of the folders whose headers are read, in order."""
+    names = []
+
+    def look(folder, **options):
+        names.append(folder.name)
+        return look_into(folder, **options)
+
+    monkeypatch.setattr("gpuparse.foreign.look_into", look)
+    return names
+
+
+def test_headers_are_read_as_long_as_they_may_say_something_new(tmp_path, looked_into):
+    for case in ("b", "c", "d", "e"):
+        series = write_series(tmp_path / case)
+        if case in "bd":
+            write_nifti(tmp_path / case / "labels.nii", *as_stored(LABELS, "LPS"))
+        elif case == "c":
+            write_segmentation(tmp_path / case / "seg.dcm", series, LPS_LABELS, NAMES)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.dcm").write_bytes(b"no DICOM")
+    wanted = ForeignFormat(FolderLayout("dicom"), "abdomen")
+    found = find_cases(tmp_path, wanted)
+    assert looked_into == ["a", "b", "c"]  # of b the modality, of c the names
+    assert found.proposal == propose_prompts(NAMES, "CT")
+    assert {case.reader.preparation.modality for case in found.cases} == {"CT"}
+    (tmp_path / "c" / "seg.dcm").unlink()
+    write_nifti(tmp_path / "c" / "labels.nii", *as_stored(LABELS, "LPS"))
+    looked_into.clear()
+    assert find_cases(tmp_path, wanted).proposal is None
+    assert looked_into == ["a", "b", "e"]  # e might have a segmentation; c and d have NIfTI files
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"tumour": 4}}))
+    looked_into.clear()
+    assert find_cases(tmp_path, wanted).proposal == propose_prompts({4: "tumour"}, "CT")
+    assert looked_into == ["a", "b"]
 
 
 def test_labels_may_lie_in_a_folder_of_their_own(tmp_path):
