@@ -341,11 +341,18 @@ def _plain(name: str) -> str:
 
 
 def _numbers_in_use(seg: Any) -> set[int]:
-    """The segments that voxels are of; 0 is the background of a label map."""
+    """The segments that voxels are of; 0 is the background of a label map.
+
+    Raises:
+        ValueError: Not every frame is described, and highdicom would leave some out.
+    """
+    described = seg.PerFrameFunctionalGroupsSequence
+    if seg.NumberOfFrames != len(described):
+        raise ValueError(f"it has {seg.NumberOfFrames} frames and describes {len(described)}")
     if seg.SegmentationType == "LABELMAP":
         return set(np.unique(seg.pixel_array).tolist())
     shared = seg.SharedFunctionalGroupsSequence[0]
-    frames = [shared if "SegmentIdentificationSequence" in shared else f for f in seg.PerFrameFunctionalGroupsSequence]
+    frames = [shared if "SegmentIdentificationSequence" in shared else frame for frame in described]
     return {int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for frame in frames}
 
 

@@ -245,13 +245,18 @@ def test_unusable_segmentations_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
-def test_a_segment_that_is_not_described_is_not_left_out_in_silence(tmp_path, kind):
+def test_segments_and_frames_that_are_not_described_are_not_left_out_in_silence(tmp_path, kind):
     series = write_series(tmp_path / "case")
     path = write_segmentation(
         tmp_path / "seg.dcm", series, LPS_LABELS, NAMES,
         segmentation_type=highdicom.seg.SegmentationTypeValues[kind],
     )  # fmt: skip
     data = pydicom.dcmread(path)
+    for num_frames, message in ((1, r"it has 1 frames and describes .\)"), (None, "no attribute 'NumberOfFrames'")):
+        edit(path, NumberOfFrames=num_frames)
+        with pytest.raises(VolumeFormatError, match=rf"seg\.dcm: damaged DICOM .*{message}"):
+            read_segmentation(path, IDS)
+    data.save_as(path)
     for wrong, message in (
         (9, r"seg\.dcm: voxels of segment 2, but it describes 1, 9, 3 only"),
         (3, r"seg\.dcm: damaged DICOM .*its segments have the numbers \[(0, )?1, 3, 3\]"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 from mutations import cut, enlarge, flip, splice
 from scans import SPACING_MM, as_stored, phantom, write_nifti, write_segmentation, write_series
@@ -56,7 +58,9 @@ def random_mutants(raw: bytes, num: int, seed: int):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    """A case's folder in a dataset. UIDs that are written there are the same in each run of the tests."""
+    monkeypatch.setattr("pydicom.uid.secrets", SimpleNamespace(randbelow=random.Random(0).randrange))
     (tmp_path / "data").mkdir()
     (tmp_path / "data/dataset.json").write_text('{"labels": {"heart": 1, "liver": 2, "spleen": 3}}')
     return tmp_path / "data/case"
@@ -95,19 +99,24 @@ def test_mutants_of_a_slice_are_read_right_or_refused_with_their_name(folder):
     assert 80 < num_read < len(mutants) - 80  # both ways out were taken
 
 
-def test_mutants_of_a_segmentation_are_read_or_refused_with_their_name(folder):
+def test_mutants_of_a_segmentation_are_read_right_or_refused_with_their_name(folder):
     series = write_series(folder, image=IMAGE)
     path = write_segmentation(folder / "seg.dcm", series, as_stored(LABELS, "LPS")[0], NAMES)
+    data = pydicom.dcmread(path)
+    data.InstanceCreationDate = data.ContentDate = "20260101"
+    data.InstanceCreationTime = data.ContentTime = "120000"
+    del data.ContributingEquipmentSequence  # it has a time too
+    data.save_as(path)
     mutants = list(random_mutants(path.read_bytes(), 120, seed=2))
-    num_read = 0
+    num_read = num_right = 0
     for volume in outcomes(folder, path, mutants):
         if isinstance(volume, str):
             assert volume.startswith(str(folder))
             continue
         num_read += 1
-        assert volume.labels.shape == LABELS.shape
-        assert set(np.unique(volume.labels)) <= {0, *NAMES}
+        num_right += np.array_equal(volume.labels, LABELS)
     assert 20 < num_read < len(mutants) - 20
+    assert num_right >= num_read - 2  # a frame may say that it shows another of the segments
 
 
 def test_damaged_cases_do_not_keep_the_others_from_a_store(folder):
