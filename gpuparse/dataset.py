@@ -316,8 +316,10 @@ def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Stor
     own, shared = root / f"{split}.zarr", root / "train.zarr"
     place = own if own.is_dir() else shared
     if not place.is_dir():
+        remedy = f"Make it with `gpuparse convert {root.parent}`, or name a .zarr folder."
+        if isinstance(root, Path) and not root.exists():
+            remedy = "There is no such folder: name one that is there, a dataset's or a store."
         raise StoreFormatError(
-            f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. Make it with "
-            f"`gpuparse convert {root.parent}`, or name a .zarr folder."
+            f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. {remedy}"
         )
     return read_store(place)

@@ -212,6 +212,8 @@ def test_missing_stores_and_splits(tmp_path, ct):
         SliceDataset(tmp_path)
     with pytest.raises(StoreFormatError, match=r"holds no val.zarr and no train.zarr"):
         SliceDataset(tmp_path, split="val")
+    with pytest.raises(StoreFormatError, match=r"nope' holds no train\.zarr\. There is no such folder: name one"):
+        SliceDataset(tmp_path / "nope")
     with pytest.raises(InputError, match=r"has no slices in split 'val'.*--val-fraction or --split-file"):
         SliceDataset(ct.root_dir, split="val")
     with pytest.raises(InputError, match="split is 'test'; expected one of train, val"):

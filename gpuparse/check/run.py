@@ -14,6 +14,7 @@ from gpuparse.check.rules import RULES
 from gpuparse.check.store import check_store_root, opened_store
 from gpuparse.check.targets import Target, find_targets
 from gpuparse.errors import InputError, StorageError
+from gpuparse.memory import gib_to_bytes
 from gpuparse.prompts import load_class_prompts
 from gpuparse.remote import RemoteOptions
 from gpuparse.store import split_code
@@ -60,8 +61,7 @@ def check(
     """
     if num_jobs < 1:
         raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
-    if not max_volume_gib > 0:
-        raise InputError(f"max_volume_gib is {max_volume_gib}; expected more than 0.")
+    limit = gib_to_bytes("max_volume_gib", max_volume_gib)
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:
         raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
@@ -69,7 +69,6 @@ def check(
     opened_store.cache_clear()  # a store may have changed since it was checked last
     findings: list[Finding] = []
     tasks: list[CaseTask] = []
-    limit = int(max_volume_gib * 2**30)
     prompt_files: dict[str, Any] = {}
     for number, target in enumerate(targets):
         plan = _plan_source if target.kind == "source" else _plan_store
