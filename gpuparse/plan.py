@@ -151,7 +151,9 @@ def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArr
 def permute(
     positions: npt.ArrayLike, length: npt.ArrayLike, seed: int, epoch: npt.ArrayLike, stream: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:
-    """A keyed bijection of 0 .. length - 1: six Feistel rounds over the next power of four, walked until inside.
+    """A keyed bijection of 0 .. length - 1.
+
+    Six Feistel rounds over the next power of four, walked until inside; up to 64, a shuffle by Fisher and Yates.
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
