@@ -34,10 +34,19 @@ class Draws:
         numbers: (n,) int64 sample numbers.
         epochs: (n,) int64, the epoch to draw each sample's prompts and augmentation for: in a mixture, how often its
             dataset has been run through before.
+        blocks: (n,) int64, which of `spans` is the block that each position is in; None without blocks.
+        spans: The volumes of each block: (num_volumes, 2) int64, the sample numbers from and to which each reaches.
     """
 
     numbers: npt.NDArray[np.int64]
     epochs: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64] | None = None
+    spans: tuple[npt.NDArray[np.int64], ...] = ()
+
+    def __getitem__(self, part: slice) -> Draws:
+        """Some consecutive positions."""
+        blocks = None if self.blocks is None else self.blocks[part]
+        return Draws(self.numbers[part], self.epochs[part], blocks, self.spans)
 
 
 class Order(Protocol):
@@ -211,14 +220,18 @@ class BlockOrder:
         block_bounds = bounds[np.append(np.arange(0, len(volumes), self.volumes_per_block), len(volumes))]
         blocks = np.searchsorted(block_bounds, positions, side="right") - 1
         inside = np.empty(len(positions), np.int64)
-        for block in np.unique(blocks).tolist():
-            chosen = blocks == block
+        there, blocks = np.unique(blocks, return_inverse=True)
+        spans = []
+        for k, block in enumerate(there.tolist()):
+            chosen = blocks == k
+            members = volumes[block * self.volumes_per_block :][: self.volumes_per_block]
+            spans.append(np.stack([self._starts[members], self._starts[members] + self._sizes[members]], axis=1))
             start, stop = int(block_bounds[block]), int(block_bounds[block + 1])
             moved = permute(positions[chosen] - start, stop - start, self.seed, epoch, stream=_STREAM_BLOCKS + block)
             inside[chosen] = start + moved
         places = np.searchsorted(bounds, inside, side="right") - 1
         numbers = self._starts[volumes[places]] + inside - bounds[places]
-        return Draws(numbers, np.full(len(positions), epoch, np.int64))
+        return Draws(numbers, np.full(len(positions), epoch, np.int64), blocks, tuple(spans))
 
     def describe(self) -> list[object]:
         """See `Order`."""

@@ -142,6 +142,7 @@ def test_pickling_keeps_the_dataset(ct):
     assert same(pickle.loads(pickle.dumps(ct))[9], ct[9])
 
 
+@pytest.mark.filterwarnings("ignore:dataset .* items taken one by one are redrawn")
 def test_foreground_fraction_one_shows_only_foreground(cells):
     dataset = SliceDataset(cells.root_dir, foreground_fraction=1.0, transforms=None, num_prompts=1, img_size=(64, 64))
     empty = np.flatnonzero(np.diff(dataset.store.slices.class_indptr) == 0)

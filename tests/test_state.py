@@ -172,11 +172,14 @@ def test_the_hash_stands_for_datasets_and_order_and_nothing_else(both, ct, sampl
     mine = state_of(both)
     assert state_of(changed(num_prompts=4)) == mine
     assert state_of(both, batch_size=7, drop_last=True, num_threads=1, prefetch_depth=3, rank=1, world_size=3) == mine
-    assert state_of(ConcatDataset([Subset(ct, list(range(0, 114, 6))), second])) != mine  # a list is not a range
+    same_slices = [list(range(0, 114, 6)), range(0, 109, 6), np.arange(0, 114, 6), torch.arange(0, 114, 6)]
+    assert {state_of(ConcatDataset([Subset(ct, indices), second])) for indices in same_slices} == {mine}
     others = [
         state_of(changed(seed=1)), state_of(changed(name="OTHER")), state_of(changed(recipe="reference")),
         state_of(ConcatDataset([second, first])), state_of(ConcatDataset([first])), state_of(first), state_of(ct),
         state_of(ConcatDataset([Subset(ct, range(1, 114, 6)), second])),
+        state_of(ConcatDataset([Subset(ct, range(108, -1, -6)), second])),
+        *(state_of(Subset(ct, indices)) for indices in ([], [3], [3, 3], [3, 4], [4, 3], [3, 5], [3, 5, 6])),
         state_of(SliceDataset(sample_stores["SAMPLE_CELLS"].parent)),
         state_of(SliceDataset(sample_stores["SAMPLE_CELLS"].parent, views=(0,))),
         *(state_of(both, seed=seed, **options) for seed in (0, 1) for kind, options in KINDS.items() if options),
