@@ -23,7 +23,7 @@ from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import open_place
-from gpuparse.plan import check_epoch, check_seed, sample_streams
+from gpuparse.plan import check_count, check_epoch, check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
 from gpuparse.remote import RemoteOptions
@@ -31,6 +31,7 @@ from gpuparse.render import Samples, render_on_host
 from gpuparse.sampling import (
     Augmentation,
     check_fraction,
+    check_turns,
     draw_among,
     draw_prompts,
     names_a_side,
@@ -108,14 +109,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
         foreground_fraction: float = 0.0,
         remote: RemoteOptions | None = None,
     ) -> None:
-        if not isinstance(root_dir, str | os.PathLike):
+        if not isinstance(root_dir, str | os.PathLike) or not os.fspath(root_dir):
             raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
         if name is not None and not isinstance(name, str):
             raise InputError(f"name is {name!r}; expected a string, or None for the folder's name.")
         if not isinstance(all_class_masks, bool):
             raise InputError(f"all_class_masks is {all_class_masks!r}; expected True or False.")
-        if not isinstance(num_prompts, int) or isinstance(num_prompts, bool) or num_prompts < 1:
-            raise InputError(f"num_prompts is {num_prompts!r}; expected a whole number of at least 1.")
         if transforms is not None and not isinstance(transforms, Augmentation):
             raise InputError(
                 f"transforms is {type(transforms).__name__}; expected gpuparse.Augmentation(...) or None. "
@@ -123,11 +122,13 @@ class SliceDataset(Dataset[dict[str, Any]]):
             )
         self.root_dir = os.fspath(root_dir).rstrip("/") or "/"  # shells complete folders with a slash
         self.split = split
-        self.num_prompts = num_prompts
+        self.num_prompts = check_count("num_prompts", num_prompts)
         self.all_class_masks = all_class_masks
         self.fixed = split == "val" and recipe == "corrected"
         self.transforms = None if self.fixed else transforms
         self.img_size = check_size(img_size, "img_size")
+        if self.transforms is not None:
+            check_turns(self.transforms, self.img_size)
         self.recipe = check_recipe(recipe)
         self.seed = check_seed(seed)
         self.present_fraction = check_fraction("present_fraction", present_fraction)

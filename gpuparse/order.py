@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
-from gpuparse.plan import permute
+from gpuparse.plan import check_count, permute
 
 __all__ = ["BlockOrder", "Draws", "MixedOrder", "Order", "PlainOrder"]
 
@@ -115,7 +115,12 @@ class MixedOrder:
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], *, shuffle: bool, seed: int) -> None:
         self.lengths = tuple(int(n) for n in lengths)
-        self.weights = tuple(float(w) for w in weights)
+        try:
+            if isinstance(weights, str) or any(isinstance(w, str) for w in weights):
+                raise TypeError
+            self.weights = tuple(float(w) for w in weights)
+        except (TypeError, ValueError):
+            raise InputError(f"weights is {weights!r}; expected one positive number for each dataset.") from None
         self.shuffle = shuffle
         self.seed = seed
         self.num_samples = sum(self.lengths)
@@ -196,9 +201,7 @@ class BlockOrder:
     """
 
     def __init__(self, volume_sizes: npt.NDArray[np.int64], volumes_per_block: int, seed: int) -> None:
-        if not isinstance(volumes_per_block, int) or isinstance(volumes_per_block, bool) or volumes_per_block < 1:
-            raise InputError(f"shuffle_block is {volumes_per_block!r}; expected volumes per block, at least 1.")
-        self.volumes_per_block = volumes_per_block
+        self.volumes_per_block = check_count("shuffle_block", volumes_per_block, "volumes per block, at least 1")
         self.seed = seed
         self.num_samples = int(volume_sizes.sum())
         self._sizes = np.asarray(volume_sizes, np.int64)

@@ -224,8 +224,7 @@ def params_from_streams(
         return params
     params["swap"] = _uniform(words["swap"], 0, 1) < 0.5
     height, width = size
-    if augmentation.rotate and height != width:
-        raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")
+    check_turns(augmentation, size)
     gate = _uniform(words["gate"], 0, 1) < augmentation.prob
     if augmentation.rotate:
         params["rotate"] = np.where(gate, draw_below(words["rotate"], 4), 0)
@@ -252,6 +251,12 @@ def params_from_streams(
         hit = -np.expm1(num_draws * math.log1p(-1.0 / num_pixels)) if num_pixels > 1 else np.ones_like(num_draws)
         params["salt_threshold"] = np.where(salted, np.round(hit * 2.0**31), 0).astype(np.uint32)
     return params
+
+
+def check_turns(augmentation: Augmentation, size: tuple[int, int]) -> None:
+    """Raises an `InputError` where slices of `size` cannot be turned, and quarter turns are on."""
+    if augmentation.rotate and size[0] != size[1]:
+        raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")
 
 
 def _draw_crop(
