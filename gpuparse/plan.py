@@ -130,7 +130,8 @@ def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -
     seed_low, seed_high = _words(check_seed(seed))
     id_low, id_high = _words(sample_ids)
     values = np.asarray(epoch)
-    for value in {values.min().item(), values.max().item()} if values.size else ():
+    whole = values.size and values.dtype.kind in "ui"
+    for value in (values.min().item(), values.max().item()) if whole else values.ravel().tolist():
         check_epoch(value)
     epochs, purpose = np.broadcast_arrays(values, np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
     counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purpose], axis=-1)

@@ -187,12 +187,17 @@ def sample_params(
         (num_samples,) PARAMS_DTYPE.
 
     Raises:
-        InputError: The recipe is unknown, an id or the size is out of range, or quarter turns are asked for of slices
-            that are not square.
+        InputError: The recipe is unknown, an argument is of another type, length or range, or quarter turns are asked
+            for of slices that are not square.
     """
     ids = np.atleast_1d(np.asarray(sample_ids))
     if ids.size and (ids.dtype.kind not in "ui" or ids.ndim != 1 or ids.min() < 0):
         raise InputError(f"sample_ids is {sample_ids!r}; expected a row of whole numbers from 0 to 2^64 - 1.")
+    if augmentation is not None and not isinstance(augmentation, Augmentation):
+        raise InputError(f"augmentation is {augmentation!r}; expected gpuparse.Augmentation(...) or None.")
+    for name, value in (("epoch", epoch), ("zeroed", zeroed)):
+        if np.shape(value) not in ((), ids.shape):
+            raise InputError(f"{name} has shape {np.shape(value)}; expected one for all samples, or {ids.shape}.")
     streams = sample_streams(seed, epoch, ids)
     return params_from_streams(
         augmentation,

@@ -192,6 +192,13 @@ def test_the_defaults_are_the_references():
         ({"seed": 0.5}, r"seed is 0\.5; expected a whole number"),
         ({"epoch": -1}, r"epoch is -1; expected"),
         ({"epoch": 2**32}, r"epoch is 4294967296; expected"),
+        ({"epoch": 1.5}, r"epoch is 1\.5; expected 0 to 2\^32 - 1"),
+        ({"epoch": "a"}, r"epoch is 'a'; expected 0 to 2\^32 - 1"),
+        ({"epoch": True}, r"epoch is True; expected 0 to 2\^32 - 1"),
+        ({"epoch": [0, 2**70]}, "epoch is 1180591620717411303424; expected"),
+        ({"epoch": [0, 1, 2]}, r"epoch has shape \(3,\); expected one for all samples, or \(2,\)"),
+        ({"zeroed": [True]}, r"zeroed has shape \(1,\); expected one for all samples, or \(2,\)"),
+        ({"augmentation": {"prob": 1}}, r"augmentation is \{'prob': 1\}; expected gpuparse\.Augmentation"),
         ({"recipe": "exact"}, r"recipe is 'exact'; expected 'corrected' \(default\) or 'reference'"),
         ({"size": 512}, r"size is 512; expected \(rows, columns\)"),
         ({"sample_ids": [-1]}, r"sample_ids is \[-1\]; expected a row of whole numbers"),
@@ -202,7 +209,7 @@ def test_the_defaults_are_the_references():
 )
 def test_draws_out_of_range_are_refused_by_name(changes, message):
     with pytest.raises(InputError, match=message):
-        sample_params(Augmentation(), **{"sample_ids": [1, 2], "seed": 0, "epoch": 0, **changes})
+        sample_params(**{"augmentation": Augmentation(), "sample_ids": [1, 2], "seed": 0, "epoch": 0, **changes})
 
 
 def test_numpy_numbers_serve_as_well():
