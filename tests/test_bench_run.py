@@ -6,6 +6,7 @@ import contextlib
 import copy
 import html.parser
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from gpuparse.bench import page, plots, tables
 from gpuparse.bench.context import Context, NotRunError
 from gpuparse.bench.data import prepare
 from gpuparse.bench.machine import describe_gpu
-from gpuparse.bench.measuring import ratio_of_medians, summary
+from gpuparse.bench.measuring import ratio_of_medians, summary, winner
 from gpuparse.bench.parts import conversion, kernels, memory, scaling
 from gpuparse.bench.run import PARTS, BenchRequest, check_parts, load_results, run_bench
 from gpuparse.bench.settings import BenchSettings
@@ -247,6 +248,28 @@ def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, t
     assert done.exit_code == 1
 
 
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_what_failed_is_said_on_standard_error(toy, tmp_path, option):
+    result = copy.deepcopy(toy[1])
+    result["parts"]["memory"] = {"failed": "RuntimeError: [made] to fail"}
+    result["parts"]["epoch"]["left_out"] = {"gpuparse": "failed: no reason"}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(result))
+    done = CliRunner().invoke(app, ["bench", "--from", str(path), "--out", str(tmp_path), option])
+    assert done.exit_code == 1
+    lines = ["epoch: failed: no reason", "memory: RuntimeError: [made] to fail"]
+    assert done.stderr.splitlines() == lines
+    assert done.stdout == "" if option == "--quiet" else json.loads(done.stdout) == result
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "1e300", "100001", "-1"])
+def test_raw_files_that_no_disk_has_room_for(number, tmp_path):
+    done = CliRunner().invoke(app, ["bench", "--raw-gb", number, "--out", str(tmp_path / "out"), "--device", "cpu"])
+    with pytest.raises(InputError, match=r"^--raw-gb is \S+; expected 0 to 100000\.$"):
+        raise done.exception
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kept", [(), ("reference",), ("gpuparse",)])
 def test_sides_that_failed_leave_their_figures_out_and_the_page_stands(toy, tmp_path, kept):
     result = copy.deepcopy(toy[1])
@@ -278,6 +301,34 @@ def test_processes_that_fail_are_not_taken_for_measurements(monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
         with pytest.raises(NotRunError, match=r"OpenCV \(cv2\) is not installed"):
             kernels.measure(context)
+
+
+def test_a_conversion_that_is_interrupted_leaves_no_process(monkeypatch, tmp_path):
+    """Its workers would wait for their parent for ever."""
+    started = []
+
+    def interrupt(process):
+        started.append(process.pid)
+        while not (tmp_path / "there").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        conversion._run(["bash", "-c", f"sleep 100 & echo > {tmp_path}/there; wait"], (0,))
+    end = time.monotonic() + 20
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(started[0], 0)
+            time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0], 0)
+
+
+def test_conversions_are_held_to_the_cores_and_told():
+    code = "import os, sys; sys.stderr.write(str(sorted(os.sched_getaffinity(0)))); sys.exit(3)"
+    cores = sorted(os.sched_getaffinity(0))[-1:]
+    assert conversion._run([sys.executable, "-c", code], tuple(cores)) == (3, str(cores))
 
 
 @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -353,6 +404,21 @@ class TestJudging:
     def test_one_missed(self, changed, missed):
         assert [v["met"] for v in judge(self.result(**changed))] == [number != missed for number in range(5)]
 
+    def test_ahead_is_what_the_table_calls_so(self):
+        """A peer whose interval holds 1 is not behind, whichever ratio is the smallest."""
+        result = self.result(speed=9.0, other=1.5)
+        result["parts"]["loader"]["ratios"]["monai"]["ratio_95"] = [0.8, 3.0]
+        verdict = judge(result)[1]
+        assert verdict["met"] is False
+        assert verdict["figure"] == "nearest: MONAI, 1.5 times (95 %: 0.8 to 3.0)"
+        result["parts"]["loader"]["ratios"]["reference"] = {"ratio": 1.4, "ratio_95": [1.2, 1.6]}
+        verdict = judge(result)[1]
+        assert (verdict["met"], verdict["figure"][:14]) == (False, "nearest: MONAI")
+
+    def test_the_verdicts_kept_are_those_of_the_figures_kept(self):
+        kept = load_results(Path(__file__).parents[1] / "bench/results/bench-cpu.json")
+        assert judge(kept) == kept["verdicts"]
+
     def test_raw_files_are_judged_by_the_larger_set(self):
         for small, large, met in ((12.0, 22.0, True), (22.0, 12.0, False)):
             verdict = judge(self.result(raw=small, large=large))[3]
@@ -371,7 +437,7 @@ class TestJudging:
 
     def test_who_is_ahead(self):
         for interval, expected in (([1.1, 2], "gpuparse"), ([0.5, 0.9], "the peer"), ([0.9, 1.1], "neither")):
-            assert tables.winner({"ratio_95": interval}) == expected
+            assert winner({"ratio_95": interval}) == expected
 
     def test_memory_trends(self):
         batches = list(range(10, 510, 10))
