@@ -103,8 +103,9 @@ def test_every_command_prints_json_and_nothing_else(name, small, tmp_path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_quiet_where_all_is_well(name, small):
+def test_every_command_is_quiet_where_all_is_well(name, small, caplog):
     assert small(name, "--quiet").output == ""  # standard error is in it
+    assert caplog.text == ""  # which would go there
     assert any({"--quiet", "-q"} == {*option.opts} for option in get_command(app).commands[name].params)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +31,21 @@ def demo_command(
     from gpuparse.demo import print_demo, run_demo
 
     console = Console(markup=False, quiet=quiet or json_output)
-    report = run_demo(out, batch_size=batch_size, num_epochs=epochs, console=console)
+    with _without_notices() if quiet else contextlib.nullcontext():
+        report = run_demo(out, batch_size=batch_size, num_epochs=epochs, console=console)
     if json_output:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         print_demo(console, report)
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Keeps gpuparse's log to errors: that there is no GPU is none."""
+    log = logging.getLogger("gpuparse")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
