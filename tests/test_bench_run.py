@@ -6,7 +6,6 @@ import contextlib
 import copy
 import html.parser
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,11 +23,10 @@ from gpuparse.bench import page, plots, tables
 from gpuparse.bench.context import Context, NotRunError
 from gpuparse.bench.data import prepare
 from gpuparse.bench.machine import describe_gpu
-from gpuparse.bench.measuring import ratio_of_medians, summary, winner
-from gpuparse.bench.parts import conversion, kernels, memory, scaling
+from gpuparse.bench.measuring import ratio_of_medians, summary
+from gpuparse.bench.parts import conversion, kernels, memory
 from gpuparse.bench.run import PARTS, BenchRequest, check_parts, load_results, run_bench
 from gpuparse.bench.settings import BenchSettings
-from gpuparse.bench.targets import judge
 from gpuparse.cli import app
 from gpuparse.errors import InputError
 
@@ -303,34 +301,6 @@ def test_processes_that_fail_are_not_taken_for_measurements(monkeypatch):
             kernels.measure(context)
 
 
-def test_a_conversion_that_is_interrupted_leaves_no_process(monkeypatch, tmp_path):
-    """Its workers would wait for their parent for ever."""
-    started = []
-
-    def interrupt(process):
-        started.append(process.pid)
-        while not (tmp_path / "there").exists():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        conversion._run(["bash", "-c", f"sleep 100 & echo > {tmp_path}/there; wait"], (0,))
-    end = time.monotonic() + 20
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            os.killpg(started[0], 0)
-            time.sleep(0.01)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(started[0], 0)
-
-
-def test_conversions_are_held_to_the_cores_and_told():
-    code = "import os, sys; sys.stderr.write(str(sorted(os.sched_getaffinity(0)))); sys.exit(3)"
-    cores = sorted(os.sched_getaffinity(0))[-1:]
-    assert conversion._run([sys.executable, "-c", code], tuple(cores)) == (3, str(cores))
-
-
 @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_ended_leaves_no_files_and_no_processes(tmp_path, signal_number, status):
     """What a cluster sends when a job's time is over: the sides' files may be gigabytes."""
@@ -363,94 +333,6 @@ def test_a_run_that_is_ended_leaves_no_files_and_no_processes(tmp_path, signal_n
     while any(path.exists() for path in found):
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-class TestJudging:
-    """Targets against made-up figures."""
-
-    @staticmethod
-    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0, large=None):
-        def ratio(value):
-            return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value]}
-
-        return {
-            "parts": {
-                "loader": {
-                    "ratios": {"reference": ratio(speed), "monai": ratio(other)},
-                    "sides": {"monai": {"title": "MONAI"}, "reference": {"title": "reference"}},
-                },
-                "first-batch": {
-                    "prepared": {
-                        "sides": {
-                            "gpuparse": {k: {"median": first} for k in ("after_imports_seconds", "process_seconds")}
-                        }
-                    },
-                    "raw": {"ratios": {"reference": ratio(raw)}, "raw_bytes": 1.2e9},
-                    **({"raw-large": {"ratios": {"reference": ratio(large)}, "raw_bytes": 6e9}} if large else {}),
-                },
-                "memory": {"bytes_per_1000_batches": slope, "settled_bytes": 500 * 2**20},
-            }
-        }
-
-    def test_all_met(self):
-        verdicts = judge(self.result())
-        assert [v["met"] for v in verdicts] == [True] * 5
-        assert verdicts[1]["figure"] == "nearest: MONAI, 1.5 times (95 %: 1.4 to 1.7)"
-
-    @pytest.mark.parametrize(
-        ("changed", "missed"),
-        [({"speed": 7.9}, 0), ({"other": 0.9}, 1), ({"first": 2.1}, 2), ({"raw": 19.0}, 3), ({"slope": 6 * 2**20}, 4)],
-    )
-    def test_one_missed(self, changed, missed):
-        assert [v["met"] for v in judge(self.result(**changed))] == [number != missed for number in range(5)]
-
-    def test_ahead_is_what_the_table_calls_so(self):
-        """A peer whose interval holds 1 is not behind, whichever ratio is the smallest."""
-        result = self.result(speed=9.0, other=1.5)
-        result["parts"]["loader"]["ratios"]["monai"]["ratio_95"] = [0.8, 3.0]
-        verdict = judge(result)[1]
-        assert verdict["met"] is False
-        assert verdict["figure"] == "nearest: MONAI, 1.5 times (95 %: 0.8 to 3.0)"
-        result["parts"]["loader"]["ratios"]["reference"] = {"ratio": 1.4, "ratio_95": [1.2, 1.6]}
-        verdict = judge(result)[1]
-        assert (verdict["met"], verdict["figure"][:14]) == (False, "nearest: MONAI")
-
-    def test_the_verdicts_kept_are_those_of_the_figures_kept(self):
-        kept = load_results(Path(__file__).parents[1] / "bench/results/bench-cpu.json")
-        assert judge(kept) == kept["verdicts"]
-
-    def test_raw_files_are_judged_by_the_larger_set(self):
-        for small, large, met in ((12.0, 22.0, True), (22.0, 12.0, False)):
-            verdict = judge(self.result(raw=small, large=large))[3]
-            assert verdict["met"] is met
-            assert f"{small:.1f} times" in verdict["figure"]
-            assert f"{large:.1f} times" in verdict["figure"]
-            assert verdict["figure"].endswith("with 6.0 GB")
-
-    def test_batches_on_a_gpu_are_not_held_to_the_targets_of_a_cpu(self):
-        result = self.result()
-        assert len(judge({**result, "settings": {"device": "cpu"}})) == 5
-        assert judge({**result, "settings": {"device": "cuda"}}) == []
-
-    def test_what_has_not_run_is_not_judged(self):
-        assert judge({"parts": {"loader": {"failed": "x"}, "memory": {"not_run": "y"}}}) == []
-
-    def test_who_is_ahead(self):
-        for interval, expected in (([1.1, 2], "gpuparse"), ([0.5, 0.9], "the peer"), ([0.9, 1.1], "neither")):
-            assert winner({"ratio_95": interval}) == expected
-
-    def test_memory_trends(self):
-        batches = list(range(10, 510, 10))
-        rising = [1000 if b < 100 else 5000 + 3 * b for b in batches]  # the start is left out
-        found = memory.trend(batches, rising)
-        assert found["bytes_per_1000_batches"] == pytest.approx(3000)
-        assert memory.trend(batches, [7000] * 50)["bytes_per_1000_batches"] == pytest.approx(0, abs=1e-6)
-        assert memory.trend([1], [7])["span_bytes"] == 0
-
-    def test_numbers_of_cores(self):
-        assert [scaling.core_counts(n) for n in (1, 2, 3, 8, 12)] == [
-            [1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12],
-        ]  # fmt: skip
 
 
 def test_a_gpu_is_described_with_its_driver(monkeypatch, tmp_path):
