@@ -124,12 +124,35 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise InputError(f"Augmentation: {name} is {value!r}; expected a number from {low:g} to {high:g}.")
 
 
-# Words in any case; single letters and heart, vessel and lung abbreviations only in capitals, as they are written.
-_SIDE_WORDS = re.compile(r"(?<![a-z])(?:left|right|lt|rt|sinister|dexter)(?![a-z])", re.IGNORECASE)
-_SIDE_CODES = re.compile(
-    r"(?<![A-Za-z])(?:[LR]|LV|RV|LA|RA|LVOT|RVOT|LAA|RAA|LAD|LCA|RCA|LCX|LPA|RPA|LUL|LLL|RUL|RML|RLL"
-    r"|LK|RK|LHV|RHV|LPV|RPV|LUQ|LLQ|RUQ|RLQ)(?![A-Za-z0-9])"
+# Names of classes in one piece, taken apart: LeftKidney, kidneyL, RKid; but not mL, CTs, LNs.
+_WORD_BORDER = re.compile(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=\b[lr])(?=[A-Z][a-z]{2})")
+_SIDE_WORD = re.compile(
+    r"\d*(?:(?:left(?!over)|right(?!ful|eous|ing|ly|ness))[a-z]*|(?:dext|sinist)(?:er|ra|rum|ri|rae)"
+    r"|[lr](?:kidneys?|kid|lungs?|adrenal|femur|hip|parotid|atrium|ventricle|breast|ovary|testis))\d*",
+    re.IGNORECASE,
 )
+# Usual abbreviations, of heart, vessels, lung, brain and abdomen; in capitals, and in small letters where those make no
+# other word. A letter or a code with a number behind it is something else: L5, R2*.
+_SIDE_CODE = re.compile(
+    r"[LR](?:T|H|V|A|VOT|AA|VC|VM|VBP|VMYO|CA|PA|ICA|ECA|CCA|MCA|ACA|PCA|PCOM|VA|SCA|SPV|IPV|MB|UL|LL|K|AG|RA|RV|HA|HV|PV"
+    r"|UQ|LQ)?|LAD|LCX|RML"
+)
+_OTHER_WORDS = frozenset(("la", "ra", "lad", "lag", "rag"))
+# The lumbar spine, radiotherapy, and an article before a vowel.
+_NO_SIDE = re.compile(
+    r"\bl\W*(?=spine|vertebrae?\b)|\b[lr](?=['\u2019])|\b(?:pre|mid|post|chemo)\W*rt\b"
+    r"|\brt\W*(?=dose|plan|struct|boost)",
+    re.IGNORECASE,
+)
+
+
+def _tells_sides_apart(text: str) -> bool:
+    spaced = _WORD_BORDER.sub(" ", _NO_SIDE.sub(" ", text.replace("_", " ")))
+    for word in re.findall(r"[^\W_]+", spaced):
+        one_case = word.isupper() or (word.islower() and word not in _OTHER_WORDS) or word in ("Lt", "Rt")
+        if _SIDE_WORD.fullmatch(word) or (one_case and _SIDE_CODE.fullmatch(word.upper())):
+            return True
+    return False
 
 
 def names_a_side(prompts: ClassPrompts) -> str | None:
@@ -141,11 +164,7 @@ def names_a_side(prompts: ClassPrompts) -> str | None:
     >>> names_a_side(parse_class_prompts({"1": "Liver in CT", "instance_label": 0}, "x")) is None
     True
     """
-    for texts in prompts.classes.values():
-        for text in texts:
-            if _SIDE_WORDS.search(text) or _SIDE_CODES.search(text):
-                return text
-    return None
+    return next((text for texts in prompts.classes.values() for text in texts if _tells_sides_apart(text)), None)
 
 
 def identity_params(num_samples: int) -> npt.NDArray[Any]:
