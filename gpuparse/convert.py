@@ -27,7 +27,7 @@ from gpuparse.publish import PublishTarget
 from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
-from gpuparse.store import Store, open_store
+from gpuparse.store import Store, read_store
 from gpuparse.transfer import Staging
 from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES
@@ -190,7 +190,7 @@ def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
     if not store_path.exists():
         return None
     try:
-        store = open_store(store_path)
+        store = read_store(store_path)  # its cases lie where the run's do, below a relative folder too
         if overwrite:
             _ = store.cases, store.slices  # a damaged index tells nothing that could be kept
         return store

@@ -189,6 +189,19 @@ def test_the_first_class_of_an_instance_dataset_is_what_its_cases_hold(write_cas
     assert (states, store.prompts.class_ids) == ({"a": "kept", "b": "kept"}, (1, 3))
 
 
+def test_a_relative_folder_stays_relative_and_keeps_its_cases(two_cases, data_dir, write_case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files_below(two_cases.path)
+    report = gpuparse.convert("data")
+    assert str(report.datasets[0].store_path) == "data/DATA/train.zarr"
+    assert files_below(two_cases.path) == before  # nothing has changed, so nothing was published
+    write_case(np.zeros((2, 8, 8)), name="c")
+    assert states_of("data")[0] == {"a": "kept", "b": "kept", "c": "written"}
+    assert [case.folder for case in open_store("data/DATA/train.zarr").cases] == ["a", "b", "c"]
+    assert str(tmp_path) not in (data_dir / "DATA/report.json").read_text()
+    assert gpuparse.info("data").stores[0].path == "data/DATA/train.zarr"
+
+
 def test_overwrite_writes_everything_and_drops_what_is_gone(two_cases, data_dir):
     (data_dir / "DATA/train/b.npz").unlink()
     assert states_of(data_dir)[0] == {"a": "kept"}
