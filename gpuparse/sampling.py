@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
 from gpuparse.prompts import ClassPrompts
@@ -206,20 +207,32 @@ def sample_params(
         (num_samples,) PARAMS_DTYPE.
 
     Raises:
-        InputError: The recipe is unknown, an id or the size is out of range, or quarter turns are asked for of slices
-            that are not square.
+        InputError: An argument has another type, length or range, or quarter turns are asked for of slices that are
+            not square.
     """
-    ids = np.atleast_1d(np.asarray(sample_ids))
-    if ids.size and (ids.dtype.kind not in "ui" or ids.ndim != 1 or ids.min() < 0):
-        raise InputError(f"sample_ids is {sample_ids!r}; expected a row of whole numbers from 0 to 2^64 - 1.")
-    streams = sample_streams(seed, epoch, ids)
+    if augmentation is not None and not isinstance(augmentation, Augmentation):
+        raise InputError(f"augmentation is {augmentation!r}; expected gpuparse.Augmentation(...) or None.")
+    if not isinstance(allow_mirror, bool | np.bool_):
+        raise InputError(f"allow_mirror is {allow_mirror!r}; expected True or False.")
+    told = "a row of whole numbers from 0 to 2^64 - 1"
+    ids = np.atleast_1d(whole_numbers("sample_ids", sample_ids, told))
+    if ids.ndim != 1 or (ids.size and ids.min() < 0):
+        raise InputError(f"sample_ids is {sample_ids!r}; expected {told}.")
+    epochs = whole_numbers("epoch", epoch, "a whole number from 0 to 2^32 - 1, or one for each sample")
+    zeros = whole_numbers("zeroed", zeroed, "True or False, for all or for each sample", flags=True)
+    for name, array in (("epoch", epochs), ("zeroed", zeros)):
+        if array.shape not in ((), ids.shape):
+            raise InputError(
+                f"{name} has shape {array.shape}; expected one for all, or for each of {len(ids)} samples."
+            )
+    streams = sample_streams(seed, epochs, ids)
     return params_from_streams(
         augmentation,
         streams,
         size=check_size(size),
         recipe=check_recipe(recipe),
-        allow_mirror=allow_mirror,
-        zeroed=zeroed,
+        allow_mirror=bool(allow_mirror),
+        zeroed=zeros,
     )
 
 
@@ -238,7 +251,7 @@ def params_from_streams(
     words = dict(zip(_WORDS, streams.words(OPERATION_PARAMS, len(_WORDS)).T, strict=True))
     reference = recipe == "reference"
     if reference:
-        params["zero"], params["wrap_ids"] = np.asarray(zeroed), 1
+        params["zero"], params["wrap_ids"] = np.asarray(zeroed) != 0, 1
     if augmentation is None:
         return params
     params["swap"] = _uniform(words["swap"], 0, 1) < 0.5

@@ -192,17 +192,27 @@ def test_the_defaults_are_the_references():
         ({"seed": 0.5}, r"seed is 0\.5; expected a whole number"),
         ({"epoch": -1}, r"epoch is -1; expected"),
         ({"epoch": 2**32}, r"epoch is 4294967296; expected"),
+        ({"epoch": 1.5}, r"epoch is 1\.5; expected a whole number from 0 to 2\^32 - 1, or one for each sample"),
+        ({"epoch": [0, 1, 2]}, r"epoch has shape \(3,\); expected one for all, or for each of 2 samples"),
+        ({"zeroed": [True]}, r"zeroed has shape \(1,\); expected one for all, or for each of 2 samples"),
+        ({"zeroed": "no"}, r"zeroed is 'no'; expected True or False, for all or for each sample"),
+        ({"allow_mirror": "auto"}, r"allow_mirror is 'auto'; expected True or False"),
+        (
+            {"augmentation": {"prob": 1}},
+            r"augmentation is \{'prob': 1\}; expected gpuparse\.Augmentation\(\.\.\.\) or N",
+        ),
         ({"recipe": "exact"}, r"recipe is 'exact'; expected 'corrected' \(default\) or 'reference'"),
         ({"size": 512}, r"size is 512; expected \(rows, columns\)"),
         ({"sample_ids": [-1]}, r"sample_ids is \[-1\]; expected a row of whole numbers"),
         ({"sample_ids": [1.5]}, r"sample_ids is \[1\.5\]; expected a row of whole numbers"),
+        ({"sample_ids": [[1], [2, 3]]}, r"sample_ids is \[\[1\], \[2, 3\]\]; expected a row of whole numbers"),
         ({"sample_ids": [[1], [2]]}, r"sample_ids is .*; expected a row of whole numbers"),
         ({"size": (40, 56)}, r"rotate=True needs square slices, img_size is \(40, 56\)\. Use rotate=False"),
     ],
 )
 def test_draws_out_of_range_are_refused_by_name(changes, message):
     with pytest.raises(InputError, match=message):
-        sample_params(Augmentation(), **{"sample_ids": [1, 2], "seed": 0, "epoch": 0, **changes})
+        sample_params(**{"augmentation": Augmentation(), "sample_ids": [1, 2], "seed": 0, "epoch": 0, **changes})
 
 
 def test_numpy_numbers_serve_as_well():
