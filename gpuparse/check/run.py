@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from gpuparse.arguments import positive_number, whole_number
 from gpuparse.check.across import absent_classes, duplicates
 from gpuparse.check.case import CaseOutcome, CaseTask, Part, check_case
 from gpuparse.check.findings import CheckedDataset, CheckReport, Finding, Place, by_severity
@@ -59,8 +58,10 @@ def check(
         StorageError: A URL cannot be listed or looked up; nothing has been checked.
         MissingDependencyError: A path is a URL, and obstore is not installed.
     """
-    num_jobs = whole_number("num_jobs", num_jobs, 1)
-    limit = int(positive_number("max_volume_gib", max_volume_gib) * 2**30)
+    if num_jobs < 1:
+        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    if not max_volume_gib > 0:
+        raise InputError(f"max_volume_gib is {max_volume_gib}; expected more than 0.")
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:
         raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
@@ -68,6 +69,7 @@ def check(
     opened_store.cache_clear()  # a store may have changed since it was checked last
     findings: list[Finding] = []
     tasks: list[CaseTask] = []
+    limit = int(max_volume_gib * 2**30)
     prompt_files: dict[str, Any] = {}
     for number, target in enumerate(targets):
         plan = _plan_source if target.kind == "source" else _plan_store
