@@ -44,7 +44,7 @@ class PromptUNet(nn.Module):
             x = layer(F.max_pool2d(x, 2) if number else x)
             skipped.append(x)
         for layer, skip in zip(self.up, reversed(skipped[:-1]), strict=True):
-            x = layer(torch.cat([F.interpolate(x, scale_factor=2.0), skip], dim=1))
+            x = layer(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip], dim=1))
         prompts = [prompt.lower().split() for text in texts for prompt in text.split("[SEP]")]
         # A word's number is a hash of its letters; a prompt is the mean of its words.
         words = [int.from_bytes(word.encode(), "big") % self.words.num_embeddings for row in prompts for word in row]

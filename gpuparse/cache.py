@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
+from gpuparse.layout import ArrayLayout
 from gpuparse.read import ALIGNMENT_BYTES, ChunkExtent, aligned
-from gpuparse.store import ArrayLayout
 
 __all__ = ["CacheStatus", "ChunkCache", "PageCacheBudget"]
 

@@ -8,6 +8,7 @@ appears by a rename, the JSON file that lists it last. An npz file appears by a 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from gpuparse.memory import default_memory_bytes
 from gpuparse.places import open_place
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.store import Store, open_store
+from gpuparse.urls import check_local
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
 
@@ -118,6 +120,8 @@ def export_store(
     """
     if format not in _FORMATS:
         raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
+    if out_dir is not None:
+        check_local(out_dir, "out_dir")
     location = _location(path)
     store = open_store(location)
     if out_dir is None and store.is_remote:
@@ -367,6 +371,8 @@ class _NpzExport:
     def __init__(self, location: str, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
         self.location, self.store, self.target, self.parts, self.overwrite = location, store, target, parts, overwrite
         self.work = target / f".{store.split}.npz"  # only its lock is ever there
+        # Where conversion puts stores unless told otherwise: what lies there is what they were made from.
+        self._is_home = not store.is_remote and target.resolve() == store.path.parent.resolve()
 
     def prepare(self) -> None:
         """Refuses prompts that are other ones, and removes what runs that were killed left.
@@ -386,10 +392,12 @@ class _NpzExport:
     def task(self, number: int) -> tuple[Any, ...]:
         """The arguments of `write` for a case."""
         name = f"{self.store.cases[number].name}.npz"
-        return self.location, number, self.target / self.parts[number] / name, self.overwrite
+        return self.location, number, self.target / self.parts[number] / name, self.overwrite, self._is_home
 
     @staticmethod
-    def write(location: str, number: int, target: Path, overwrite: bool) -> GpuparseError | Literal["written", "kept"]:
+    def write(
+        location: str, number: int, target: Path, overwrite: bool, is_home: bool
+    ) -> GpuparseError | Literal["written", "kept"]:
         """Makes a case's file; runs in a worker."""
         try:
             case = StoredCase(_opened(location), number)
@@ -398,6 +406,11 @@ class _NpzExport:
             if target.exists():
                 if _holds(target, arrays):
                     return "kept"
+                if is_home or _is_source(case, target):
+                    return InputError(
+                        f"'{target}' holds more or other data than the store, which may have been made from it, and is "
+                        "not replaced. Name another folder with --out."
+                    )
                 if not overwrite:
                     return InputError(
                         f"'{target}' exists with other content. Pass --overwrite to replace it, or another folder with "
@@ -448,12 +461,20 @@ class _NpzExport:
             )
         entry = entries.get(self.store.name)
         is_other = entry is not None and parse_class_prompts(entry, f"{path}: {self.store.name}") != self.store.prompts
-        if is_other and not self.overwrite:
+        if is_other and (self._is_home or not self.overwrite):
+            remedy = "Name" if self._is_home else "Pass --overwrite to replace them, or name"
             raise InputError(
-                f"'{path}' has other prompts for {self.store.name!r} than the store. Pass --overwrite to replace them, "
-                "or another folder with --out."
+                f"'{path}' has other prompts for {self.store.name!r} than the store. {remedy} another --out."
             )
         return entries
+
+
+def _is_source(case: StoredCase, path: Path) -> bool:
+    """Whether a file is the very one that a case was made from."""
+    meta = json.loads((case.store.case_place(case.number) / "zarr.json").read_text(encoding="utf-8"))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(meta["attributes"]["gpuparse"].get("source", {}).get("sha256") == digest)
 
 
 def _holds(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpuparse.layout import ArrayLayout
 from gpuparse.read import aligned
 from gpuparse.remote import RemotePath
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store
 
 __all__ = ["Footprint", "compressed_bytes", "decoded_bytes", "evenly_spread", "num_voxels", "store_footprint"]
 
@@ -45,11 +46,11 @@ def store_footprint(store: Store, cases: Sequence[int], max_opened: int | None =
         store: The store.
         cases: Numbers of the volumes, ascending.
         max_opened: Beyond so many volumes, that many are looked at, evenly spread, and the rest is taken to be like
-            them, voxel for voxel. None looks at all.
+            them, voxel for voxel. None looks at all. Volumes whose metadata cannot be read are taken to be like the
+            others, too: reading their slices will say what is wrong.
     """
-    opened = evenly_spread(cases, max_opened)
-    for error in store.prepare(opened).values():
-        raise error
+    lost = store.prepare(evenly_spread(cases, max_opened))
+    opened = [case for case in evenly_spread(cases, max_opened) if case not in lost]
     layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
     share = num_voxels(store, cases) / max(1, num_voxels(store, opened))
     return Footprint(

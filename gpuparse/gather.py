@@ -12,16 +12,17 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
-from gpuparse.errors import InputError, StorageError
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
+from gpuparse.layout import ArrayLayout
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store
 from gpuparse.views import PLANE_DTYPE, Recipe, view_geometry
 
 __all__ = ["Gathering", "SliceKey", "gather", "gather_labels"]
@@ -209,18 +210,26 @@ def _views_of(store: Store) -> _Views:
 
 
 def _want(keys: Sequence[SliceKey]) -> _Wanted:
+    failed = _prepare(keys)
     store = keys[0].store
     views, number = _views_of(store), 0
     numbers = {views: number}
     rows, of = [], []
-    for key in keys:
+    for i, key in enumerate(keys):
         if key.store is not store:
             store = key.store
             views = _views_of(store)
             number = numbers.setdefault(views, len(numbers))
         row = views.rows.get((key.case, key.axis, key.recipe))
-        rows.append(views.add(store, key.case, key.axis, key.recipe) if row is None else row)
+        if row is None and i not in failed:
+            try:
+                row = views.add(store, key.case, key.axis, key.recipe)
+            except StoreFormatError as error:
+                failed[i] = error
+        rows.append(row)
         of.append(number)
+    if failed:
+        _fail(keys, failed)
     stores, store_of = list(numbers), np.array(of)
     tables = [views.table for views in stores]
     bases = np.array([table.ctypes.data for table in tables], np.uint64)
@@ -236,7 +245,6 @@ def _want(keys: Sequence[SliceKey]) -> _Wanted:
 
 
 def _gather(keys: Sequence[SliceKey], size: tuple[int, int], with_images: bool) -> Gathering:
-    _prepare(keys)
     wanted = _want(keys)
     library, num_slices = kernels.host_library(), ctypes.c_int64(len(keys))
     head = [kernels.pointer(array) for array in (wanted.views, wanted.positions)]
@@ -274,18 +282,20 @@ def _gather(keys: Sequence[SliceKey], size: tuple[int, int], with_images: bool) 
     )
 
 
-def _prepare(keys: Sequence[SliceKey]) -> None:
-    """Has the layouts of remote stores ready, for all cases at once instead of one after another."""
-    failed: dict[int, str] = {}
+def _prepare(keys: Sequence[SliceKey]) -> dict[int, StorageError | StoreFormatError]:
+    """Has the layouts of remote stores ready, for all cases at once; returns slice -> why that of its case is not."""
+    failed: dict[int, StorageError | StoreFormatError] = {}
     for store in {key.store for key in keys if key.store.is_remote}:
         errors = store.prepare(key.case for key in keys if key.store is store)
-        failed |= {
-            i: f"{key.describe()}: {errors[key.case]}"
-            for i, key in enumerate(keys)
-            if key.store is store and key.case in errors
-        }
-    if failed:
-        raise StorageError(failed[min(failed)], failed=dict(sorted(failed.items())))
+        failed |= {i: errors[key.case] for i, key in enumerate(keys) if key.store is store and key.case in errors}
+    return failed
+
+
+def _fail(keys: Sequence[SliceKey], errors: Mapping[int, StorageError | StoreFormatError]) -> NoReturn:
+    failed = {i: f"{keys[i].describe()}: {errors[i]}" for i in sorted(errors)}
+    first, *_ = failed
+    kind = StorageError if isinstance(errors[first], StorageError) else ChunkCorruptError
+    raise kind(failed[first], failed=failed) from errors[first]
 
 
 def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
@@ -295,8 +305,8 @@ def gather_labels(keys: Sequence[SliceKey]) -> Gathering:
         keys: The slices, at least one.
 
     Raises:
-        StoreFormatError: A case's arrays are not in the store's format.
-        StorageError: Remote storage failed.
+        ChunkCorruptError: A case's metadata are gone or damaged; `failed` lists the slices of such cases.
+        StorageError: Remote storage failed; likewise.
     """
     return _gather(keys, (1, 1), with_images=False)
 
@@ -309,8 +319,8 @@ def gather(keys: Sequence[SliceKey], size: tuple[int, int]) -> Gathering:
         size: Rows and columns that they will be encoded to.
 
     Raises:
-        StoreFormatError: A case's arrays are not in the store's format.
+        ChunkCorruptError: A case's metadata are gone or damaged; `failed` lists the slices of such cases.
         InputError: A position lies outside its case.
-        StorageError: Remote storage failed; `failed` lists the slices whose cases cannot be had.
+        StorageError: Remote storage failed; likewise.
     """
     return _gather(keys, size, with_images=True)

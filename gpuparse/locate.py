@@ -17,8 +17,8 @@ import numpy.typing as npt
 from gpuparse import kernels
 from gpuparse.errors import SliceReadError, StorageError
 from gpuparse.gather import Gathering
+from gpuparse.layout import ArrayLayout
 from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable
-from gpuparse.store import ArrayLayout
 
 __all__ = ["CHUNK_DTYPE", "Located", "locate"]
 
@@ -38,6 +38,10 @@ CHUNK_DTYPE = np.dtype(
 """One chunk to be read: the struct `ChunkRequest` of kernels/chunks.h."""
 
 
+_LOST = (
+    "Look at the storage. Where the file is gone: open the store again if it was converted since; otherwise convert "
+    "this case again: `gpuparse check STORE --repair`."
+)
 _PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
 
 
@@ -87,7 +91,7 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
         if shard is None or isinstance(shard, OSError):
             if shard is not None:
                 layout, shard_key = wanted[len(located.run_shards)]
-                lost = f"'{layout.shard_path(shard_key)}' cannot be read: {shard}."
+                lost = f"'{layout.shard_path(shard_key)}' cannot be read: {shard}. {_LOST}"
                 message = str(shard) if isinstance(shard, SliceReadError) else lost
                 located.errors.update(dict.fromkeys(range(start, end), message))
                 located.lost |= isinstance(shard, StorageError)

@@ -318,7 +318,7 @@ def _import_dali() -> tuple[Any, Any, Any]:
     try:
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
-    except ImportError as error:
+    except Exception as error:  # besides ImportError: OSError and RuntimeError, where a library is damaged or missing
         raise MissingDependencyError(
             f"gpuparse.DataLoader needs NVIDIA DALI, which cannot be imported ({error}). Install it with "
             "`pip install gpuparse[cuda12]` (or [cuda13]); it also runs without a GPU."

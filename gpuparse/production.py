@@ -322,6 +322,7 @@ def produce(
     """
     if plan.num_batches == 0:
         return
+    prefetch_depth = min(prefetch_depth, plan.num_batches)
     work: dict[int, _Work] = {}
     # Batches being read ahead, and those that DALI has and has not rendered.
     ring = StagingRing(2 * prefetch_depth + 2, maker.memory)

@@ -84,8 +84,8 @@ def publish(target: PublishTarget, store: Store | None, cases: list[CaseRecord],
     }
     if store is None or not _is_published(store, attributes, cases, val_cases):
         old_folders = set() if store is None else {case.folder for case in store.cases}
-        old_names = set() if store is None else {case.name for case in store.cases}
-        folders = [_settle(case, root_path, old_names) for case in cases]
+        taken = _folder_names(target.store_path) if store is None else {case.name for case in store.cases}
+        folders = [_settle(case, root_path, taken, is_new=store is None) for case in cases]
         columns = _slice_columns(cases, target.split, val_cases.chosen)
         index = f"index/{uuid.uuid4().hex[:12]}"
         incoming = work_path / "incoming" / Path(index).name
@@ -126,17 +126,25 @@ def _val_cases_of(store: Store) -> dict[str, bool]:
     return {case.name: number in chosen for number, case in enumerate(store.cases)}
 
 
-def _settle(case: CaseRecord, root_path: Path, old_names: set[str]) -> str:
+def _settle(case: CaseRecord, root_path: Path, taken: set[str], *, is_new: bool) -> str:
     """Moves a case into the store if it is not there yet; returns its folder's name.
 
-    A folder's name is used once: whoever opened the store long ago finds the folder gone, not another's voxels in it.
+    A folder's name is used once, also where a new store takes the place of another: whoever opened that long ago finds
+    the folder gone, not another's voxels in it.
     """
     place = Path(case.place)
-    if place.parent == root_path / "cases":
+    if place.parent == root_path / "cases" and not (is_new and place.name in taken):
         return place.name
-    folder = case.name if case.name not in old_names else f"{case.name}.{uuid.uuid4().hex[:8]}"
+    folder = case.name if case.name not in taken else f"{case.name}.{uuid.uuid4().hex[:8]}"
     replace_folder(place, root_path / "cases" / folder)
     return folder
+
+
+def _folder_names(store_path: Path) -> set[str]:
+    """The folders of the cases of what lies in a store's place, if anything does."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {entry.name for entry in os.scandir(store_path / "cases")}
+    return set()
 
 
 def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: list[str], folders: list[str]) -> None:

@@ -21,9 +21,9 @@ from gpuparse import kernels
 from gpuparse.arrays import BLOSC_BLOCK_BYTES
 from gpuparse.errors import BlockError, ChunkCorruptError, StorageError
 from gpuparse.gather import Gathering, SliceKey, gather
+from gpuparse.layout import ArrayLayout
 from gpuparse.locate import Located, locate
 from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable, fetch_parts
-from gpuparse.store import ArrayLayout
 
 __all__ = [
     "COMPRESSED_BLOCK_DTYPE",

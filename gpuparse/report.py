@@ -19,6 +19,7 @@ __all__ = ["FailureLog", "FailurePolicy", "LoaderReport", "Probes", "SliceFailur
 _READING = ("plan", "read")
 _MAKING = ("decode", "encode", "augment", "render")
 _BOUND_SHARE = 0.05
+_HOST_SHARE = 0.5  # of the loop's time: what is slowest of the stages that overlap takes nearly all of it
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,12 @@ class LoaderReport:
         groups = {"reading": _READING, "making": _MAKING}
         sums = {name: sum(self.seconds.get(stage, 0.0) for stage in stages) for name, stages in groups.items()}
         slower = max(sums, key=lambda name: sums[name])
+        loop = self.seconds.get("wait", 0.0) + self.seconds.get("step", 0.0)
+        if "render" in self.seconds and sums[slower] < _HOST_SHARE * loop:
+            return (
+                f"Loader-bound: {share}; the slowest is the GPU's own work (copy, inflate, encode, augment): no stage "
+                "on the host takes as long."
+            )
         stage = max(groups[slower], key=lambda name: self.seconds.get(name, 0.0))
         return f"Loader-bound: {share}; the slowest stage is {stage!r}, {self._per_batch(stage)} ms a batch."
 

@@ -186,7 +186,7 @@ class DatasetRun:
         kept: dict[str, CaseRecord] = {}
         touched: list[tuple[SourceCase, list[Path]]] = []
         for case in self.cases:
-            places = [self.target.work_path / "cases" / case.name, *stray.get(case.name, ())]
+            places = stray.get(case.name, [])
             if case.name in folders:
                 places.insert(0, folders[case.name])
             record = kept_case(case, places, self.target.settings, may_hash=False)
@@ -204,13 +204,14 @@ class DatasetRun:
         return kept
 
     def _stray_folders(self, known: set[Path]) -> dict[str, list[Path]]:
-        """Cases in the store that its index does not name: earlier versions, and those of a run killed at its end."""
+        """Cases that no index names: finished by runs that ended early, and earlier versions in the store."""
         found: dict[str, list[Path]] = {}
-        parent = self.target.store_path / "cases"
-        for folder in parent.iterdir() if self.store is not None and parent.is_dir() else ():
-            if folder not in known and not folder.name.startswith("."):
-                for name in {folder.name, re.sub(r"\.[0-9a-f]{8}$", "", folder.name)}:
-                    found.setdefault(name, []).append(folder)
+        roots = [self.target.work_path, *([self.target.store_path] if self.store is not None else [])]
+        for parent in (root / "cases" for root in roots):
+            for folder in parent.iterdir() if parent.is_dir() else ():
+                if folder not in known and not folder.name.startswith("."):
+                    for name in {folder.name, re.sub(r"\.[0-9a-f]{8}$", "", folder.name)}:
+                        found.setdefault(name, []).append(folder)
         return found
 
     def _write(self, cases: list[SourceCase]) -> Generator[tuple[SourceCase, CaseRecord | GpuparseError], None, None]:

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from gpuparse.disk_cache import CachedObject, disk_cache
 from gpuparse.errors import ChunkCorruptError
+from gpuparse.layout import ArrayLayout
 from gpuparse.remote import RemotePath
-from gpuparse.store import ArrayLayout
 
 __all__ = ["DAMAGED", "LocalShard", "Part", "RemoteShard", "Shard", "ShardTable", "fetch_parts"]
 

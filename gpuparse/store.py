@@ -8,8 +8,6 @@ that a reader sees the old table or the new one and nothing between. docs: ARCHI
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +18,15 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arrays import BLOSC_BLOCK_BYTES, blosc_typesize, read_column
+from gpuparse.arrays import read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
+from gpuparse.layout import ArrayLayout, parse_layout, read_json, shard_sizes
 from gpuparse.places import Place, check_store_folder, local_path, open_place
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
 from gpuparse.remote import RemoteOptions, RemotePath
 
 __all__ = [
     "FORMAT_VERSION",
-    "ArrayLayout",
     "CaseColumns",
     "CaseInfo",
     "SliceTable",
@@ -147,87 +145,6 @@ class CaseColumns:
         return len(self.names)
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: a store makes one per array
-class ArrayLayout:
-    """Where the chunks of one array lie.
-
-    Attributes:
-        place: The array's folder.
-        shape: Voxels along z, y, x.
-        dtype: uint8, uint16 or uint32, little-endian.
-        chunks: Voxels of one inner chunk.
-        shards: Voxels of one shard, a multiple of `chunks`.
-        shard_bytes: Shard key (`c/0/0/0`) -> size of its file as written, or None if the writer did not say.
-    """
-
-    place: Place
-    shape: tuple[int, int, int]
-    dtype: np.dtype[Any]
-    chunks: tuple[int, int, int]
-    shards: tuple[int, int, int]
-    shard_bytes: Mapping[str, int] | None
-
-    @property
-    def path(self) -> Path:
-        """The folder of an array that is local.
-
-        Raises:
-            InputError: It is remote.
-        """
-        return local_path(self.place)
-
-    @functools.cached_property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk once decoded; those at the array's far sides are as long as all others."""
-        return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
-
-    @functools.cached_property
-    def grid(self) -> tuple[int, int, int]:
-        """Chunks along each axis."""
-        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))  # type: ignore[return-value]
-
-    @functools.cached_property
-    def _shard_grid(self) -> tuple[int, ...]:
-        """Chunks of a shard along each axis."""
-        return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
-
-    @functools.cached_property
-    def is_one_shard(self) -> bool:
-        """Whether one shard holds the whole array, so that its index counts chunks as the array does."""
-        return self._shard_grid == self.grid
-
-    def shard_path(self, shard_key: str) -> str:
-        """The file or the URL of a shard."""
-        path = self._shard_paths.get(shard_key)
-        if path is None:
-            path = self._shard_paths[shard_key] = f"{self.place}/{shard_key}"
-        return path
-
-    @functools.cached_property
-    def _shard_paths(self) -> dict[str, str]:
-        """Those that were asked for: one text each, whose hash Python keeps."""
-        return {}
-
-    @property
-    def chunks_per_shard(self) -> int:
-        """Entries of a shard's index."""
-        return int(np.prod(self._shard_grid, dtype=np.int64))
-
-    def locate(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where chunks lie.
-
-        Args:
-            numbers: (n,) int64, chunks counted in C order over the array's grid.
-
-        Returns:
-            (n, 3) int64, the shard's place in the grid of shards; and (n,) int64, the chunk's place in its index.
-        """
-        inner = self._shard_grid
-        places = np.stack(np.unravel_index(numbers, self.grid), axis=1)
-        shards = places // inner
-        return shards, np.ravel_multi_index(tuple((places - shards * inner).T), inner)
-
-
 class Store:
     """An opened store. Reads metadata only; voxels are read by `SliceDataset` and `DataLoader`.
 
@@ -274,12 +191,24 @@ class Store:
         """The attributes of the slice index."""
         path = self.place / self.attributes["index"]
         try:
-            attributes = _read_json(path / "zarr.json").get("attributes")
+            attributes = read_json(path / "zarr.json", _REMEDY).get("attributes")
         except StoreFormatError as error:
+            self._check_current(error)
             raise StoreFormatError(f"'{self.place}' has no readable slice index ({error}).") from error
         if not isinstance(attributes, dict):
             raise StoreFormatError(f"'{self.place}' has no readable slice index ({path} has no attributes). {_REMEDY}")
         return attributes
+
+    def _check_current(self, error: Exception) -> None:
+        """Called where a part of the store cannot be read: says so if newer ones have taken its place meanwhile."""
+        try:
+            current = read_json(self.place / "zarr.json", "")["attributes"]["gpuparse"]["index"]
+        except (KeyError, TypeError, StorageError, StoreFormatError):
+            return
+        if current != self.attributes["index"]:
+            raise StoreFormatError(
+                f"'{self.place}' was converted again since it was opened, and what it was then is gone. Open it again."
+            ) from error
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         checksums = self._index.get("crc32c", {})
@@ -291,6 +220,7 @@ class Store:
         except StorageError:
             raise
         except (KeyError, ValueError, OSError) as error:
+            self._check_current(error)
             raise StoreFormatError(
                 f"'{self.place}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
             ) from error
@@ -353,44 +283,43 @@ class Store:
         """
         key = (case, array_path)
         if key not in self._layouts:
-            folder = self.case_place(case)
-            if case not in self._files:
-                attributes = _read_json(folder / "zarr.json").get("attributes", {})
-                self._files[case] = attributes.get("gpuparse", {}).get("files")
-            files = self._files[case]
-            prefix = f"{array_path}/"
-            own = (
-                {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)}
-                if files is not None
-                else None
-            )
-            self._layouts[key] = _parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
+            try:
+                self._layouts[key] = self._read_layout(case, array_path)
+            except StoreFormatError as error:
+                self._check_current(error)
+                raise
         return self._layouts[key]
 
-    def prepare(self, cases: Iterable[int]) -> dict[int, StorageError]:
+    def _read_layout(self, case: int, array_path: str) -> ArrayLayout:
+        folder = self.case_place(case)
+        if case not in self._files:
+            self._files[case] = shard_sizes(folder)
+        files = self._files[case]
+        prefix = f"{array_path}/"
+        own = (
+            {k.removeprefix(prefix): v for k, v in files.items() if k.startswith(prefix)} if files is not None else None
+        )
+        return parse_layout(folder / array_path, tuple(self.case_columns.shape[case].tolist()), own)
+
+    def prepare(self, cases: Iterable[int]) -> dict[int, StorageError | StoreFormatError]:
         """Has the layouts of several cases ready, read side by side where the store is remote.
 
         Returns:
-            Case -> why its layouts could not be had, where remote storage failed.
-
-        Raises:
-            StoreFormatError: As `layout`.
+            Case -> why its layouts cannot be had: remote storage failed, or what is there is not in the store's format.
         """
-        if not isinstance(self.place, RemotePath):
-            return {}
         arrays = (IMAGE_PATH, LABELS_PATH)
         missing = [case for case in dict.fromkeys(cases) if any((case, path) not in self._layouts for path in arrays)]
-        if not missing:
-            return {}
-        executor = self.place.site.executor
-        waiting = {case: executor.submit(lambda i: [self.layout(i, path) for path in arrays], case) for case in missing}
-        errors: dict[int, StorageError] = {}
-        for case, future in waiting.items():
+
+        def read(case: int) -> StorageError | StoreFormatError | None:
             try:
-                future.result()
-            except StorageError as error:
-                errors[case] = error
-        return errors
+                for path in arrays:
+                    self.layout(case, path)
+            except (StorageError, StoreFormatError) as error:
+                return error
+            return None
+
+        run = self.place.site.executor.map if isinstance(self.place, RemotePath) and missing else map
+        return {case: error for case, error in zip(missing, run(read, missing), strict=True) if error is not None}
 
 
 def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = None) -> Store:
@@ -415,7 +344,7 @@ def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = N
 def read_store(path: Place) -> Store:
     """Opens a store at a place; see `open_store`."""
     check_store_folder(path)
-    attributes = _read_json(path / "zarr.json").get("attributes", {}).get("gpuparse")
+    attributes = read_json(path / "zarr.json", _REMEDY).get("attributes", {}).get("gpuparse")
     if not isinstance(attributes, dict):
         raise StoreFormatError(
             f"'{path}' is a Zarr group but no gpuparse store (no 'gpuparse' attributes). "
@@ -440,59 +369,3 @@ def split_code(split: str) -> int:
     if split not in _SPLITS:
         raise InputError(f"split is {split!r}; expected one of {', '.join(_SPLITS)}.")
     return _SPLITS.index(split)
-
-
-def _read_json(path: Place) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreFormatError(f"'{path.parent}' is no Zarr v3 node: zarr.json is missing. {_REMEDY}") from error
-    except StorageError:
-        raise
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise StoreFormatError(f"'{path}' cannot be read as JSON: {error}. {_REMEDY}") from error
-    if not isinstance(data, dict):
-        raise StoreFormatError(f"'{path}' holds {type(data).__name__}, expected an object. {_REMEDY}")
-    return data
-
-
-def _parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[str, int] | None) -> ArrayLayout:
-    meta = _read_json(path / "zarr.json")
-
-    def expect(what: str, got: Any, wanted: Any) -> None:
-        if got != wanted:
-            raise StoreFormatError(f"'{path}': {what} is {got!r}; the format asks for {wanted!r}. {_REMEDY}")
-
-    try:
-        expect("zarr_format", meta["zarr_format"], 3)
-        expect("shape", tuple(meta["shape"]), tuple(shape))
-        expect("fill_value", meta["fill_value"], 0)
-        if meta["data_type"] not in ("uint8", "uint16", "uint32"):
-            expect("data_type", meta["data_type"], "uint8, uint16 or uint32")
-        expect("chunk_key_encoding", meta["chunk_key_encoding"]["name"], "default")
-        expect("chunk key separator", meta["chunk_key_encoding"].get("configuration", {}).get("separator", "/"), "/")
-        (outer,) = meta["codecs"]
-        expect("outer codec", outer["name"], "sharding_indexed")
-        sharding = outer["configuration"]
-        inner = sharding["codecs"]
-        expect("inner codecs", [codec["name"] for codec in inner], ["bytes", "blosc", "crc32c"])
-        expect("index codecs", [codec["name"] for codec in sharding["index_codecs"]], ["bytes", "crc32c"])
-        expect("index location", sharding.get("index_location", "end"), "end")
-        blosc = inner[1]["configuration"]
-        if blosc["cname"] not in ("lz4", "lz4hc"):
-            expect("blosc cname", blosc["cname"], "lz4 or lz4hc")
-        expect("blosc shuffle", blosc["shuffle"], "noshuffle")
-        expect("blosc blocksize", blosc["blocksize"], BLOSC_BLOCK_BYTES)
-        expect("byte order", inner[0].get("configuration", {}).get("endian", "little"), "little")
-        chunks = tuple(int(n) for n in sharding["chunk_shape"])
-        shards = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
-        expect("ranks of chunk and shard", (len(chunks), len(shards)), (3, 3))
-        expect("remainder of shard by chunk", [s % c for s, c in zip(shards, chunks, strict=True)], [0, 0, 0])
-        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        expect("blosc typesize", blosc["typesize"], blosc_typesize(math.prod(chunks) * dtype.itemsize))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, StoreFormatError):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        raise StoreFormatError(f"'{path}': zarr.json is incomplete ({reason}). {_REMEDY}") from error
-    return ArrayLayout(path, shape, dtype, chunks, shards, shard_bytes)  # type: ignore[arg-type]

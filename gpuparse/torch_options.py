@@ -9,7 +9,7 @@ from typing import Any
 
 from gpuparse.errors import InputError
 
-__all__ = ["check_torch_options"]
+__all__ = ["check_torch_options", "is_torch_option"]
 
 _LOG = logging.getLogger("gpuparse")
 
@@ -32,6 +32,11 @@ _NOT_POSSIBLE = {
     "worker_init_fn": "There are no worker processes; random numbers follow seed and epoch.",
     "generator": "The order follows seed and epoch; give seed.",
 }
+
+
+def is_torch_option(name: str) -> bool:
+    """Whether `name` is an argument of torch's DataLoader, rather than of none."""
+    return name in _WITHOUT_MEANING or name in _NOT_POSSIBLE
 
 
 def check_torch_options(options: Mapping[str, Any], known: Sequence[str]) -> None:

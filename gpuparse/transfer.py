@@ -28,7 +28,7 @@ from gpuparse.lease import Lease
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.remote import ObjectInfo, RemoteOptions, RemotePath, RemoteSite
 from gpuparse.store import Store, open_store, read_store
-from gpuparse.urls import check_url, is_url
+from gpuparse.urls import check_local, check_url, is_url
 
 __all__ = ["Staging", "TransferReport", "download_sources", "upload_store"]
 
@@ -247,7 +247,7 @@ class Staging:
         out_dir: Where stores are written, a local folder; None writes them beside the sources.
 
     Raises:
-        InputError: There is no folder to work in, no place for the stores, or a URL with more in it than a place.
+        InputError: There is no folder to work in, no place for the stores, or a URL that is none or holds secrets.
     """
 
     def __init__(
@@ -265,6 +265,8 @@ class Staging:
         urls = [os.fspath(path) for path in (data_dir, out_dir) if path is not None and is_url(path)]
         for url in urls:
             check_url(url)
+        if work_dir is not None:
+            check_local(work_dir, "work_dir")
         if urls and work_dir is None:
             raise InputError(
                 f"'{urls[0]}' is a URL, and work_dir is not given. Name a local folder with --work-dir; it needs "

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
+from gpuparse.layout import ArrayLayout
 from gpuparse.read import ChunkExtent
-from gpuparse.store import ArrayLayout
 
 TOO_SMALL = (
     r"the decoded chunks of one batch do not fit the cache of \d+ bytes together\. "

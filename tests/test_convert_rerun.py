@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_overwrite_writes_everything_and_drops_what_is_gone(two_cases, data_dir)
     states, store = states_of(data_dir, overwrite=True)
     assert states == {"a": "written"}
     assert sorted(p.name for p in store.path.iterdir()) == ["cases", "index", "zarr.json"]
-    assert sorted(p.name for p in (store.path / "cases").iterdir()) == ["a", "zarr.json"]
+    assert sorted(p.name for p in (store.path / "cases").iterdir()) == [store.cases[0].folder, "zarr.json"]
     assert sorted(p.name for p in store.path.parent.iterdir()) == ["report.json", "train", "train.zarr"]
 
 
@@ -247,6 +248,32 @@ def test_a_store_opened_before_a_run_stays_readable_after_it(two_cases, data_dir
     for _ in range(3):
         states_of(data_dir)
     assert len([p for p in (store.path / "index").iterdir() if p.is_dir()]) == 2  # the one in force and its forerunner
+
+
+def test_a_store_opened_before_an_overwriting_run_shows_no_other_voxels(two_cases, data_dir, write_case):
+    from gpuparse import SliceDataset
+    from gpuparse.errors import ChunkCorruptError
+
+    used, fresh = SliceDataset(two_cases.path, img_size=(8, 8), transforms=None), open_store(two_cases.path)
+    assert used[0]["image"].max() == 1
+    for name, value in (("a", 11), ("b", 12)):
+        write_case(np.full((3, 8, 8), value, np.uint8), np.full((3, 8, 8), 1), name=name)
+    _, store = states_of(data_dir, overwrite=True)
+    names = {case.name: case.folder for case in store.cases}
+    assert list(names) == ["a", "b"]
+    assert all(re.fullmatch(rf"{name}\.[0-9a-f]{{8}}", folder) for name, folder in names.items())
+    np.testing.assert_array_equal(voxels(store, "a"), np.full((3, 8, 8), 11))
+    message = r"train\.zarr' was converted again since it was opened, and what it was then is gone\. Open it again\."
+    with pytest.raises(ChunkCorruptError, match=rf"case 'b', axis 0, slice 0: .*{message}"):  # not looked at before
+        used[3]
+    assert used[0]["image"].max() == 1  # its files are open still
+    with pytest.raises(StoreFormatError, match=message):
+        assert fresh.slices
+    with pytest.raises(StoreFormatError, match=message):
+        assert fresh.cases
+    assert states_of(data_dir)[0] == {"a": "kept", "b": "kept"}
+    again = open_store(store.path)
+    assert {case.name: case.folder for case in again.cases} == names
 
 
 def test_an_interrupted_run_leaves_no_store_and_the_next_takes_up_its_cases(write_case, data_dir):

@@ -74,6 +74,17 @@ def no_dali(monkeypatch, machine):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
 
 
+def broken_dali(monkeypatch, machine):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "nvidia.dali":
+                raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    no_dali(monkeypatch, machine)
+    monkeypatch.delitem(sys.modules, "nvidia.dali")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
 OBSTACLES = [
     (
         lambda patch, machine: patch.setattr("torch.version.cuda", None),
@@ -111,6 +122,7 @@ OBSTACLES = [
         r"DALI is built for CUDA 13, torch for CUDA 12\. .*`pip install gpuparse\[cuda12\]`",
     ),
     (no_dali, MissingDependencyError, r"needs NVIDIA DALI, which cannot be imported .*pip install gpuparse\[cuda12\]"),
+    (broken_dali, MissingDependencyError, r"needs NVIDIA DALI, which cannot be imported \(libnvidia-ml\.so\.1: cannot"),
 ]
 
 

@@ -406,6 +406,42 @@ def test_volumes_that_are_equal_are_kept_and_others_refused(source, stores, tmp_
     assert [case.state for case in report.cases] == ["kept", "written", "kept"]
 
 
+@pytest.fixture
+def float_source(tmp_path):
+    """A volume that is more than its store keeps of it, converted in place."""
+    folder = tmp_path / "data" / "FLOAT" / "train"
+    folder.mkdir(parents=True)
+    arrays = {
+        "imgs": np.arange(4 * 8 * 8, dtype=np.float32).reshape(4, 8, 8) % 200,
+        "gts": np.ones((4, 8, 8), np.int64),
+    }
+    np.savez(folder / "case.npz", **arrays, spacing=np.ones(3), extra=np.arange(3))
+    prompts = {"FLOAT": {"1": ["thing"], "instance_label": 0}}
+    (tmp_path / "data" / "class_prompts.json").write_text(json.dumps(prompts))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_volumes_that_a_store_was_made_from_are_never_replaced(float_source, tmp_path, overwrite):
+    gpuparse.convert(float_source)
+    gpuparse.convert(float_source, out_dir=tmp_path / "stores")
+    path = float_source / "FLOAT" / "train" / "case.npz"
+    before = path.read_bytes()
+    message = r"case\.npz' holds more or other data than the store, .* not replaced\. Name another folder with --out"
+    for store, out in ((float_source / "FLOAT", None), (tmp_path / "stores" / "FLOAT", float_source)):
+        with pytest.raises(InputError, match=message):
+            export_store(store, out, format="npz", overwrite=overwrite)
+        assert path.read_bytes() == before
+    np.savez(path, imgs=np.zeros((1, 2, 2), np.uint8))  # newer than the store beside it
+    with pytest.raises(InputError, match=message):
+        export_store(float_source / "FLOAT", format="npz", overwrite=overwrite)
+    prompts = float_source / "class_prompts.json"
+    prompts.write_text(json.dumps({"FLOAT": {"1": ["edited"], "instance_label": 0}}))
+    with pytest.raises(InputError, match=r"has other prompts for 'FLOAT' than the store\. Name another --out"):
+        export_store(float_source / "FLOAT", format="npz", overwrite=overwrite)
+    assert "edited" in prompts.read_text()
+
+
 def test_prompts_of_others_stay(stores, tmp_path):
     path = tmp_path / "class_prompts.json"
     path.write_text(json.dumps({"OTHER": {"1": ["x"], "instance_label": 0}}))

@@ -238,6 +238,31 @@ def failed_file(failure):
     return f"{case}_{int(position):03d}.png"
 
 
+LOST = ("", "zarr.json", "0/zarr.json", "labels/gts/0/zarr.json")
+
+
+@pytest.mark.parametrize("cache", [None, "device", "host"])
+@pytest.mark.parametrize("lost", LOST)
+def test_a_case_whose_metadata_are_gone_is_replaced_slice_by_slice(sample_stores, tmp_path_factory, lost, cache):
+    root = copy_of(sample_stores, tmp_path_factory)
+    dataset = SliceDataset(root, img_size=SIZE)
+    path = root / "train.zarr" / "cases/case_002" / lost
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    kept = {"cache": cache, "cache_gib": 1.0} if cache else {}
+    files = {Path(name).name for name in dataset.describe(np.arange(len(dataset)), 0).mask_files}
+    lost_files = {name for name in files if name.startswith("case_002")}
+    loader = DataLoader(dataset, batch_size=8, on_error="skip", **kept, **OPTIONS)
+    seen = [name for name, *_ in samples_of(loader)]
+    assert len(seen) == len(files)
+    assert not lost_files & set(seen)
+    assert files - lost_files <= set(seen)
+    assert lost_files <= {failed_file(failure) for failure in loader.report().failures}
+    with pytest.raises(
+        ChunkCorruptError, match=r"dataset 'SAMPLE_CT', case 'case_002', axis 0, slice \d+: .*Convert this"
+    ):
+        list(DataLoader(dataset, batch_size=8, **kept, **OPTIONS))
+
+
 def test_more_failures_than_allowed_end_the_run(damaged, cells, threads_left):
     dataset = compose(damaged, cells)
     loader = DataLoader(dataset, batch_size=4, on_error="skip", **OPTIONS)

@@ -14,7 +14,8 @@ from oracle import neighbours, pad_as_reference, pad_to_square
 
 from gpuparse.errors import InputError
 from gpuparse.gather import SliceKey, gather, gather_labels
-from gpuparse.store import IMAGE_PATH, ArrayLayout
+from gpuparse.layout import ArrayLayout
+from gpuparse.store import IMAGE_PATH
 from gpuparse.views import PLANE_DTYPE
 
 SIZE = (24, 20)

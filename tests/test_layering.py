@@ -29,6 +29,7 @@ LAYERS = [
     ["foreign"],
     ["collect"],
     ["views"],
+    ["layout"],
     ["presence", "store", "lease"],
     ["catalogue"],
     ["transfer"],

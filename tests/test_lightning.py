@@ -330,8 +330,19 @@ def test_the_page_on_lightning_runs_as_it_stands(sample_stores, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["options", "eval_options"])
 def test_options_the_loader_does_not_have_are_refused_by_name(data, name):
-    with pytest.raises(InputError, match=rf"^{name} has 'num_workers', 'rank'; expected .*batch_size, shuffle"):
-        GpuparseDataModule(data["train"], **{name: {"num_workers": 4, "rank": 0, "batch_size": 2}})
+    with pytest.raises(InputError, match=rf"^{name} has 'num_threds', 'rank'; expected .*batch_size, shuffle"):
+        GpuparseDataModule(data["train"], **{name: {"num_threds": 4, "rank": 0, "batch_size": 2}})
+    with pytest.raises(InputError, match=rf"^{name} has 'torch_options'; expected .*batch_size, shuffle"):
+        GpuparseDataModule(data["train"], **{name: {"torch_options": {"pin_memory": True}}})
+    with pytest.raises(InputError, match=r"collate_fn is given; gpuparse.DataLoader has none"):
+        GpuparseDataModule(data["train"], **{name: {"collate_fn": list}})
+
+
+def test_options_of_torchs_loader_without_meaning_are_left_out_and_named(data, caplog):
+    datamodule = GpuparseDataModule(data["train"], options={**OPTIONS, "num_workers": 4, "pin_memory": False})
+    assert dict(datamodule.options) == OPTIONS
+    (record,) = caplog.records
+    assert record.getMessage().startswith("DataLoader: num_workers=4 has no effect: num_threads and prefetch_depth say")
 
 
 def test_options_are_kept_as_they_were_given(data):

@@ -121,7 +121,8 @@ def test_a_shard_too_short_for_its_index_is_refused_where_no_length_was_recorded
 def test_a_deleted_shard_is_not_taken_for_background(store, array):
     (store.path / "cases/case" / array / "c/0/0/0").unlink()
     with pytest.raises(
-        ChunkCorruptError, match=rf"case 'case', axis 0, slice \d: '.*case/{array}/c/0/0/0' cannot be read: .*No such"
+        ChunkCorruptError,
+        match=rf"case 'case', axis 0, slice \d: '.*case/{array}/c/0/0/0' cannot be read: .*No such.*open the store",
     ):
         fetch_all(store)
 
@@ -132,6 +133,20 @@ def test_a_deleted_case_is_not_taken_for_background(store):
     shutil.rmtree(store.path / "cases/case")
     with pytest.raises(ChunkCorruptError, match=r"cannot be read: .*No such file"):
         fetch_all(store)
+
+
+@pytest.mark.parametrize("lost", ["", "zarr.json", "0/zarr.json", "labels/gts/0/zarr.json", "labels"])
+def test_a_case_whose_metadata_are_gone_is_named_with_its_slices(store, lost):
+    path = store.path / "cases/case" / lost
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(
+        ChunkCorruptError, match=r"^dataset 'DATA', case 'case', axis 0, slice 0: .*zarr.json is missing.*Convert this"
+    ):
+        fetch_all(store)
+    with pytest.raises(ChunkCorruptError) as caught:
+        fetch_all(store)
+    assert list(caught.value.failed) == list(range(SHAPE[0]))
+    assert all(f"slice {i}: " in text for i, text in caught.value.failed.items())
 
 
 def test_a_folder_in_a_shards_place_is_refused(store, shard):

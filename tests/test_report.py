@@ -53,6 +53,11 @@ def probes_with(num_batches=10, **seconds):
             "Loader-bound: 50% of the loop's time was spent waiting for batches; the slowest stage is 'render', "
             "200.0 ms a batch.",
         ),
+        (
+            {"plan": 0.3, "read": 0.6, "render": 0.5, "wait": 1.5, "step": 0.5},
+            "Loader-bound: 75% of the loop's time was spent waiting for batches; the slowest is the GPU's own work "
+            "(copy, inflate, encode, augment): no stage on the host takes as long.",
+        ),
         ({}, "Model-bound: 0% of the loop's time was spent waiting for batches."),
     ],
 )

@@ -22,6 +22,7 @@ from gpuparse.errors import GpuparseError, InputError, StoreFormatError
 from gpuparse.store import chunk_shape, open_store, shard_shape
 
 REMEDY = r"Rebuild it with `gpuparse convert \.\.\. --overwrite`"
+CASE_REMEDY = r"Convert this case again: `gpuparse check STORE --repair`\."
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_an_index_without_case_names_is_refused(store_path):
 def test_a_missing_array_is_named(store_path):
     shutil.rmtree(store_path / "cases/case_002/labels")
     store = open_store(store_path)
-    with pytest.raises(StoreFormatError, match=rf"case_002/labels/gts/0' is no Zarr v3 node: .*{REMEDY}"):
+    with pytest.raises(StoreFormatError, match=rf"case_002/labels/gts/0' is no Zarr v3 node: .*{CASE_REMEDY}"):
         store.layout(1, "labels/gts/0")
     assert store.layout(0, "labels/gts/0").shape == (28, 216, 272)
 
@@ -303,8 +304,23 @@ def test_arrays_that_only_other_readers_could_decode_are_refused_by_name(store_p
     change, message = FOREIGN[fault]
     edit(store_path / "cases/case_001/0/zarr.json", change)
     store = open_store(store_path)
-    with pytest.raises(StoreFormatError, match=rf"cases/case_001/0': .*{message}.*{REMEDY}"):
+    with pytest.raises(StoreFormatError, match=rf"cases/case_001/0': .*{message}.*{CASE_REMEDY}"):
         store.layout(0, "0")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"gpuparse": {"files": ["0/c/0/0/0"]}}, "zarr.json is damaged .*'items'"),
+        ({"gpuparse": {"files": {"0/c/0/0/0": "12"}}}, "zarr.json is damaged .*'str'"),
+        ({"gpuparse": []}, "zarr.json is damaged"),
+        ([], "zarr.json is damaged"),
+    ],
+)
+def test_metadata_of_a_case_that_another_program_wrote_are_refused_by_name(store_path, attributes, message):
+    edit(store_path / "cases/case_001/zarr.json", lambda meta: meta.update(attributes=attributes))
+    with pytest.raises(StoreFormatError, match=rf"cases/case_001': {message}.* {CASE_REMEDY}"):
+        open_store(store_path).layout(0, "0")
 
 
 def test_lz4hc_is_as_good_as_lz4(store_path):

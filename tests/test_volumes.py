@@ -339,5 +339,10 @@ def test_lightning_runs_several_test_sets_in_sequence(tmp_path):
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.test(Model(), [DataLoader(d, batch_size=1) for d in datasets], verbose=False)
-    assert seen == [("ONE", "ONE_0"), ("TWO", "TWO_0"), ("TWO", "TWO_1")]
+    from gpuparse.integrations.lightning import GpuparseDataModule
+
+    loaders = [DataLoader(d, batch_size=1) for d in datasets]
+    for given in ({"dataloaders": loaders}, {"datamodule": GpuparseDataModule(test=datasets)}):
+        seen.clear()
+        trainer.test(Model(), **given, verbose=False)
+        assert seen == [("ONE", "ONE_0"), ("TWO", "TWO_0"), ("TWO", "TWO_1")]

@@ -18,8 +18,8 @@ from numcodecs import blosc
 from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.errors import StorageError
+from gpuparse.layout import ArrayLayout
 from gpuparse.remote import Fetched, RemotePath
-from gpuparse.store import ArrayLayout
 
 __all__ = ["read_checked"]
 

@@ -11,6 +11,7 @@ from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 from gpuparse.info.model import AXES, Distribution, InfoReport, StoreInfo
 from gpuparse.info.text import CLASS_HEADS, VIEW_HEADS, class_row, facts_of, number_text, size_text, view_row
+from gpuparse.urls import check_local
 
 __all__ = ["check_page_path", "info_page", "write_info_page"]
 
@@ -37,6 +38,7 @@ def check_page_path(path: Path) -> None:
     Raises:
         InputError: The name does not end in .html.
     """
+    check_local(path, "--html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--html is {str(path)!r}; expected a file name that ends in .html.")
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from gpuparse.arrays import LEVELS
 from gpuparse.footprint import compressed_bytes, decoded_bytes, evenly_spread, num_voxels
 from gpuparse.info.model import ReadCost, StorageInfo
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, ArrayLayout, Store
+from gpuparse.layout import ArrayLayout
+from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store
 from gpuparse.views import channel_positions
 
 __all__ = ["choose_cases", "distinct_layers", "read_cost", "storage_info"]

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeAlias
 
+import torch
 from torch.utils.data import Dataset
 
 from gpuparse.errors import InputError, MissingDependencyError
+from gpuparse.evaluation.volumes import VolumeDataset
 from gpuparse.loader import DataLoader
+from gpuparse.torch_options import check_torch_options, is_torch_option
 
 __all__ = ["GpuparseDataModule", "LoaderReportCallback"]
 
@@ -67,7 +70,8 @@ class GpuparseDataModule(_LightningDataModule):
         train: The training data, as `gpuparse.DataLoader` takes it, or a function without arguments that makes it in
             each process.
         val: The validation data: one such thing, or a sequence of them, which become several loaders.
-        test: The test data, likewise.
+        test: The test data, likewise. A `gpuparse.VolumeDataset`, here or in `val`, gets a loader of torch's with
+            batches of one volume, which `options` do not concern.
         options: Keyword arguments of `gpuparse.DataLoader` for all loaders. `shuffle`, `drop_last`, `weights` and
             `shuffle_block` go to training alone.
         eval_options: Further ones for validation and test; they go before `options`.
@@ -131,18 +135,23 @@ class GpuparseDataModule(_LightningDataModule):
             self._place = _Place(resumed=self._place.resumed)
         return _TrainLoader(self.trainer, self._place, datasets[0], options)
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[Any]:
         """New validation loaders, one for each dataset, in the order of `val`."""
         return self._evaluation_loaders("val")
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[Any]:
         """New test loaders, one for each dataset, in the order of `test`."""
         return self._evaluation_loaders("test")
 
-    def _evaluation_loaders(self, part: str) -> list[DataLoader]:
+    def _evaluation_loaders(self, part: str) -> list[Any]:
         shared = {key: value for key, value in self.options.items() if key not in _TRAINING_ONLY}
         options = {**self._device(), **shared, **self.eval_options}
-        return [_EvaluationLoader(dataset, **options) for dataset in self._make(part)]
+        return [
+            torch.utils.data.DataLoader(dataset, batch_size=1)  # whole volumes, as BiomedParse's evaluation takes them
+            if isinstance(dataset, VolumeDataset)
+            else _EvaluationLoader(dataset, **options)
+            for dataset in self._make(part)
+        ]
 
     def _make(self, part: str) -> list[Dataset[Any]]:
         if part not in self._datasets:
@@ -347,11 +356,14 @@ def _as_list(part: str, sources: Source | Sequence[Source] | None) -> list[Sourc
 
 def _check_options(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """A copy that cannot change, of options that the loader has."""
-    known = [key for key in inspect.signature(DataLoader.__init__).parameters if key not in _TAKEN]
-    unknown = [key for key in options or {} if key not in known]
-    if unknown:
+    parameters = inspect.signature(DataLoader.__init__).parameters.values()
+    known = [p.name for p in parameters if p.name not in _TAKEN and p.kind is not p.VAR_KEYWORD]
+    given = dict(options or {})
+    unknown = {key: given.pop(key) for key in options or {} if key not in known}
+    if bad := [key for key in unknown if key in _TAKEN or not is_torch_option(key)]:
         raise InputError(
-            f"{name} has {', '.join(map(repr, unknown))}; expected keyword arguments of gpuparse.DataLoader, without "
+            f"{name} has {', '.join(map(repr, bad))}; expected keyword arguments of gpuparse.DataLoader, without "
             f"rank and world_size, which Lightning sets: {', '.join(known)}."
         )
-    return MappingProxyType(dict(options or {}))
+    check_torch_options(unknown, known)
+    return MappingProxyType(given)

@@ -22,6 +22,7 @@ from gpuparse.preview.samples import DrawOptions, Picture, Sample, make_samples,
 from gpuparse.remote import RemoteOptions
 from gpuparse.sheet import contact_sheet
 from gpuparse.store import read_store
+from gpuparse.urls import check_local
 
 __all__ = ["Preview", "PreviewOptions", "preview"]
 
@@ -99,6 +100,7 @@ def preview(
         MissingDependencyError: It is a URL, and obstore is not installed.
     """
     options = options or PreviewOptions()
+    check_local(out_dir, "out_dir")
     places = find_stores(path, datasets=options.datasets or None, remote=remote)
     is_store = os.fspath(path).rstrip("/").endswith(".zarr")
     samples: list[Sample] = []
