@@ -101,5 +101,7 @@ def check_store_folder(place: Place) -> None:
     stores = [name for name in _STORE_NAMES if (place / name).is_dir()]
     if stores:
         raise StoreFormatError(f"'{place}' is no store but holds {', '.join(stores)}. Name '{place / stores[0]}'.")
+    if is_there and not place.name.endswith(".zarr"):
+        raise StoreFormatError(f"'{place}' is no store: no zarr.json in it. Name a .zarr folder, as conversion makes.")
     if not is_there:
         raise StoreFormatError(f"'{place}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")

@@ -175,8 +175,11 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "file.zarr").write_text("")
     with pytest.raises(StoreFormatError, match=r"file\.zarr' is no folder"):
         open_store(tmp_path / "file.zarr")
-    with pytest.raises(StoreFormatError, match=rf"' is no Zarr v3 node: zarr\.json is missing\. {REMEDY}") as error:
+    with pytest.raises(StoreFormatError, match=r"' is no store: no zarr\.json in it\. Name a \.zarr folder, as con"):
         open_store(tmp_path)
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(StoreFormatError, match=rf"' is no Zarr v3 node: zarr\.json is missing\. {REMEDY}") as error:
+        open_store(tmp_path / "empty.zarr")
     assert isinstance(error.value, GpuparseError)
     for text, message in [
         ("{", rf"zarr\.json' cannot be read as JSON: .*{REMEDY}"),
