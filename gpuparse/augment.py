@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arguments import check_num_threads, whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import (
@@ -77,9 +78,9 @@ class OutputTypes:
     labels: str = "int64"
 
     def __post_init__(self) -> None:
-        if self.image not in _IMAGE_TYPES:
+        if self.image not in tuple(_IMAGE_TYPES):
             raise InputError(f"image_dtype is {self.image!r}; expected {', '.join(_IMAGE_TYPES)}.")
-        if self.labels not in _LABEL_TYPES:
+        if self.labels not in tuple(_LABEL_TYPES):
             raise InputError(f"labels_dtype is {self.labels!r}; expected {', '.join(_LABEL_TYPES)}.")
 
     @property
@@ -159,6 +160,7 @@ def augment(
             "and (batch, rows, columns)."
         )
     spec = _label_spec(class_ids, labels, num_samples)
+    num_threads = check_num_threads(num_threads)
     view = view_geometry(mask.shape, 0, recipe)
     planes = array_planes(view, num_samples, (view.width * mask.itemsize, mask.itemsize), mask.itemsize)
     blocks = np.arange(num_samples, dtype=np.int64) * (view.height * view.width * mask.itemsize)
@@ -189,12 +191,12 @@ def _check_array(name: str, array: Any, rank: int, dtypes: tuple[str, ...], on_d
 
 
 def _label_spec(class_ids: npt.ArrayLike | None, labels: str, num_samples: int) -> LabelSpec:
-    if labels not in _MODES:
+    if not isinstance(labels, str) or labels not in _MODES:
         raise InputError(f"labels is {labels!r}; expected {', '.join(_MODES)}.")
     modes = np.full(num_samples, _MODES[labels], np.int32)
     if labels == "classes":
         return LabelSpec(np.zeros((num_samples, 1), np.int32), modes, stacked=False)
-    ids = np.asarray(class_ids if class_ids is not None else [], np.int64)
+    ids = whole_numbers("class_ids", [] if class_ids is None else class_ids, "(batch, num_prompts) class ids")
     if ids.ndim != 2 or len(ids) != num_samples or ids.shape[1] == 0:
         raise InputError(f"class_ids has shape {ids.shape}; expected (batch, num_prompts) with batch {num_samples}.")
     if num_samples and (ids.min() < 0 or ids.max() >= 2**31):

@@ -48,9 +48,11 @@ class CaseSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The form in which a case and the store's root record them."""
+        # Of an instance dataset a case knows the first class alone, which stands for all instances.
+        ids = self.prompts.class_ids[:1] if self.prompts.instance_label else sorted(self.prompts.class_ids)
         return {
             "case_version": _CASE_VERSION,
-            "class_ids": sorted(self.prompts.class_ids),
+            "class_ids": list(ids),
             "instance_label": self.prompts.instance_label,
             "level": self.level,
         }

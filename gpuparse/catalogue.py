@@ -40,7 +40,8 @@ def find_stores(
     found = _remote_stores(place) if isinstance(place, RemotePath) else _local_stores(Path(path))
     absent = [name for name in datasets or () if name not in found]
     if absent:
-        raise InputError(f"{place}: no store of dataset {', '.join(map(repr, absent))}; found {', '.join(found)}.")
+        names = ", ".join(map(repr, absent))
+        raise InputError(f"{os.fspath(path)}: no store of dataset {names}; found {', '.join(found)}.")
     return tuple(store for name, stores in found.items() if datasets is None or name in datasets for store in stores)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,14 @@ def _chosen(
     check_name(split, "split")
     if isinstance(datasets, str):
         raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
-    for name in datasets or ():
-        check_name(name, "dataset name")
+    if datasets is not None and not isinstance(datasets, Iterable):
+        raise InputError(f"datasets is {datasets!r}; expected a list of names, or None for all.")
     found = _folders(data_dir, split, foreign)
     if foreign is not None and datasets is not None:  # a folder of datasets may itself look like one
         found |= {name: data_dir / name for name in datasets if name not in found and (data_dir / name).is_dir()}
     names = list(dict.fromkeys(datasets)) if datasets is not None else list(found)
+    for name in names:
+        check_name(name, f"{data_dir}: dataset name")
     absent = [name for name in names if name not in found]
     if absent:
         what = f"npz files in {', '.join(f'{n}/{split}' for n in absent)}" if foreign is None else ", ".join(absent)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from gpuparse.arguments import positive_number, whole_number
 from gpuparse.arrays import LEVELS, Level
 from gpuparse.case import CaseSettings
 from gpuparse.cluster import DaskPool
@@ -27,7 +28,7 @@ from gpuparse.publish import PublishTarget
 from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
-from gpuparse.store import Store, open_store
+from gpuparse.store import Store, read_store
 from gpuparse.transfer import Staging
 from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES
@@ -104,19 +105,22 @@ def convert(
             cases are kept for the next run.
         StorageError: Remote storage fails. The remote store is as it was.
     """
+    for what, path in (("data_dir", data_dir), ("out_dir", out_dir), ("work_dir", work_dir)):
+        if not isinstance(path, str | os.PathLike) and (path is not None or what == "data_dir"):
+            raise InputError(f"{what} is {path!r}; expected a path or a URL.")
     if on_error not in ("stop", "skip"):
         raise InputError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
     if level is not None and level not in LEVELS:
         raise InputError(f"level is {level!r}; expected {' or '.join(map(repr, LEVELS))}.")
-    if num_jobs < 1:
-        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
-    for what, value in (("memory_gib", memory_gib), ("max_volume_gib", max_volume_gib)):
-        if value is not None and not value > 0:
-            raise InputError(f"{what} is {value}; expected a number above 0.")
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
+    memory_bytes = None if memory_gib is None else int(positive_number("memory_gib", memory_gib) * GIB)
+    max_bytes = int(positive_number("max_volume_gib", max_volume_gib) * GIB)
+    for what, value, kind in (("val_split", val_split, ValSplit), ("foreign", foreign, ForeignFormat)):
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{what} is {value!r}; expected gpuparse.{kind.__name__}(...) or None.")
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
     _check_executor(executor, scheduler, num_jobs)
-    memory_bytes = None if memory_gib is None else int(memory_gib * GIB)
     if executor == "dask":  # the workers stand in other folders
         data_dir = _absolute(data_dir)
         out_dir = None if out_dir is None else _absolute(out_dir)
@@ -126,7 +130,7 @@ def convert(
     options = RunOptions(on_error, overwrite, dry_run, on_case)
     staging = Staging(data_dir, out_dir, work_dir, remote)
     source_dir = staging.fetch(split if foreign is None else None, datasets)
-    sources = collect(source_dir, datasets, split, foreign, int(max_volume_gib * GIB), propose=not dry_run)
+    sources = collect(source_dir, datasets, split, foreign, max_bytes, propose=not dry_run)
     with _pool(num_jobs, None if dry_run else scheduler, memory_bytes) as pool:
         for found in sources:
             store_path = (
@@ -190,7 +194,7 @@ def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
     if not store_path.exists():
         return None
     try:
-        store = open_store(store_path)
+        store = read_store(store_path)  # its cases lie where the run's do, below a relative folder too
         if overwrite:
             _ = store.cases, store.slices  # a damaged index tells nothing that could be kept
         return store

@@ -305,10 +305,10 @@ class SliceDataset(Dataset[dict[str, Any]]):
         axes = self.store.slices.axis
         members = self.store.slices.split == split_code(self.split)
         if not members.any() and len(members):
-            raise InputError(
-                f"'{self.store.place}' has no slices in split {self.split!r}. "
-                "Convert with --val-fraction or --split-file to have a validation part."
-            )
+            remedy = "Convert with --val-fraction or --split-file to have a validation part."
+            if self.split == "train":
+                remedy = "All that it has are in split 'val': pass split='val'."
+            raise InputError(f"'{self.store.place}' has no slices in split {self.split!r}. {remedy}")
         if isinstance(views, str):
             if views != "auto":
                 raise InputError(f"views is {views!r}; expected 'auto' or axes such as (0,) or (0, 1, 2).")
@@ -342,7 +342,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
 def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Store:
     split_code(split)
     root = open_place(root_dir, remote)
-    if root.name.endswith(".zarr"):
+    if root_dir.endswith(".zarr"):
         return read_store(root)
     own, shared = root / f"{split}.zarr", root / "train.zarr"
     place = own if own.is_dir() else shared

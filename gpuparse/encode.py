@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arguments import check_num_threads, whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.views import (
     Recipe,
@@ -90,16 +91,20 @@ def encode(
         if tuple(labels.shape) != tuple(image.shape):
             raise InputError(f"labels have shape {tuple(labels.shape)}; expected the image's, {tuple(image.shape)}.")
     view = view_geometry(image.shape, axis, recipe)
-    chosen = range(view.num_slices) if positions is None else [int(p) for p in positions]
+    told = f"a row of slices, whole numbers from 0 to {view.num_slices - 1}"
+    chosen = whole_numbers("positions", range(view.num_slices) if positions is None else positions, told)
+    if chosen.ndim != 1:
+        raise InputError(f"positions has shape {chosen.shape}; expected {told}.")
+    num_threads = check_num_threads(num_threads)
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
 
     def planes_of(
         array: Any, slices: Sequence[int] | npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         strides = [int(n) * array.itemsize for n in (array.shape[1] * array.shape[2], array.shape[2], 1)]
-        rows, columns = (i for i in range(3) if i != axis)
+        rows, columns = (i for i in range(3) if i != view.axis)
         planes = array_planes(view, len(slices), (strides[rows], strides[columns]), array.itemsize)
-        return planes, np.asarray(slices, np.int64) * strides[axis]
+        return planes, np.asarray(slices, np.int64) * strides[view.axis]
 
     triplets = channel_positions(chosen, view.num_slices).reshape(-1)
     planes, blocks = planes_of(image, triplets)

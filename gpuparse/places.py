@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 from gpuparse.disk_cache import disk_cache
-from gpuparse.errors import InputError
+from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
 from gpuparse.urls import is_url
 
-__all__ = ["Place", "local_path", "open_place"]
+__all__ = ["Place", "check_store_folder", "local_path", "open_place"]
+
+_STORE_NAMES = ("train.zarr", "val.zarr", "test.zarr")
 
 
 class Place(Protocol):
@@ -47,15 +49,19 @@ class Place(Protocol):
 
 
 def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None) -> Place:
-    """The place that a path or a URL names. Nothing is read; a cache's folder is made.
+    """The place that a path or a URL names, absolute: a program may change its folder before it reads there.
+
+    Nothing is read; a cache's folder is made.
 
     Args:
         path: A path, or a URL of a scheme that `gpuparse.remote` knows.
         remote: How a URL is read; None takes the defaults.
 
     Raises:
-        InputError: `remote` is given with a path, or its cache's folder cannot be written.
+        InputError: It is neither, `remote` is given with a path, or its cache's folder cannot be written.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {path!r}; expected a path or a URL.")
     if remote is not None and not isinstance(remote, RemoteOptions):
         raise InputError(f"remote is {type(remote).__name__}; expected gpuparse.RemoteOptions(...).")
     if is_url(path):
@@ -65,7 +71,7 @@ def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None
         return RemotePath(RemoteSite(os.fspath(path).rstrip("/"), options))
     if remote is not None:
         raise InputError(f"remote is given but '{os.fspath(path)}' is no URL; expected one such as s3://bucket/data.")
-    return Path(path)
+    return Path(path).absolute()
 
 
 def local_path(place: Place) -> Path:
@@ -80,3 +86,22 @@ def local_path(place: Place) -> Path:
         f"'{place}' is remote, and this needs a local folder. Training reads remote stores; for anything else copy the "
         "store here first."
     )
+
+
+def check_store_folder(place: Place) -> None:
+    """Looks whether there is a folder that may be a store, as far as that goes without reading it.
+
+    Raises:
+        StoreFormatError: There is none, or it is a folder with stores in it.
+        StorageError: Remote storage does not answer or refuses.
+    """
+    is_there = place.is_dir()
+    if is_there and not (isinstance(place, Path) and not (place / "zarr.json").exists()):
+        return
+    stores = [name for name in _STORE_NAMES if (place / name).is_dir()]
+    if stores:
+        raise StoreFormatError(f"'{place}' is no store but holds {', '.join(stores)}. Name '{place / stores[0]}'.")
+    if is_there and not place.name.endswith(".zarr"):
+        raise StoreFormatError(f"'{place}' is no store: no zarr.json in it. Name a .zarr folder, as conversion makes.")
+    if not is_there:
+        raise StoreFormatError(f"'{place}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")

@@ -75,7 +75,7 @@ def load_class_prompts(path: str | os.PathLike[str] | Place) -> dict[str, Any]:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, InputError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep nesting are among them
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
         raise InputError(f"{path}: expected an object with one entry per dataset; for each dataset {_LAYOUT}.")
@@ -111,9 +111,9 @@ def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
     for key, value in entry.items():
         if key == "instance_label":
             continue
-        if not (key.isascii() and key.isdigit()) or int(key) == 0 or str(int(key)) != key:
+        if not (key.isascii() and key.isdigit() and key == key.lstrip("0")):
             raise InputError(f"{where}: key {key!r} is no class id; expected '1', '2', ... (0 is background).")
-        if int(key) > MAX_CLASS_ID:
+        if len(key) > len(str(MAX_CLASS_ID)) or int(key) > MAX_CLASS_ID:
             raise InputError(f"{where}: class id {key} is too large; expected at most {MAX_CLASS_ID}. Number it anew.")
         classes[int(key)] = _check_prompts(value, f"{where}, class {key}")
     if not classes:

@@ -114,6 +114,8 @@ def _is_published(
     """Whether the store holds these very cases under these attributes."""
     return (
         all(store.attributes.get(key) == value for key, value in attributes.items())
+        # The order of the classes means something: the first stands for all instances, and validation asks in it.
+        and list(store.attributes["class_prompts"]) == list(attributes["class_prompts"])
         and [store.path / "cases" / case.folder for case in store.cases] == [Path(case.place) for case in cases]
         and all(val_cases.chosen[name] == value for name, value in _val_cases_of(store).items())
     )

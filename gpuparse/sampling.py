@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
 from gpuparse.prompts import ClassPrompts
@@ -124,12 +125,35 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise InputError(f"Augmentation: {name} is {value!r}; expected a number from {low:g} to {high:g}.")
 
 
-# Words in any case; single letters and heart, vessel and lung abbreviations only in capitals, as they are written.
-_SIDE_WORDS = re.compile(r"(?<![a-z])(?:left|right|lt|rt|sinister|dexter)(?![a-z])", re.IGNORECASE)
-_SIDE_CODES = re.compile(
-    r"(?<![A-Za-z])(?:[LR]|LV|RV|LA|RA|LVOT|RVOT|LAA|RAA|LAD|LCA|RCA|LCX|LPA|RPA|LUL|LLL|RUL|RML|RLL"
-    r"|LK|RK|LHV|RHV|LPV|RPV|LUQ|LLQ|RUQ|RLQ)(?![A-Za-z0-9])"
+# Names of classes in one piece, taken apart: LeftKidney, kidneyL, RKid; but not mL, CTs, LNs.
+_WORD_BORDER = re.compile(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=\b[lr])(?=[A-Z][a-z]{2})")
+_SIDE_WORD = re.compile(
+    r"\d*(?:(?:left(?!over)|right(?!ful|eous|ing|ly|ness))[a-z]*|(?:dext|sinist)(?:er|ra|rum|ri|rae)"
+    r"|[lr](?:kidneys?|kid|lungs?|adrenal|femur|hip|parotid|atrium|ventricle|breast|ovary|testis))\d*",
+    re.IGNORECASE,
 )
+# Usual abbreviations, of heart, vessels, lung, brain and abdomen; in capitals, and in small letters where those make no
+# other word. A letter or a code with a number behind it is something else: L5, R2*.
+_SIDE_CODE = re.compile(
+    r"[LR](?:T|H|V|A|VOT|AA|VC|VM|VBP|VMYO|CA|PA|ICA|ECA|CCA|MCA|ACA|PCA|PCOM|VA|SCA|SPV|IPV|MB|UL|LL|K|AG|RA|RV|HA|HV|PV"
+    r"|UQ|LQ)?|LAD|LCX|RML"
+)
+_OTHER_WORDS = frozenset(("la", "ra", "lad", "lag", "rag"))
+# The lumbar spine, radiotherapy, and an article before a vowel.
+_NO_SIDE = re.compile(
+    r"\bl\W*(?=spine|vertebrae?\b)|\b[lr](?=['\u2019])|\b(?:pre|mid|post|chemo)\W*rt\b"
+    r"|\brt\W*(?=dose|plan|struct|boost)",
+    re.IGNORECASE,
+)
+
+
+def _tells_sides_apart(text: str) -> bool:
+    spaced = _WORD_BORDER.sub(" ", _NO_SIDE.sub(" ", text.replace("_", " ")))
+    for word in re.findall(r"[^\W_]+", spaced):
+        one_case = word.isupper() or (word.islower() and word not in _OTHER_WORDS) or word in ("Lt", "Rt")
+        if _SIDE_WORD.fullmatch(word) or (one_case and _SIDE_CODE.fullmatch(word.upper())):
+            return True
+    return False
 
 
 def names_a_side(prompts: ClassPrompts) -> str | None:
@@ -141,11 +165,7 @@ def names_a_side(prompts: ClassPrompts) -> str | None:
     >>> names_a_side(parse_class_prompts({"1": "Liver in CT", "instance_label": 0}, "x")) is None
     True
     """
-    for texts in prompts.classes.values():
-        for text in texts:
-            if _SIDE_WORDS.search(text) or _SIDE_CODES.search(text):
-                return text
-    return None
+    return next((text for texts in prompts.classes.values() for text in texts if _tells_sides_apart(text)), None)
 
 
 def identity_params(num_samples: int) -> npt.NDArray[Any]:
@@ -187,25 +207,32 @@ def sample_params(
         (num_samples,) PARAMS_DTYPE.
 
     Raises:
-        InputError: The recipe is unknown, an argument is of another type, length or range, or quarter turns are asked
-            for of slices that are not square.
+        InputError: An argument has another type, length or range, or quarter turns are asked for of slices that are
+            not square.
     """
-    ids = np.atleast_1d(np.asarray(sample_ids))
-    if ids.size and (ids.dtype.kind not in "ui" or ids.ndim != 1 or ids.min() < 0):
-        raise InputError(f"sample_ids is {sample_ids!r}; expected a row of whole numbers from 0 to 2^64 - 1.")
     if augmentation is not None and not isinstance(augmentation, Augmentation):
         raise InputError(f"augmentation is {augmentation!r}; expected gpuparse.Augmentation(...) or None.")
-    for name, value in (("epoch", epoch), ("zeroed", zeroed)):
-        if np.shape(value) not in ((), ids.shape):
-            raise InputError(f"{name} has shape {np.shape(value)}; expected one for all samples, or {ids.shape}.")
-    streams = sample_streams(seed, epoch, ids)
+    if not isinstance(allow_mirror, bool | np.bool_):
+        raise InputError(f"allow_mirror is {allow_mirror!r}; expected True or False.")
+    told = "a row of whole numbers from 0 to 2^64 - 1"
+    ids = np.atleast_1d(whole_numbers("sample_ids", sample_ids, told))
+    if ids.ndim != 1 or (ids.size and ids.min() < 0):
+        raise InputError(f"sample_ids is {sample_ids!r}; expected {told}.")
+    epochs = whole_numbers("epoch", epoch, "a whole number from 0 to 2^32 - 1, or one for each sample")
+    zeros = whole_numbers("zeroed", zeroed, "True or False, for all or for each sample", flags=True)
+    for name, array in (("epoch", epochs), ("zeroed", zeros)):
+        if array.shape not in ((), ids.shape):
+            raise InputError(
+                f"{name} has shape {array.shape}; expected one for all, or for each of {len(ids)} samples."
+            )
+    streams = sample_streams(seed, epochs, ids)
     return params_from_streams(
         augmentation,
         streams,
         size=check_size(size),
         recipe=check_recipe(recipe),
-        allow_mirror=allow_mirror,
-        zeroed=zeroed,
+        allow_mirror=bool(allow_mirror),
+        zeroed=zeros,
     )
 
 
@@ -224,7 +251,7 @@ def params_from_streams(
     words = dict(zip(_WORDS, streams.words(OPERATION_PARAMS, len(_WORDS)).T, strict=True))
     reference = recipe == "reference"
     if reference:
-        params["zero"], params["wrap_ids"] = np.asarray(zeroed), 1
+        params["zero"], params["wrap_ids"] = np.asarray(zeroed) != 0, 1
     if augmentation is None:
         return params
     params["swap"] = _uniform(words["swap"], 0, 1) < 0.5

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import numbers
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
 
 __all__ = ["ValSplit", "assign_splits", "follow_groups"]
@@ -30,23 +33,34 @@ class ValSplit:
         file: A JSON file {"train": [case names], "val": [case names]}, or such an object per dataset.
 
     Raises:
-        InputError: The fraction is out of range, is given beside a file, or the expression is none.
+        InputError: The fraction is out of range or given beside a file, or something is of another type; the expression
+            is none.
     """
 
     fraction: float = 0.0
     seed: int = 0
     group_regex: str | None = None
-    file: Path | None = None
+    file: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fraction, int | float) or not 0 <= self.fraction < 1:
+        is_number = isinstance(self.fraction, numbers.Real) and not isinstance(self.fraction, bool)
+        if not is_number or not 0 <= self.fraction < 1:
             raise InputError(f"val_fraction is {self.fraction!r}; expected a number from 0 to below 1.")
+        if self.file is not None and not isinstance(self.file, str | os.PathLike):
+            raise InputError(f"split_file is {self.file!r}; expected the path of a JSON file.")
+        # Python's own numbers: they are recorded as JSON.
+        seed = whole_number("split_seed", self.seed, None)
+        file = None if self.file is None else Path(self.file)
+        for name, value in (("fraction", float(self.fraction)), ("seed", seed), ("file", file)):
+            object.__setattr__(self, name, value)
         if self.file is not None and self.fraction:
             raise InputError("val_fraction and split_file are both given; expected one of them.")
         if self.group_regex is not None:
+            if not isinstance(self.group_regex, str):
+                raise InputError(f"group_regex is {self.group_regex!r}; expected a regular expression.")
             try:
                 re.compile(self.group_regex)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(f"group_regex {self.group_regex!r} is no regular expression: {error}.") from error
 
     def settings(self) -> dict[str, Any]:
@@ -79,7 +93,7 @@ def assign_splits(
     """
     groups = {name: _group(name, split.group_regex) for name in names}
     if split.file is not None:
-        listed = _from_file(dataset, names, split.file)
+        listed = _from_file(dataset, names, Path(split.file))
         val = {groups[name]: name for name, value in listed.items() if value}
         for name, value in listed.items():
             if not value and groups[name] in val:
@@ -129,7 +143,7 @@ def _rank(seed: int, group: str) -> str:
 def _from_file(dataset: str, names: Sequence[str], path: Path) -> dict[str, bool]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}.") from error
     entry = data.get(dataset, data) if isinstance(data, dict) else data
     if not isinstance(entry, dict) or not all(isinstance(entry.get(part), list) for part in ("train", "val")):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gpuparse.arrays import read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.layout import ArrayLayout, parse_layout, read_json, shard_sizes
-from gpuparse.places import Place, local_path, open_place
+from gpuparse.places import Place, check_store_folder, local_path, open_place
 from gpuparse.prompts import ClassPrompts, parse_class_prompts
 from gpuparse.remote import RemoteOptions, RemotePath
 
@@ -335,7 +335,7 @@ def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = N
     Raises:
         StoreFormatError: There is no store, or it has another format version.
         StorageError: Remote storage does not answer or refuses.
-        InputError: `remote` is given with a path.
+        InputError: `path` is neither, or `remote` is given with a path.
         MissingDependencyError: For a URL obstore is not installed.
     """
     return read_store(open_place(path, remote))
@@ -343,8 +343,7 @@ def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = N
 
 def read_store(path: Place) -> Store:
     """Opens a store at a place; see `open_store`."""
-    if not path.is_dir():
-        raise StoreFormatError(f"'{path}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")
+    check_store_folder(path)
     attributes = read_json(path / "zarr.json", _REMEDY).get("attributes", {}).get("gpuparse")
     if not isinstance(attributes, dict):
         raise StoreFormatError(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
 
 __all__ = [
@@ -188,8 +189,7 @@ def view_geometry(shape: Sequence[int], axis: int, recipe: Recipe = "corrected")
     6
     """
     check_recipe(recipe)
-    if axis not in (0, 1, 2):
-        raise InputError(f"axis is {axis}; expected 0, 1 or 2 (z, y or x).")
+    axis = whole_number("axis", axis, 0, 2, expected="0, 1 or 2 (z, y or x)")
     height, width = (int(n) for i, n in enumerate(shape) if i != axis)
     difference = abs(height - width)
     before = difference // 2

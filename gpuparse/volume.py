@@ -67,7 +67,8 @@ def check_name(name: str, what: str) -> str:
         VolumeFormatError: The name is empty, holds a slash, a backslash, `..` or a control character, or starts with
             characters that Zarr reserves.
     """
-    if name in ("", ".") or ".." in name or any(c in name for c in "/\\") or not name.isprintable():
+    usable = isinstance(name, str) and name.isprintable() and name not in ("", ".")
+    if not usable or any(part in name for part in ("..", "/", "\\")):
         raise VolumeFormatError(
             f"{what} {name!r} cannot be used: expected a plain name without '/', '\\', '..' or control characters. "
             "Rename it."

@@ -167,6 +167,19 @@ def test_a_dataset_name_cannot_leave_the_folder(data_dir, tmp_path, dataset):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["a..b", "__init__", "new\nline"])
+def test_a_folder_whose_name_is_no_dataset_name_is_refused(data_dir, name):
+    write_prompts(data_dir, {name: {"1": ["thing"], "instance_label": 0}})
+    bad_file(data_dir, (save, "", ""))
+    (data_dir / "DATA").rename(data_dir / name)
+    for dry_run in (True, False):
+        with pytest.raises(
+            InputError, match=r"data: dataset name '.*' cannot be used: expected a plain name|Zarr's own"
+        ):
+            gpuparse.convert(data_dir, dry_run=dry_run)
+    assert [path.name for path in (data_dir / name).iterdir()] == ["train"]
+
+
 @pytest.mark.parametrize("split", ["../train", "..", "a/b"])
 def test_a_split_cannot_leave_the_folder(data_dir, tmp_path, split):
     write_prompts(data_dir)

@@ -259,7 +259,7 @@ def test_two_processes_write_the_same_store_as_one(write_case, data_dir, tmp_pat
     ("arguments", "message"),
     [
         ({"on_error": "ignore"}, r"on_error is 'ignore'; expected 'stop' or 'skip'"),
-        ({"num_jobs": 0}, r"num_jobs is 0; expected at least 1"),
+        ({"num_jobs": 0}, r"num_jobs is 0; expected a whole number of at least 1"),
         ({"datasets": "DATA"}, r"datasets is the string 'DATA'; expected a list of names, such as \['DATA'\]"),
         ({"datasets": ["DATA", "NOPE"]}, r"no npz files in NOPE/train\. Datasets with npz files there: DATA"),
         ({"datasets": []}, r"no folder in it has npz files in train/|datasets is"),

@@ -69,15 +69,29 @@ def test_a_store_keeps_its_level_until_another_is_asked_for(volumes, write_case)
     ("arguments", "message"),
     [
         ({"level": "best"}, r"level is 'best'; expected 'fast' or 'high'"),
-        ({"memory_gib": 0}, r"memory_gib is 0; expected a number above 0"),
-        ({"max_volume_gib": -1.0}, r"max_volume_gib is -1\.0; expected a number above 0"),
-        ({"memory_gib": float("nan")}, r"memory_gib is nan; expected a number above 0"),
+        ({"memory_gib": 0}, r"memory_gib is 0; expected a finite number above 0"),
+        ({"memory_gib": float("nan")}, r"memory_gib is nan; expected a finite number above 0"),
+        ({"memory_gib": "1"}, r"memory_gib is '1'; expected a finite number above 0"),
+        ({"max_volume_gib": -1.0}, r"max_volume_gib is -1\.0; expected a finite number above 0"),
+        ({"max_volume_gib": float("inf")}, r"max_volume_gib is inf; expected a finite number above 0"),
+        ({"max_volume_gib": None}, r"max_volume_gib is None; expected a finite number above 0"),
+        ({"num_jobs": "2"}, r"num_jobs is '2'; expected a whole number of at least 1"),
+        ({"num_jobs": 1.5}, r"num_jobs is 1\.5; expected a whole number of at least 1"),
+        ({"val_split": 0.1}, r"val_split is 0\.1; expected gpuparse\.ValSplit\(\.\.\.\) or None"),
+        ({"foreign": "nnunet"}, r"foreign is 'nnunet'; expected gpuparse\.ForeignFormat\(\.\.\.\) or None"),
+        ({"out_dir": 5}, r"out_dir is 5; expected a path or a URL"),
+        ({"work_dir": b"/tmp"}, r"work_dir is b'/tmp'; expected a path or a URL"),
+        ({"datasets": 5}, r"datasets is 5; expected a list of names, or None for all"),
+        ({"datasets": [5]}, r"dataset name 5 cannot be used: expected a plain name"),
+        ({"split": None}, r"split None cannot be used: expected a plain name"),
     ],
 )
 def test_impossible_options_are_refused(volumes, arguments, message):
     with pytest.raises(InputError, match=message):
         gpuparse.convert(volumes, **arguments)
     assert sorted(p.name for p in (volumes / "DATA").iterdir()) == ["train"]
+    with pytest.raises(InputError, match=r"data_dir is None; expected a path or a URL"):
+        gpuparse.convert(None)
 
 
 def test_volumes_above_the_budget_are_converted_one_by_one(volumes):

@@ -162,6 +162,47 @@ def test_other_classes_or_another_kind_of_label_write_all_cases_again(two_cases,
         gpuparse.convert(data_dir)
 
 
+def test_another_order_of_the_prompts_reaches_the_store_without_writing_cases(two_cases, data_dir):
+    prompts = {"DATA": {"2": ["two"], "1": ["one"], "instance_label": 0}}
+    (data_dir / "class_prompts.json").write_text(json.dumps(prompts))
+    states, store = states_of(data_dir)
+    assert states == {"a": "kept", "b": "kept"}
+    assert store.prompts.class_ids == (2, 1)
+    index = store.attributes["index"]
+    assert states_of(data_dir)[1].attributes["index"] == index  # the same once more: nothing is published
+
+
+def test_the_first_class_of_an_instance_dataset_is_what_its_cases_hold(write_case, data_dir):
+    write_case(np.zeros((3, 8, 8)), np.full((3, 8, 8), 5), name="a", prompts={"2": "cell", "1": "nucleus"},
+               instance_label=1)  # fmt: skip
+    assert states_of(data_dir)[1].slices.class_ids.tolist() == [2, 2, 2]
+    path = data_dir / "class_prompts.json"
+    path.write_text(json.dumps({"DATA": {"1": "nucleus", "2": "cell", "instance_label": 1}}))
+    write_case(np.zeros((3, 8, 8)), np.full((3, 8, 8), 5), name="b", prompts={}, instance_label=1)
+    states, store = states_of(data_dir)
+    assert states == {"a": "written", "b": "written"}
+    assert (store.prompts.class_ids, store.slices.class_ids.tolist()) == ((1, 2), [1] * 6)
+    assert gpuparse.SliceDataset(store.path, img_size=(8, 8))[0]["class_ids"] == "1&1&1&1"
+    assert not [finding for finding in gpuparse.check(store.path).findings if finding.code == "GP207"]
+    # What the other classes are called and how many there are does not touch the cases.
+    path.write_text(json.dumps({"DATA": {"1": "nucleus", "3": "mitosis", "instance_label": 1}}))
+    states, store = states_of(data_dir)
+    assert (states, store.prompts.class_ids) == ({"a": "kept", "b": "kept"}, (1, 3))
+
+
+def test_a_relative_folder_stays_relative_and_keeps_its_cases(two_cases, data_dir, write_case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files_below(two_cases.path)
+    report = gpuparse.convert("data")
+    assert str(report.datasets[0].store_path) == "data/DATA/train.zarr"
+    assert files_below(two_cases.path) == before  # nothing has changed, so nothing was published
+    write_case(np.zeros((2, 8, 8)), name="c")
+    assert states_of("data")[0] == {"a": "kept", "b": "kept", "c": "written"}
+    assert [case.folder for case in open_store("data/DATA/train.zarr").cases] == ["a", "b", "c"]
+    assert str(tmp_path) not in (data_dir / "DATA/report.json").read_text()
+    assert gpuparse.info("data").stores[0].path == "data/DATA/train.zarr"
+
+
 def test_overwrite_writes_everything_and_drops_what_is_gone(two_cases, data_dir):
     (data_dir / "DATA/train/b.npz").unlink()
     assert states_of(data_dir)[0] == {"a": "kept"}

@@ -211,7 +211,7 @@ def test_non_square_items_without_quarter_turns(ct):
     assert item["labels"].shape == (4, 64, 96)
 
 
-def test_missing_stores_and_splits(tmp_path, ct):
+def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
     with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make it with `gpuparse convert"):
         SliceDataset(tmp_path)
     with pytest.raises(StoreFormatError, match=r"holds no val.zarr and no train.zarr"):
@@ -220,10 +220,29 @@ def test_missing_stores_and_splits(tmp_path, ct):
         SliceDataset(tmp_path / "nope")
     with pytest.raises(InputError, match=r"has no slices in split 'val'.*--val-fraction or --split-file"):
         SliceDataset(ct.root_dir, split="val")
+    write_case(np.zeros((3, 8, 8)), split="val")
+    store_path = gpuparse.convert(data_dir, split="val").datasets[0].store_path
+    with pytest.raises(InputError, match=r"no slices in split 'train'\. All that it has are in split 'val': pass sp"):
+        SliceDataset(store_path)
+    assert len(SliceDataset(store_path, split="val")) == 3
     with pytest.raises(InputError, match="split is 'test'; expected one of train, val"):
         SliceDataset(ct.root_dir, split="test")
     with pytest.raises(IndexError, match="index 1000000 is out of range"):
         ct[1_000_000]
+
+
+def test_a_relative_path_means_the_same_after_a_change_of_folder(ct, sample_stores, tmp_path, monkeypatch):
+    folder = sample_stores["SAMPLE_CT"].parent
+    monkeypatch.chdir(folder.parent)
+    dataset, store = SliceDataset(folder.name), gpuparse.open_store(f"{folder.name}/train.zarr")
+    volumes = gpuparse.VolumeDataset(folder.name, split="train")
+    monkeypatch.chdir(tmp_path)
+    assert same(dataset[5], {**ct[5], "mask_file": dataset[5]["mask_file"]})
+    assert dataset[5]["mask_file"].startswith(f"{folder.name}/train_mask/")  # as it was given, as the reference does
+    assert dataset.fingerprint() == ct.fingerprint()
+    assert (dataset.name, repr(dataset)) == (ct.name, repr(ct))
+    assert store.cases == ct.store.cases
+    assert volumes[0]["image"].shape[0] == store.cases[0].shape[0]
 
 
 def test_flat_dataset_refuses_what_it_cannot_read(ct):

@@ -54,6 +54,8 @@ def test_every_entry_of_a_real_file_is_usable(volumes_dir):
         ("[]", r"class_prompts\.json: expected an object with one entry per dataset"),
         ('{"A": "liver"}', r"expected an object with one entry per dataset; for each dataset expected \{\"<class id>"),
         ('{"A": {"1": "x", "1": "y", "instance_label": 0}}', r"not valid JSON: key '1' stands twice in one object"),
+        ('{"A": ' + "1" * 5000 + "}", r"not valid JSON: Exceeds the limit"),
+        ("[" * 100_000, r"not valid JSON: maximum recursion depth exceeded"),
         ('{"A": {}, "A": {}}', r"not valid JSON: key 'A' stands twice"),
     ],
 )
@@ -88,6 +90,7 @@ def test_a_missing_file_is_named_with_its_layout(tmp_path, make):
         ({"²": "x", "instance_label": 0}, r"key '²' is no class id"),  # a digit to str, none to int()
         ({"liver": "x", "instance_label": 0}, r"key 'liver' is no class id"),
         ({"2147483648": "x", "instance_label": 0}, r"class id 2147483648 is too large; expected at most 2147483647"),
+        ({"9" * 5000: "x", "instance_label": 0}, r"class id 9+ is too large; expected at most 2147483647"),
         ({"instance_label": 1}, r"file, dataset 'A': no class in it"),
         ({"1": [], "instance_label": 0}, r"dataset 'A', class 1: got \[\]; expected a prompt or a non-empty list"),
         ({"1": 5, "instance_label": 0}, r"class 1: got 5; expected a prompt or a non-empty list"),

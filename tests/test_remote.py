@@ -315,6 +315,8 @@ def test_export_reads_a_remote_store(server, sample_stores, tmp_path, monkeypatc
 
 
 def test_other_commands_say_that_they_need_a_local_store(server, options):
+    with pytest.raises(StoreFormatError, match=r"no store but holds train\.zarr\. Name 's3://bucket/data/SAMPLE_CT/tr"):
+        gpuparse.open_store("s3://bucket/data/SAMPLE_CT", remote=options)
     far = gpuparse.open_store("s3://bucket/data/SAMPLE_CT/train.zarr", remote=options)
     assert repr(far).startswith("Store('s3://bucket/data/SAMPLE_CT/train.zarr', ")
     with pytest.raises(InputError, match=r"'s3://bucket/data/SAMPLE_CT/train.zarr' is remote, and this needs a local"):

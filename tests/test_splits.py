@@ -135,6 +135,12 @@ def test_a_group_is_the_parenthesised_part_or_all_that_matches():
         ({"fraction": -0.1}, "val_fraction is -0.1"),
         ({"fraction": float("nan")}, "val_fraction is nan"),
         ({"fraction": "0.1"}, "val_fraction is '0.1'"),
+        ({"fraction": True}, "val_fraction is True"),
+        ({"seed": "x"}, "split_seed is 'x'; expected a whole number"),
+        ({"seed": 1.5}, "split_seed is 1.5; expected a whole number"),
+        ({"file": 5}, "split_file is 5; expected the path of a JSON file"),
+        ({"group_regex": 3}, "group_regex is 3; expected a regular expression"),
+        ({"group_regex": "a{99999999999999999999}"}, "is no regular expression: the repetition number is too large"),
         ({"fraction": 0.1, "file": "splits.json"}, "val_fraction and split_file are both given"),
         ({"fraction": 0.1, "group_regex": "(a"}, r"group_regex '\(a' is no regular expression: missing \)"),
     ],
@@ -195,6 +201,17 @@ def test_split_files_that_do_not_fit_are_refused(split_file, data, message):
 def test_a_split_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none.json: cannot be read as JSON: .*No such file"):
         assign_splits("DATA", ["a"], ValSplit(file=tmp_path / "none.json"))
+
+
+def test_a_split_file_may_be_named_by_a_string_and_its_nesting_ends_no_run(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text('{"train": ["a"], "val": ["b"]}')
+    assert assign_splits("DATA", ["a", "b"], ValSplit(file=str(path))) == {"a": False, "b": True}
+    assert ValSplit(file=str(path)).settings() == ValSplit(file=path).settings()
+    assert json.loads(json.dumps(ValSplit(np.float32(0.5), np.int64(3)).settings()))["seed"] == 3
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"splits.json: cannot be read as JSON: maximum recursion depth exceeded"):
+        assign_splits("DATA", ["a"], ValSplit(file=path))
 
 
 def test_a_split_file_may_not_split_groups(split_file):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import gpuparse
 from gpuparse import store as store_module
-from gpuparse.errors import GpuparseError, StoreFormatError
+from gpuparse.errors import GpuparseError, InputError, StoreFormatError
 from gpuparse.store import chunk_shape, open_store, shard_shape
 
 REMEDY = r"Rebuild it with `gpuparse convert \.\.\. --overwrite`"
@@ -158,14 +159,27 @@ def test_the_shard_limit_is_one_gibibyte():
     assert shard_shape((4096, 512, 512), (1, 512, 512), 4) == (1024, 512, 512)
 
 
+def test_a_folder_with_stores_in_it_is_no_store(tmp_path):
+    (tmp_path / "val.zarr").mkdir()
+    told = rf"'{tmp_path}' is no store but holds val\.zarr\. Name '{tmp_path}/val\.zarr'\."
+    with pytest.raises(StoreFormatError, match=told):
+        open_store(tmp_path)
+
+
 def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(StoreFormatError, match=r"gone\.zarr' is no folder\. Make the store with `gpuparse convert"):
         open_store(tmp_path / "gone.zarr")
+    for path in (None, 5, b"data"):
+        with pytest.raises(InputError, match=rf"path is {re.escape(repr(path))}; expected a path or a URL\."):
+            open_store(path)
     (tmp_path / "file.zarr").write_text("")
     with pytest.raises(StoreFormatError, match=r"file\.zarr' is no folder"):
         open_store(tmp_path / "file.zarr")
-    with pytest.raises(StoreFormatError, match=rf"' is no Zarr v3 node: zarr\.json is missing\. {REMEDY}") as error:
+    with pytest.raises(StoreFormatError, match=r"' is no store: no zarr\.json in it\. Name a \.zarr folder, as con"):
         open_store(tmp_path)
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(StoreFormatError, match=rf"' is no Zarr v3 node: zarr\.json is missing\. {REMEDY}") as error:
+        open_store(tmp_path / "empty.zarr")
     assert isinstance(error.value, GpuparseError)
     for text, message in [
         ("{", rf"zarr\.json' cannot be read as JSON: .*{REMEDY}"),

@@ -117,7 +117,7 @@ def test_padding_is_the_stated_one(shape, axis, recipe):
 
 @pytest.mark.parametrize("axis", [-1, 3, None, "z"])
 def test_other_axes_are_refused(axis):
-    with pytest.raises(InputError, match=rf"axis is {axis}; expected 0, 1 or 2"):
+    with pytest.raises(InputError, match=rf"axis is {axis!r}; expected 0, 1 or 2"):
         view_geometry((4, 5, 6), axis)
 
 

@@ -255,7 +255,7 @@ def find_cases(
                 f"'{place}': no {split}.zarr there. At a URL only stores are read, no npz files: convert them."
             )
         return _cases_of_store(found, place, split, name, prompts)
-    root = Path(root_dir)
+    root = Path(root_dir).absolute()  # cases are read later, perhaps from another folder
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; {_LAYOUTS}.")
     store_path = _find_store(root, split)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from gpuparse.arguments import whole_number
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.info.index import index_facts
@@ -50,8 +51,7 @@ def info(
         GpuparseError: None of the stores can be read; or labels are damaged.
         MissingDependencyError: A path is a URL, and obstore is not installed.
     """
-    if isinstance(num_jobs, bool) or not isinstance(num_jobs, int) or num_jobs < 1:
-        raise InputError(f"num_jobs is {num_jobs!r}; expected a whole number of at least 1.")
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
     places = find_stores(path, datasets=datasets, remote=remote)
     found: list[StoreInfo] = []
     failures: dict[str, str] = {}
