@@ -18,12 +18,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from gpuparse.arguments import whole_number
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import open_place
-from gpuparse.plan import check_count, check_epoch, check_seed, sample_streams
+from gpuparse.plan import check_epoch, check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
 from gpuparse.remote import RemoteOptions
@@ -122,7 +123,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
             )
         self.root_dir = os.fspath(root_dir).rstrip("/") or "/"  # shells complete folders with a slash
         self.split = split
-        self.num_prompts = check_count("num_prompts", num_prompts)
+        self.num_prompts = whole_number("num_prompts", num_prompts, 1)
         self.all_class_masks = all_class_masks
         self.fixed = split == "val" and recipe == "corrected"
         self.transforms = None if self.fixed else transforms

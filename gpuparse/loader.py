@@ -17,12 +17,13 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from gpuparse import kernels
+from gpuparse.arguments import check_num_threads, whole_number
 from gpuparse.augment import OutputTypes
 from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
-from gpuparse.plan import EpochPlan, check_count, check_epoch, check_seed
+from gpuparse.plan import EpochPlan, check_epoch, check_seed
 from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply, produce
 from gpuparse.ranks import count_local_ranks, detect_ranks
 from gpuparse.read import ChunkReader
@@ -120,17 +121,13 @@ class DataLoader:
             if not isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}; expected True or False.")
         self.dataset = dataset
-        self.batch_size = check_count("batch_size", batch_size)
+        self.batch_size = whole_number("batch_size", batch_size, 1)
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = check_seed(seed)
-        self.prefetch_depth = check_count("prefetch_depth", prefetch_depth)
-        self.log_every = check_count("log_every", log_every, "a number of batches, or 0", minimum=0)
-        if num_threads is None:
-            num_threads = kernels.default_num_threads()
-        self.num_threads = check_count(
-            "num_threads", num_threads, "a whole number of at least 1, or None for all cores"
-        )
+        self.prefetch_depth = whole_number("prefetch_depth", prefetch_depth, 1)
+        self.log_every = whole_number("log_every", log_every, 0, expected="a number of batches, or 0")
+        self.num_threads = check_num_threads(num_threads) or kernels.default_num_threads()
         self.device = choose_device(device)
         self._flat = FlatDataset(dataset)
         self._types = OutputTypes(image_dtype, labels_dtype)
@@ -225,7 +222,7 @@ class DataLoader:
                     f"the loader's state belongs to another run: {what} is {state[key]!r} there and {mine[key]!r} "
                     "here. Build the loader as it was, or pass strict=False to go on from that epoch and position."
                 )
-        position = check_count("position", state["position"], "a whole number, 0 or more", minimum=0)
+        position = whole_number("position", state["position"], 0)
         if not strict:
             position = min(position, len(self._flat))
         replace(self._plan, start=position)  # refuses a position outside the epoch

@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from gpuparse.arguments import positive_number
 from gpuparse.errors import InputError
 
 __all__ = ["GIB", "default_memory_bytes", "gib_to_bytes"]
@@ -20,8 +21,8 @@ def gib_to_bytes(name: str, gib: float) -> int:
     Raises:
         InputError: It is no finite number above 0.
     """
-    num_bytes = gib * GIB
-    if not 0 < num_bytes < math.inf:
+    num_bytes = positive_number(name, gib) * GIB
+    if num_bytes == math.inf:
         raise InputError(f"{name} is {gib}; expected a finite number above 0.")
     return int(num_bytes)
 

@@ -15,8 +15,9 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
-from gpuparse.plan import check_count, permute
+from gpuparse.plan import permute
 
 __all__ = ["BlockOrder", "Draws", "MixedOrder", "Order", "PlainOrder"]
 
@@ -201,7 +202,9 @@ class BlockOrder:
     """
 
     def __init__(self, volume_sizes: npt.NDArray[np.int64], volumes_per_block: int, seed: int) -> None:
-        self.volumes_per_block = check_count("shuffle_block", volumes_per_block, "volumes per block, at least 1")
+        self.volumes_per_block = whole_number(
+            "shuffle_block", volumes_per_block, 1, expected="volumes per block, at least 1"
+        )
         self.seed = seed
         self.num_samples = int(volume_sizes.sum())
         self._sizes = np.asarray(volume_sizes, np.int64)

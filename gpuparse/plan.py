@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
 
 __all__ = [
     "EpochPlan",
     "Ranks",
     "Streams",
-    "check_count",
     "check_epoch",
     "check_seed",
     "draw_below",
@@ -244,7 +244,7 @@ class EpochPlan:
     start: int = 0
 
     def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
+        whole_number("batch_size", self.batch_size, 1)
         if not 0 <= self.start <= self.num_samples:
             raise InputError(f"position is {self.start}; this epoch has {self.num_samples} samples.")
 
@@ -277,17 +277,6 @@ class EpochPlan:
     def consumed(self, num_steps: int) -> int:
         """The position after `num_steps` global batches of this plan."""
         return min(self.start + num_steps * self.global_batch_size, self.num_samples)
-
-
-def check_count(name: str, value: int, expected: str = "a whole number of at least 1", *, minimum: int = 1) -> int:
-    """Returns `value`, a whole number of Python's or numpy's, as an int.
-
-    Raises:
-        InputError: It is none, or below `minimum`. The message calls it `name` and ends with what is `expected`.
-    """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
-        raise InputError(f"{name} is {value!r}; expected {expected}.")
-    return int(value)
 
 
 def check_epoch(epoch: int) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from gpuparse.arguments import whole_number
 from gpuparse.cache import CacheStatus
 from gpuparse.errors import ChunkCorruptError, InputError
 from gpuparse.read import ReadCounts
@@ -37,8 +38,7 @@ class FailurePolicy:
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
             raise InputError(f"on_error is {self.on_error!r}; expected 'raise' or 'skip'.")
-        if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
-            raise InputError(f"max_failures is {self.max_failures!r}; expected a whole number, 0 or more.")
+        whole_number("max_failures", self.max_failures, 0)
 
 
 @dataclass(frozen=True)

@@ -369,8 +369,8 @@ def test_a_failure_of_dali_is_told_apart(intact, monkeypatch, threads_left):
     ("arguments", "message"),
     [
         ({"on_error": "ignore"}, "on_error is 'ignore'; expected 'raise' or 'skip'"),
-        ({"max_failures": -1}, "max_failures is -1; expected a whole number, 0 or more"),
-        ({"max_failures": 1.5}, "max_failures is 1.5; expected a whole number, 0 or more"),
+        ({"max_failures": -1}, "max_failures is -1; expected a whole number of at least 0"),
+        ({"max_failures": 1.5}, "max_failures is 1.5; expected a whole number of at least 0"),
     ],
 )
 def test_policies_are_refused_by_name(intact, arguments, message):
