@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
     """Checks one dataset's entry.
 
     Args:
-        entry: Class id (decimal string) -> prompt or list of prompts, and `instance_label`.
+        entry: Class id (decimal string, or a whole number as YAML has it) -> prompt or sequence of prompts, and
+            `instance_label`.
         where: What errors shall call it, for example `class_prompts.json, dataset 'AMOS'`.
 
     Raises:
@@ -111,11 +112,14 @@ def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
     for key, value in entry.items():
         if key == "instance_label":
             continue
-        if not (key.isascii() and key.isdigit() and key == key.lstrip("0")):
+        text = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
+        if not (isinstance(text, str) and text.isascii() and text.isdigit() and text == text.lstrip("0")):
             raise InputError(f"{where}: key {key!r} is no class id; expected '1', '2', ... (0 is background).")
-        if len(key) > len(str(MAX_CLASS_ID)) or int(key) > MAX_CLASS_ID:
+        if len(text) > len(str(MAX_CLASS_ID)) or int(text) > MAX_CLASS_ID:
             raise InputError(f"{where}: class id {key} is too large; expected at most {MAX_CLASS_ID}. Number it anew.")
-        classes[int(key)] = _check_prompts(value, f"{where}, class {key}")
+        if int(text) in classes:
+            raise InputError(f"{where}: class id {key} stands there twice, as a number and as text. Keep one.")
+        classes[int(text)] = _check_prompts(value, f"{where}, class {key}")
     if not classes:
         raise InputError(f"{where}: no class in it; {_LAYOUT}.")
     return ClassPrompts(classes, int(instance_label))
@@ -123,7 +127,7 @@ def parse_class_prompts(entry: Mapping[str, Any], where: str) -> ClassPrompts:
 
 def _check_prompts(value: Any, where: str) -> tuple[str, ...]:
     prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list | tuple) or not prompts:
+    if not isinstance(prompts, Sequence) or not prompts:
         raise InputError(f"{where}: got {value!r}; expected a prompt or a non-empty list of prompts.")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():

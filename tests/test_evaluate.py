@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from gpuparse.errors import InputError, StoreFormatError, VolumeFormatError
 from gpuparse.evaluation import MetricOptions, evaluate, find_cases, write_nifti, write_npz
 from gpuparse.evaluation.plot import draw_scores, save_plot
 from gpuparse.evaluation.report import Statistic
+from gpuparse.splits import ValSplit
 from gpuparse.workers import Died, WorkerPool
 
 CELLS = {"1": ["cells"], "instance_label": 1}
@@ -169,7 +171,9 @@ def test_a_set_of_cases_with_different_classes_is_reported_in_parts(tmp_path):
 def test_cases_without_a_prediction(folders):
     pred, data, _ = folders
     (pred / "ORGANS/a.npz").unlink()
-    with pytest.raises(InputError, match=r"no prediction for 1 cases \(ORGANS/a\); expected DATASET/<case>\.npz with"):
+    with pytest.raises(
+        InputError, match=r"no prediction for 1 of 4 cases \(ORGANS/a\); expected DATASET/<case>\.npz.*Add "
+    ):
         evaluate(pred, data)
     empty = evaluate(pred, data, missing="empty")
     assert {(c.dataset, c.case): c.dice for c in empty.cases}["ORGANS", "a"] == 0.0
@@ -177,8 +181,11 @@ def test_cases_without_a_prediction(folders):
     assert [(c.dataset, c.case) for c in skipped.cases] == [("CELLS", "a"), ("CELLS", "b"), ("ORGANS", "b")]
     assert empty.missing == skipped.missing == (("ORGANS", "a"),)
     (pred / "ORGANS/b.npz").unlink()
-    with pytest.raises(InputError, match=r"no prediction for 2 cases \(ORGANS/a, ORGANS/b\); expected <case>\.npz"):
-        evaluate(pred, data / "ORGANS", missing="skip")  # not one fits: the wrong folder
+    for missing in ("skip", "empty"):  # not one fits: the wrong folder
+        with pytest.raises(InputError, match=r"no prediction for 2 of 2 cases \(ORGANS/a, ORGANS/b\); exp") as error:
+            evaluate(pred, data / "ORGANS", missing=missing)
+        assert f"None at all is an error with missing='{missing}' too: see whether this is the" in str(error.value)
+        assert "choose missing" not in str(error.value)
 
 
 def test_what_cannot_be_evaluated_is_refused(folders, tmp_path):
@@ -187,8 +194,17 @@ def test_what_cannot_be_evaluated_is_refused(folders, tmp_path):
         evaluate(tmp_path / "nowhere", data)
     with pytest.raises(InputError, match=r"missing is 'zero'; expected one of stop, empty, skip"):
         evaluate(pred, data, missing="zero")
-    with pytest.raises(InputError, match=r"num_jobs is 0; expected at least 1"):
-        evaluate(pred, data, num_jobs=0)
+    for num_jobs, shown in ((0, "0"), ("2", "'2'"), (1.5, r"1\.5")):
+        with pytest.raises(InputError, match=rf"num_jobs is {shown}; expected a whole number of at least 1"):
+            evaluate(pred, data, num_jobs=num_jobs)
+    with pytest.raises(InputError, match=r"pred_dir is None; expected the folder with the predictions"):
+        evaluate(None, data)
+    with pytest.raises(InputError, match=r"data_dir is None; expected a folder or a store"):
+        evaluate(pred, None)
+    with pytest.raises(InputError, match=r"options is \{'min_iou': 1\}; expected gpuparse\.evaluation\.MetricOptions"):
+        evaluate(pred, data, options={"min_iou": 1})
+    with pytest.raises(InputError, match=r"datasets is 'ORGANS'; expected a list of names"):
+        evaluate(pred, data, datasets="ORGANS")
     write_nifti(pred / "ORGANS/a.nii", np.zeros((3, 12, 10), np.uint8), (1, 1, 1))
     with pytest.raises(InputError, match=r"several predictions for case 'a': a\.npz, a\.nii\. Keep one"):
         evaluate(pred, data)
@@ -219,6 +235,16 @@ def test_the_plot_shows_every_case_of_every_class(folders, tmp_path):
         save_plot(report, tmp_path / "plot.jpg")
 
 
+def test_prompts_are_drawn_as_they_are_and_not_as_formulas(folders, tmp_path):
+    pred, data, _ = folders
+    prompts = {"ORGANS": {"1": "liver $x_{ and $5", "2": "$a$", "instance_label": 0}}
+    report = evaluate(pred, data, datasets=["ORGANS"], prompts=prompts)
+    labels = [text.get_text() for text in draw_scores(report).axes[0].get_yticklabels()]
+    assert labels == ["ORGANS: liver $x_{ and $5", "ORGANS: $a$"]
+    save_plot(report, tmp_path / "plot.svg")
+    assert "<!-- ORGANS: $a$ -->" in (tmp_path / "plot.svg").read_text()  # matplotlib notes what it draws
+
+
 def test_a_mean_of_nothing_is_no_number():
     nothing = Statistic.of([math.nan])
     assert math.isnan(nothing.mean)
@@ -227,8 +253,9 @@ def test_a_mean_of_nothing_is_no_number():
     assert Statistic.of([1.0, math.nan, 0.0]) == Statistic(0.5, 0.5, 2)
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "120", "NO_COLOR": "1"})
+def run(*arguments, columns=120):
+    environment = {"COLUMNS": None if columns is None else str(columns), "NO_COLOR": "1"}
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env=environment)
 
 
 def test_the_command_prints_a_table_and_writes_what_is_asked_for(folders, tmp_path):
@@ -244,6 +271,40 @@ def test_the_command_prints_a_table_and_writes_what_is_asked_for(folders, tmp_pa
     assert re.search(rf"ORGANS .* 2 liver .* 2 .* {organs.classes[1].dice.mean:.4f} ± ", result.output)
     assert re.search(rf"ORGANS .* all, by case .* {organs.dice.mean:.4f} ± .* {organs.nsd.mean:.4f} ± ", result.output)
     assert "F1 at IoU 0.5" in result.output
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, None])
+def test_the_table_keeps_names_and_numbers_on_narrow_terminals(folders, columns):
+    pred, data, _ = folders
+    for folder in (pred, data):
+        (folder / "CELLS").rename(folder / "A_LONG_NAME_OF_A_DATASET")
+    entries = {"ORGANS": {"1": "the spleen in computed tomography", "instance_label": 0}}
+    (data / "class_prompts.json").write_text(json.dumps({**entries, "A_LONG_NAME_OF_A_DATASET": CELLS}))
+    result = run("--pred", pred, "--data", data, columns=columns)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert {len(line) for line in lines if line.startswith(("│", "├"))} == {len(lines[1])}
+    assert len(lines[1]) <= max(columns or 160, 60)
+    rows, row = [], None  # the cells of each row, put together from its lines
+    for line in lines:
+        cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        if cells and not line.startswith("┃"):
+            if cells[2]:
+                row = [""] * len(cells)
+                rows.append(row)
+            row[:] = [a + b for a, b in zip(row, cells, strict=True)]
+    expected = []
+    for summary in evaluate(pred, data).datasets:
+        f1 = f"{summary.f1.mean:.4f}±{summary.f1.std:.4f}" if summary.f1.num_cases else "-"
+        for scores, last in ((summary.classes[0], ""), (summary, f1)):
+            numbers = [f"{s.mean:.4f}±{s.std:.4f}" for s in (scores.dice, scores.nsd)]
+            expected.append([summary.name, "2", *numbers, last])
+    found = [[name, *(cell.replace(" ", "") for cell in numbers)] for name, _, *numbers in rows]
+    assert found == expected
+    assert [cells[1].rstrip("…") for cells in rows] == [
+        name[: len(cells[1].rstrip("…"))]
+        for name, cells in zip(["1 cells", "all, by case", "1 the spleen in computed tomography", "all, by case"], rows,
+                               strict=True)]  # fmt: skip
 
 
 def test_the_commands_options_reach_the_scores(folders, tmp_path):
@@ -278,6 +339,55 @@ def test_the_command_checks_names_before_it_scores(folders):
         result = run("--pred", pred, "--data", data, option, name)
         assert isinstance(result.exception, InputError)
         assert re.search(message, str(result.exception))
+
+
+def test_the_command_checks_places_before_it_scores_and_prints_before_it_writes(folders, tmp_path, monkeypatch):
+    pred, data, _ = folders
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "old.csv").write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    scored = []
+    module = sys.modules["gpuparse.evaluation.evaluate"]  # the package has the function under that name
+    monkeypatch.setattr(module, "_score", lambda job: scored.append(job) or job.run())
+    for option, name, message in (
+        ("--csv", "file/x.csv", r"file/x\.csv: cannot be written: .*(File exists|Not a directory)"),
+        ("--json", "folder.json", r"folder\.json: cannot be written: .*Is a directory"),
+        ("--plot", f"{'x' * 260}.png", r"x\.png: cannot be written: .*too long"),
+    ):
+        result = run("--pred", pred, "--data", data, "--csv", tmp_path / "old.csv", option, tmp_path / name)
+        assert isinstance(result.exception, InputError), result.output
+        assert re.search(message, str(result.exception))
+    assert scored == []
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.csv").read_text() == "old"
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    result = run("--pred", pred, "--data", data, "--csv", tmp_path / "old.csv")
+    assert re.search(r"old\.csv: cannot be written: .*No space left", str(result.exception))
+    assert "all, by case" in result.output
+    assert len(scored) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_forgotten_split_scores_no_training_volumes(folders, tmp_path):
+    pred, data, _ = folders
+    for masks in data.glob("*/test_mask/*.npz"):
+        (data / masks.parts[-3] / "train").mkdir(exist_ok=True)
+        image = data / masks.parts[-3] / "test" / masks.name
+        np.savez(data / masks.parts[-3] / "train" / masks.name, **np.load(image), **np.load(masks))
+    gpuparse.convert(data, out_dir=tmp_path / "stores", val_split=ValSplit(0.5))
+    for place in ("stores/ORGANS", "stores", "stores/ORGANS/train.zarr"):
+        result = run("--pred", pred, "--data", tmp_path / place)
+        assert isinstance(result.exception, InputError), result.output
+        assert "--split" in str(result.exception)
+        result = run("--pred", pred, "--data", tmp_path / place, "--split", "val", "--json", tmp_path / "s.json")
+        assert result.exit_code == 0, result.output
+        counts = {d["name"]: d["num_cases"] for d in json.loads((tmp_path / "s.json").read_text())["datasets"]}
+        assert counts == ({"CELLS": 1, "ORGANS": 1} if place == "stores" else {"ORGANS": 1})
 
 
 def test_the_page_on_evaluation_works_as_it_stands(tmp_path, monkeypatch):

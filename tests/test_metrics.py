@@ -110,8 +110,6 @@ def brute_force(labels, prediction, min_iou):
 def test_instances_are_matched_as_well_as_can_be(labels, min_iou, seed):
     rng = np.random.default_rng(seed)
     prediction = np.where(rng.random(labels.shape) < 0.3, rng.integers(0, 5, labels.shape), labels).astype(np.uint16)
-    if np.count_nonzero(np.unique(prediction)) == 1:
-        return  # then its components are the instances: a test of its own
     counts = count_instances(labels, prediction, MetricOptions(min_iou=min_iou, instances="ids"))
     num_labels, num_predicted = (np.count_nonzero(np.unique(a)) for a in (labels, prediction))
     matched = brute_force(labels, prediction, min_iou)
@@ -133,8 +131,26 @@ def test_what_the_ids_are_does_not_matter(labels, seed):
     names = np.random.default_rng(seed).permutation(np.arange(1, 70000))[:5]
     renamed = np.concatenate([[0], names])[labels]
     assert count_instances(renamed, labels, KEPT) == count_instances(labels, labels, KEPT)
-    if np.count_nonzero(np.unique(labels)) > 1:
-        assert count_instances(labels, renamed, KEPT).f1 == 1.0
+    assert count_instances(labels, renamed, KEPT).f1 == float(labels.any())
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_instances_are_counted_the_same_in_pieces_of_any_size(monkeypatch, piece):
+    rng = np.random.default_rng(piece)
+    labels = np.repeat(rng.choice([0, 1, 2, 70000, 2**32 - 1], (3, 4, 5)), 3, axis=2).astype(np.uint32)
+    prediction = np.where(rng.random(labels.shape) < 0.2, 9, labels)
+    expected = brute_force(labels, prediction, 0.5)
+    monkeypatch.setattr("gpuparse.evaluation.metrics._PIECE_VOXELS", piece)
+    counts = count_instances(labels, prediction, KEPT)
+    assert (counts.num_labels, counts.num_predicted, counts.num_matched) == (4, 5, expected)
+
+
+def test_ids_as_they_are_give_a_perfect_prediction_a_perfect_score():
+    labels = np.zeros((1, 1, 9), np.uint8)
+    labels[..., :3] = labels[..., 5:8] = 4  # one id in two parts, and no other
+    counts = count_instances(labels, labels, KEPT)
+    assert (counts.num_labels, counts.num_predicted, counts.num_matched) == (1, 1, 1)
+    assert count_instances(labels, labels).num_predicted == 2  # as the reference counts
 
 
 def test_components_are_the_instances_as_in_the_reference():
@@ -182,7 +198,9 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
     for options, message in (
         ({"tolerance_mm": -1.0}, r"tolerance_mm is -1\.0; expected 0 or more"),
         ({"tolerance_mm": math.nan}, r"tolerance_mm is nan; expected 0 or more"),
+        ({"tolerance_mm": None}, r"tolerance_mm is None; expected 0 or more"),
         ({"min_iou": 0.0}, r"min_iou is 0\.0; expected above 0, at most 1"),
+        ({"min_iou": "0.5"}, r"min_iou is '0\.5'; expected above 0, at most 1"),
         ({"instances": "both"}, r"instances is 'both'; expected 'components' \(default\) or 'ids'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -223,8 +223,11 @@ def test_what_cannot_be_prepared_is_refused():
         prepare_slices(volume, range(2, 5))
     with pytest.raises(InputError, match=r"size is .*; expected 1 to 16384 pixels a side"):
         prepare_slices(volume, range(4), size=0)
-    with pytest.raises(InputError, match=r"batch_size is 0; expected at least 1"):
-        next(PreparedVolume(volume).slices(0))
+    for batch_size, shown in ((0, "0"), (2.5, r"2\.5"), ("2", "'2'"), (True, "True")):
+        with pytest.raises(InputError, match=rf"batch_size is {shown}; expected a whole number of at least 1"):
+            next(PreparedVolume(volume).slices(batch_size))
+    with pytest.raises(InputError, match=r"num_threads is -1; expected a whole number of at least 1"):
+        prepare_slices(volume, range(4), num_threads=-1)
 
 
 @pytest.mark.gpu

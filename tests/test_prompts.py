@@ -23,6 +23,15 @@ def test_classes_keep_the_order_of_the_file_and_single_prompts_become_lists():
     assert prompts.instance_label == 0
 
 
+def test_content_as_yaml_has_it_is_taken_as_that_of_the_file():
+    omegaconf = pytest.importorskip("omegaconf")
+    expected = ClassPrompts({2: ("liver", "the liver"), 1: ("spleen",), 10: ("aorta",)}, 0)
+    text = "{2: [liver, the liver], '1': spleen, 10: aorta, instance_label: 0}"
+    assert parse_class_prompts(omegaconf.OmegaConf.create(text), "here") == expected
+    entry = {2: ["liver", "the liver"], "1": "spleen", 10: "aorta", "instance_label": 0}
+    assert parse_class_prompts(entry, "here") == expected
+
+
 @given(
     classes=st.dictionaries(
         st.integers(1, 2**31 - 1), st.lists(PROMPT, min_size=1, max_size=3), min_size=1, max_size=4
@@ -89,6 +98,14 @@ def test_a_missing_file_is_named_with_its_layout(tmp_path, make):
         ({"٣": "x", "instance_label": 0}, r"key '٣' is no class id"),  # int() would take it for 3
         ({"²": "x", "instance_label": 0}, r"key '²' is no class id"),  # a digit to str, none to int()
         ({"liver": "x", "instance_label": 0}, r"key 'liver' is no class id"),
+        ({0: "background", "instance_label": 0}, r"key 0 is no class id"),
+        ({-1: "x", "instance_label": 0}, r"key -1 is no class id"),
+        ({1.0: "x", "instance_label": 0}, r"key 1\.0 is no class id"),
+        ({True: "x", "instance_label": 0}, r"key True is no class id"),
+        ({None: "x", "instance_label": 0}, r"key None is no class id"),
+        ({2**31: "x", "instance_label": 0}, r"class id 2147483648 is too large"),
+        ({1: "x", "1": "y", "instance_label": 0}, r"class id 1 stands there twice, as a number and as text\. Keep one"),
+        ({"1": {"a": "b"}, "instance_label": 0}, r"class 1: got \{'a': 'b'\}; expected a prompt or a non-empty list"),
         ({"2147483648": "x", "instance_label": 0}, r"class id 2147483648 is too large; expected at most 2147483647"),
         ({"9" * 5000: "x", "instance_label": 0}, r"class id 9+ is too large; expected at most 2147483647"),
         ({"instance_label": 1}, r"file, dataset 'A': no class in it"),

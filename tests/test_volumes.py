@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch_oracle import process_input
 
 import gpuparse
-from gpuparse.errors import ChunkCorruptError, InputError, VolumeFormatError
+from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError, VolumeFormatError
 from gpuparse.evaluation import VolumeDataset, find_case_sets, find_cases, restore
 from gpuparse.splits import ValSplit
 from gpuparse.volume import read_arrays
@@ -110,6 +110,81 @@ def test_the_validation_part_of_a_training_store(tmp_path, write_case, data_dir)
         find_cases(tmp_path / "unsplit/DATA", split="val")
 
 
+def names(root, split=None):
+    return [case.name for case in find_cases(root, split=split).cases]
+
+
+def test_a_store_named_itself_gives_its_own_split_and_no_other(tmp_path, write_case, data_dir):
+    for split, cases in (("train", "abcd"), ("val", "ef"), ("test", "gh"), ("holdout", "i")):
+        for name in cases:
+            write_case(*random_case((3, 9, 9), ids=(0, 1)), name=name, split=split)
+        gpuparse.convert(data_dir, split=split, val_split=ValSplit(0.5) if split == "train" else None)
+    root = data_dir / "DATA"
+    for split, cases in (("val", "ef"), ("test", "gh"), ("holdout", "i")):
+        for asked in (None, split):
+            dataset = VolumeDataset(root / f"{split}.zarr", split=asked)
+            assert ([case.name for case in dataset.cases], dataset.split) == (list(cases), split)
+        with pytest.raises(InputError, match=rf"{split}\.zarr holds split '{split}', not 'banana'\. Leave split \(--s"):
+            names(root / f"{split}.zarr", "banana")
+    with pytest.raises(InputError, match=r"test\.zarr holds split 'test', not 'val'\. Leave .* the dataset's"):
+        names(root / "test.zarr", "val")
+    for find in (VolumeDataset, find_cases, find_case_sets):  # a forgotten split scores nothing that was trained on
+        with pytest.raises(InputError, match=r"training cases, 2 of 4 for validation.*split='val' or split='train'"):
+            find(root / "train.zarr")
+    parts = [names(root / "train.zarr", split) for split in ("train", "val")]
+    assert sorted(parts[0] + parts[1]) == list("abcd")
+    assert [len(part) for part in parts] == [2, 2]
+    assert names(root) == list("gh")
+    assert names(root, "val") == list("ef")
+    shutil.copytree(root / "train.zarr", tmp_path / "elsewhere/DATA/test.zarr")  # placed as a test set by its user
+    assert names(tmp_path / "elsewhere/DATA") == names(tmp_path / "elsewhere/DATA/test.zarr") == list("abcd")
+
+
+def test_stores_of_other_splits_are_no_datasets_of_the_folder(tmp_path, write_case, data_dir):
+    for split in ("train", "holdout", "test"):
+        write_case(*random_case((3, 9, 9), ids=(0, 1)), name=split, split=split)
+        gpuparse.convert(data_dir, split=split, out_dir=tmp_path / "out")
+    (tmp_path / "out/DATA/test.zarr").rename(tmp_path / "out/CT.zarr")
+    (tmp_path / "out/broken.zarr").mkdir()
+    with pytest.raises(InputError, match=r"no test cases in any folder; .* none\. Choose another split \(--split\)"):
+        find_case_sets(tmp_path / "out/DATA")
+    assert [c.name for c in find_case_sets(tmp_path / "out", datasets=["CT.zarr"])[0].cases] == ["test"]
+    with pytest.raises(InputError, match=r"no test cases in DATA; datasets with such cases: CT\.zarr, broken\.zarr"):
+        find_case_sets(tmp_path / "out", datasets=["DATA"])
+    with pytest.raises(StoreFormatError, match=r"broken\.zarr"):
+        find_case_sets(tmp_path / "out")
+    (sets,) = find_case_sets(tmp_path / "out/DATA", split="holdout")
+    assert (sets.split, [c.name for c in sets.cases]) == ("holdout", ["holdout"])
+
+
+def test_a_folder_of_images_is_not_taken_for_another_split(tmp_path):
+    write_set(tmp_path / "DATA", "val", "val_mask")
+    assert VolumeDataset(tmp_path / "DATA/val", (8, 8)).split == "val"
+    with pytest.raises(InputError, match=r"DATA/val holds split 'val', not 'test'\. Leave split \(--split\) out"):
+        VolumeDataset(tmp_path / "DATA/val", (8, 8), split="test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"root_dir": None}, r"root_dir is None; expected a folder or a store"),
+        ({"root_dir": ""}, r"root_dir is ''; expected a folder or a store"),
+        ({"split": 5}, r"split is 5; expected a name such as 'test', or None"),
+        ({"name": 5}, r"name is 5; expected a name, or None for the folder's"),
+        ({"prompts": 5}, r"prompts is 5; expected a JSON file, its content, or None"),
+        ({"binarize": "no"}, r"binarize is 'no'; expected True or False"),
+        ({"img_size": 64}, r"img_size is 64; expected \(rows, columns\)"),
+        ({"img_size": (0, 0)}, r"img_size is \(0, 0\); expected 1 to 16384 pixels"),
+        ({"num_threads": "2"}, r"num_threads is '2'; expected a whole number of at least 1"),
+        ({"num_threads": 0}, r"num_threads is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(tmp_path, arguments, message):
+    write_set(tmp_path / "DATA", cases=("a",))
+    with pytest.raises(InputError, match=message):
+        VolumeDataset(**{"root_dir": tmp_path / "DATA", **arguments})
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_of_one_are_collated_as_the_references(tmp_path, num_workers):
     write_set(tmp_path / "DATA", cases=("a",))
@@ -159,12 +234,15 @@ def test_slice_batches_come_from_the_dataset(tmp_path):
         ({"CT": {"5": "x", "instance_label": 0}, "CT_AMOS": {"6": "x", "instance_label": 0}}, "6"),
         ({"CT_AMOS_1": {"8": "x", "instance_label": 0}, "CT_AMOS": {"6": "x", "instance_label": 0}}, "8"),
         ({"1": "spleen", "instance_label": 0}, "1"),
+        ({1: "spleen", 3: ("liver", "hepar"), "instance_label": 0}, "1&3"),
     ],
 )
 def test_prompts_by_dataset_or_by_what_a_case_begins_with(tmp_path, entries, expected):
     write_set(tmp_path / "DATA", cases=("CT_AMOS_1",), prompts=None)
     assert VolumeDataset(tmp_path / "DATA", (8, 8), prompts=entries)[0]["class_ids"] == expected
     if "instance_label" not in entries:
+        with pytest.raises(InputError, match=r"no entry for dataset 'DATA', .*; it has 7\."):
+            VolumeDataset(tmp_path / "DATA", (8, 8), prompts={7: PROMPTS})  # a name that YAML takes for a number
         path = tmp_path / "prompts.json"
         path.write_text(json.dumps(entries))
         assert VolumeDataset(tmp_path / "DATA", (8, 8), prompts=path)[0]["class_ids"] == expected
@@ -314,6 +392,9 @@ def test_hydra_makes_a_list_of_test_sets_by_the_references_arguments(tmp_path):
          "img_size": [32, 32], "interpolate_mask_size": [512, 512], **extra, "prompts": {name: PROMPTS}}
         for name, extra in (("ONE", {}), ("TWO", {"name": "second"}))
     ]  # fmt: skip
+    config[0]["prompts"]["ONE"] = {2: ["liver", "the liver"], 1: "spleen", "instance_label": 0}
+    (by_reference,) = hydra.utils.instantiate(config[:1])  # prompts arrive as OmegaConf's mappings and lists
+    assert by_reference()[0]["text"] == "spleen[SEP]liver"
     partials = hydra.utils.instantiate(config, _convert_="all")
     assert all(isinstance(p, functools.partial) for p in partials)
     datasets = [p() for p in partials]

@@ -90,7 +90,9 @@ def test_a_label_image_is_valid_and_stands_beside_the_labels(store):
     assert {k: v for k, v in after.items() if "labels/prediction" not in k and k != listing} == {
         k: v for k, v in before.items() if k != listing
     }
-    assert len(VolumeDataset(store.path, (8, 8))[1]["labels"].unique()) == 3  # the labels are what they were
+    assert (
+        len(VolumeDataset(store.path, (8, 8), split="train")[1]["labels"].unique()) == 3
+    )  # the labels are what they were
 
 
 def test_a_store_with_a_prediction_is_sound_and_one_without_labels_is_not(store):
@@ -136,6 +138,11 @@ def test_what_is_no_prediction_is_refused_and_nothing_is_left(tmp_path, store):
         write_nifti(tmp_path / "case.nii", IDS, (5, 1, 1), np.eye(4))
     with pytest.raises(InputError, match=r"the affine has shape \(3, 3\)"):
         write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), np.eye(3))
+    for spacing_mm, shown in ((None, "None"), (1.0, r"1\.0"), ("abc", "'abc'"), ((1, 1), r"\(1, 1\)")):
+        with pytest.raises(InputError, match=rf"spacing_mm is {shown}; expected three millimetre values \(z, y, x\)"):
+            write_nifti(tmp_path / "case.nii", IDS, spacing_mm)
+    with pytest.raises(InputError, match=r"the affine has shape \(0,\)"):
+        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), "LPS")
     assert not list(tmp_path.glob("*case*"))
     before = files_below(store.path)
     with pytest.raises(InputError, match=r"cannot add label image 'x' to case 'c': it has 2 cases and none of that"):
@@ -161,6 +168,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_npz(path, IDS + 1)
     assert [p.name for p in tmp_path.iterdir()] == ["case.npz"]
     assert np.array_equal(read_prediction(path), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8])
+def test_tensors_as_models_make_them_are_written(tmp_path, dtype, recwarn):
+    prediction = torch.from_numpy(IDS).to(dtype)
+    if dtype.is_floating_point:
+        prediction.requires_grad_()
+    assert np.array_equal(read_prediction(write_npz(tmp_path / "case.npz", prediction)), IDS)
+    half = IDS.astype(np.float16)
+    assert np.array_equal(read_prediction(write_npz(tmp_path / "half.npz", half)), IDS)
+    np.savez(tmp_path / "theirs.npz", segs=half)
+    assert np.array_equal(read_prediction(tmp_path / "theirs.npz"), IDS)
+    half[0, 0, 0] = np.nan
+    with pytest.raises(VolumeFormatError, match=r"half\.npz: prediction \(float16\) has NaN or infinite values"):
+        write_npz(tmp_path / "half.npz", half)
+    assert not recwarn.list  # numpy warns where float16 is compared with 65535
+
+
+def test_names_as_long_as_the_disk_takes_them_are_written_and_others_are_errors(tmp_path):
+    for suffix, write in ((".npz", write_npz), (".nii.gz", lambda path, ids: write_nifti(path, ids, (1, 1, 1)))):
+        path = tmp_path / f"{'x' * (255 - len(suffix))}{suffix}"
+        write(path, IDS)
+        assert np.array_equal(read_prediction(path), IDS)
+        with pytest.raises(InputError, match=r"xx\.n.*: cannot be written: .*too long.*\. Name a place that can"):
+            write(tmp_path / f"x{path.name}", IDS)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/case\.npz: cannot be written: .*(File exists|Not a directory)"):
+        write_npz(tmp_path / "file/case.npz", IDS)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_label_image_that_fails_leaves_the_old_one(store, monkeypatch):

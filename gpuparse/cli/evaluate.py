@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from gpuparse.cli.consoles import error_console
+from gpuparse.cli.consoles import error_console, table_console
 from gpuparse.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from gpuparse.evaluation.report import EvaluationReport, Statistic
 
 __all__ = ["evaluate_command"]
+
+_LEAST_DATASET, _LEAST_CLASS, _ENOUGH_FOR_BOTH = 7, 5, 24  # widths of the table's columns of names, in characters
 
 
 def evaluate_command(
@@ -34,7 +37,10 @@ def evaluate_command(
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help="Score this dataset only; may be given several times.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Which split of the datasets.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Which split; default: test, and of a store named itself what it was made from."),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="JSON file with the classes; default: class_prompts.json.")
     ] = None,
@@ -66,13 +72,18 @@ def evaluate_command(
     from gpuparse.evaluation.evaluate import evaluate
     from gpuparse.evaluation.metrics import MetricOptions
     from gpuparse.evaluation.plot import check_plot_path, save_plot
+    from gpuparse.evaluation.write import check_can_write
 
     if plot is not None:
         check_plot_path(plot)
     for option, path, suffix in (("--csv", csv, ".csv"), ("--json", json, ".json")):
         if path is not None and path.suffix != suffix:
             raise InputError(f"{option} is {path}; expected a name that ends in {suffix}.")
-    console = Console(markup=False, quiet=quiet)
+    for path in (csv, json, plot):
+        if path is not None:
+            check_can_write(path)
+    console = table_console()
+    console.quiet = quiet
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=None)
 
@@ -90,37 +101,48 @@ def evaluate_command(
             num_jobs=jobs,
             on_case=on_case,
         )
+    _print(console, report)  # first: what went into scores is not lost where a file cannot be written
+    for dataset_name, case in report.missing:
+        state = "left out" if missing == "skip" else "scored as empty"
+        error_console().print(f"no prediction, {state}: {dataset_name}/{case}", style="yellow")
     for path in (csv, json):
         if path is not None:
             report.save(path)
     if plot is not None:
         save_plot(report, plot)
-    _print(console, report)
-    for dataset_name, case in report.missing:
-        state = "left out" if missing == "skip" else "scored as empty"
-        error_console().print(f"no prediction, {state}: {dataset_name}/{case}", style="yellow")
     if report.missing:
         raise typer.Exit(1)
 
 
 def _print(console: Console, report: EvaluationReport) -> None:
-    with_f1 = any(summary.f1.num_cases for summary in report.datasets)
-    table = Table(title="Mean and standard deviation over cases")
-    table.add_column("dataset")
-    table.add_column("class", no_wrap=True, overflow="ellipsis", max_width=48)
-    for name in ("cases", "Dice", f"NSD at {report.options.tolerance_mm:g} mm"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if with_f1:
-        table.add_column(f"F1 at IoU {report.options.min_iou:g}", justify="right", no_wrap=True)
-    for summary in report.datasets:
+    summaries = report.datasets
+    metrics = ["Dice", f"NSD at {report.options.tolerance_mm:g} mm"]
+    if any(summary.f1.num_cases for summary in summaries):
+        metrics.append(f"F1 at IoU {report.options.min_iou:g}")
+    # Numbers stay whole, on two lines where one leaves too little for names; long names are folded or cut.
+    cases_width = max(len("cases"), *(len(str(summary.num_cases)) for summary in summaries))
+    taken = 3 * (3 + len(metrics)) + 1 + cases_width  # with the table's lines
+    width = max(console.width, taken + 8 * len(metrics) + _LEAST_DATASET + _LEAST_CLASS)
+    separator, number_width = " ± ", 15
+    if width - taken - number_width * len(metrics) < _ENOUGH_FOR_BOTH:
+        separator, number_width = "\n± ", 8
+    room = width - taken - number_width * len(metrics)
+    longest = max(cell_len(summary.name) for summary in summaries)
+    class_width = min(48, max(_LEAST_CLASS, room - max(_LEAST_DATASET, min(longest, room // 2))))
+    table = Table(title="Mean and standard deviation over cases", width=width if width > console.width else None)
+    table.add_column("dataset", min_width=_LEAST_DATASET, overflow="fold")
+    table.add_column("class", max_width=class_width, no_wrap=True, overflow="ellipsis")
+    table.add_column("cases", width=cases_width, justify="right")
+    for name in metrics:
+        table.add_column(name, width=number_width, justify="right")
+
+    def add(dataset: str, name: str, num_cases: int, statistics: list[Statistic], **options: Any) -> None:
+        cells = ["-" if math.isnan(s.mean) else f"{s.mean:.4f}{separator}{s.std:.4f}" for s in statistics]
+        table.add_row(dataset, name, str(num_cases), *cells, **options)
+
+    for summary in summaries:
         for entry in summary.classes:
-            cells = [str(entry.dice.num_cases), _cell(entry.dice), _cell(entry.nsd)]
-            table.add_row(summary.name, f"{entry.class_id} {entry.prompt}", *cells, *[""] * with_f1)
-        cells = [str(summary.num_cases), _cell(summary.dice), _cell(summary.nsd)]
-        f1 = [_cell(summary.f1)] if with_f1 else []
-        table.add_row(summary.name, "all, by case", *cells, *f1, style="bold", end_section=True)
-    console.print(table)
-
-
-def _cell(statistic: Statistic) -> str:
-    return "-" if math.isnan(statistic.mean) else f"{statistic.mean:.4f} ± {statistic.std:.4f}"
+            add(summary.name, f"{entry.class_id} {entry.prompt}", entry.dice.num_cases, [entry.dice, entry.nsd])
+        means = [summary.dice, summary.nsd, summary.f1][: len(metrics)]
+        add(summary.name, "all, by case", summary.num_cases, means, style="bold", end_section=True)
+    console.print(table, crop=False)

@@ -28,6 +28,9 @@ __all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets
 
 PromptSource = str | os.PathLike[str] | Mapping[str, Any] | None
 
+_SPLITS = ("train", "val", "test")  # the usual ones; there may be others
+_DEFAULT_SPLIT = "test"
+_OTHER_SPLIT = "Leave split (--split) out, or name the dataset's folder."
 _MASK_SUFFIXES = ("_mask", "_gt")  # the reference documents the first and reads the second
 _LAYOUTS = (
     "expected a store (test.zarr), test/ with test_mask/ or test_gt/ beside it, or imgs/ with gts/; see "
@@ -215,17 +218,19 @@ class CaseSet:
 
     Attributes:
         name: The dataset's name.
+        split: Which of the dataset's splits they are.
         cases: Its cases, by name.
     """
 
     name: str
+    split: str
     cases: tuple[EvaluationCase, ...]
 
 
 def find_cases(
     root_dir: str | os.PathLike[str],
     *,
-    split: str = "test",
+    split: str | None = None,
     name: str | None = None,
     prompts: PromptSource = None,
     remote: RemoteOptions | None = None,
@@ -236,7 +241,9 @@ def find_cases(
         root_dir: A store; a dataset's folder with `<split>.zarr`, with `<split>/` and `<split>_mask/` or `<split>_gt/`,
             or with `imgs/` and `gts/`; or the folder of the images itself. Where no folder holds the labels, the image
             files do. Or the URL of a store, or of a folder that holds it.
-        split: Which of a dataset's splits. `val` may also be the validation part of `train.zarr`.
+        split: Which of a dataset's splits. `val` may also be the validation part of `train.zarr`. None takes `test`,
+            or, where `root_dir` is a store itself, what that was made from; of a store of training cases, the part that
+            is meant must be said.
         name: The dataset's name; None takes its folder's.
         prompts: The classes: a file in the form of `class_prompts.json`, or its content, or one dataset's entry. None
             takes the store's, or the `class_prompts.json` beside or above the dataset's folder. Where no entry is
@@ -244,15 +251,18 @@ def find_cases(
         remote: How a URL is read; None takes the defaults.
 
     Raises:
-        InputError: There are no cases, a case lacks labels or prompts, or the prompts are unusable.
+        InputError: There are no cases, a case lacks labels or prompts, the prompts are unusable, or a store is of
+            another split.
         StorageError: Remote storage fails.
     """
+    _check_arguments(root_dir=root_dir, split=split, name=name, prompts=prompts)
     if is_url(root_dir) or remote is not None:
         place = open_place(root_dir, remote)
         found = _find_store(place, split)
         if found is None:
             raise InputError(
-                f"'{place}': no {split}.zarr there. At a URL only stores are read, no npz files: convert them."
+                f"'{place}': no {split or _DEFAULT_SPLIT}.zarr there. At a URL only stores are read, no npz files: "
+                "convert them."
             )
         return _cases_of_store(found, place, split, name, prompts)
     root = Path(root_dir).absolute()  # cases are read later, perhaps from another folder
@@ -261,7 +271,11 @@ def find_cases(
     store_path = _find_store(root, split)
     if store_path is not None:
         return _cases_of_store(store_path, root, split, name, prompts)
-    folder = next((f for f in (root, root / split, root / "imgs") if any(f.glob("*.npz"))), None)
+    folder = _images_folder(root, split)
+    own = root.name if folder == root and root.name in _SPLITS else None
+    if own is not None and split not in (None, own):
+        raise InputError(f"{root} holds split {own!r}, not {split!r}. {_OTHER_SPLIT}")
+    split = split or own or _DEFAULT_SPLIT
     if folder is None:
         raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
     dataset_dir = Path(os.path.abspath(folder)).parent
@@ -286,13 +300,13 @@ def find_cases(
         name, (case_prompts, group) = check_name(path.stem, f"{path}: case name"), entries.of_case(path.stem)
         labels_path = path if labels_dir is None else labels_dir / path.name
         cases.append(NpzCase(name, case_prompts, path, labels_path, group))
-    return CaseSet(called[0], tuple(cases))
+    return CaseSet(called[0], split, tuple(cases))
 
 
 def find_case_sets(
     data_dir: str | os.PathLike[str],
     *,
-    split: str = "test",
+    split: str | None = None,
     datasets: Sequence[str] | None = None,
     prompts: PromptSource = None,
     remote: RemoteOptions | None = None,
@@ -301,7 +315,7 @@ def find_case_sets(
 
     Args:
         data_dir: Holds datasets, each as `find_cases` takes it, or is itself such a folder; or its URL.
-        split: Which of their splits.
+        split: Which of their splits; None takes `test`, or as for `find_cases` where `data_dir` is one dataset.
         datasets: Names of those to take; None takes all that have the split.
         prompts: As for `find_cases`.
         remote: How a URL is read; None takes the defaults.
@@ -310,6 +324,9 @@ def find_case_sets(
         InputError: There is none, or one asked for is not there.
         StorageError: Remote storage fails.
     """
+    _check_arguments(data_dir=data_dir, split=split, prompts=prompts)
+    if isinstance(datasets, str):
+        raise InputError(f"datasets is {datasets!r}; expected a list of names.")
     root = open_place(data_dir, remote) if is_url(data_dir) or remote is not None else Path(data_dir)
     if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such folder; expected datasets, each with a store or npz files.")
@@ -319,14 +336,15 @@ def find_case_sets(
                 f"{root} is one dataset; names of datasets ({', '.join(datasets)}) cannot be chosen there."
             )
         return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
+    split = split or _DEFAULT_SPLIT
     folders = sorted(root.iterdir()) if isinstance(root, Path) else [root / name for name in _list_folders(root)]
-    found = {path.name: path for path in folders if _has_cases(path, split) and not _is_split(path)}
+    found = {path.name: path for path in folders if _has_cases(path, split) and not _is_other_split(path, split)}
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
         raise InputError(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
-            f"{', '.join(found) or 'none'}. For each of them {_LAYOUTS}."
+            f"{', '.join(found) or 'none'}. Choose another split (--split), or for each of them {_LAYOUTS}."
         )
     return tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
 
@@ -335,35 +353,81 @@ def _list_folders(root: Place) -> list[str]:
     return root.list_folder()[0] if isinstance(root, RemotePath) else []
 
 
-def _has_cases(root: Place, split: str) -> bool:
+def _check_arguments(**arguments: Any) -> None:
+    """Refuses what is of another type than `find_cases` and `find_case_sets` take."""
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "split": ((str, type(None)), "a name such as 'test', or None"),
+        "name": ((str, type(None)), "a name, or None for the folder's"),
+        "prompts": ((str, os.PathLike, Mapping, type(None)), "a JSON file, its content, or None"),
+    }
+    for key, value in arguments.items():
+        types, expected = kinds.get(key, ((str, os.PathLike), "a folder or a store"))
+        if not isinstance(value, types) or value == "":
+            raise InputError(f"{key} is {value!r}; expected {expected}.")
+
+
+def _has_cases(root: Place, split: str | None) -> bool:
     if _find_store(root, split) is not None:
         return True
-    return isinstance(root, Path) and any(any(f.glob("*.npz")) for f in (root, root / split, root / "imgs"))
+    return isinstance(root, Path) and _images_folder(root, split) is not None
 
 
-def _is_split(folder: Place) -> bool:
-    """Whether a folder of npz files is a split, or a split's masks, of the dataset it is in, and no dataset itself."""
+def _images_folder(root: Path, split: str | None) -> Path | None:
+    return next((f for f in (root, root / (split or _DEFAULT_SPLIT), root / "imgs") if any(f.glob("*.npz"))), None)
+
+
+def _is_other_split(folder: Place, split: str) -> bool:
+    """Whether a folder is a store of another split, or a split, or a split's masks, of the dataset it is in."""
+    if folder.name.endswith(".zarr"):
+        try:
+            return not _holds(_split_of(folder, read_store(folder)), split)
+        except StoreFormatError:
+            return False  # who takes it is told
     name = folder.name
     for suffix in _MASK_SUFFIXES:
         name = name.removesuffix(suffix)
-    return name in ("train", "val", "test") and isinstance(folder, Path) and any(folder.glob("*.npz"))
+    return name in _SPLITS and isinstance(folder, Path) and any(folder.glob("*.npz"))
 
 
-def _find_store(root: Place, split: str) -> Place | None:
+def _find_store(root: Place, split: str | None) -> Place | None:
     if root.name.endswith(".zarr"):
         return root
+    split = split or _DEFAULT_SPLIT
     if (root / f"{split}.zarr").is_dir():
         return root / f"{split}.zarr"
     shared = root / "train.zarr"
     return shared if split == "val" and shared.is_dir() and not (root / split).is_dir() else None
 
 
-def _cases_of_store(path: Place, root: Place, split: str, name: str | None, prompts: PromptSource) -> CaseSet:
+def _split_of(path: Place, store: Store) -> str:
+    """What a store holds: what its own name says, as in a dataset's folder, or else what it was made from."""
+    stem = path.name.removesuffix(".zarr")
+    return stem if stem in _SPLITS else store.split
+
+
+def _holds(own: str, split: str) -> bool:
+    """Whether cases of a split may be in a store of split `own`."""
+    return own == split or (own, split) == ("train", "val")
+
+
+def _cases_of_store(path: Place, root: Place, split: str | None, name: str | None, prompts: PromptSource) -> CaseSet:
     if prompts is not None:
         raise InputError(f"{path}: a store has prompts of its own; prompts={prompts!r} cannot replace them. Omit it.")
     store = read_store(path)
+    own = _split_of(path, store)
+    if root != path:
+        split = split or _DEFAULT_SPLIT
+    elif split is None and own == "train":
+        num_val = len(np.unique(store.slices.case[store.slices.split == split_code("val")]))
+        raise InputError(
+            f"{path} is a store of training cases, {num_val} of {len(store.cases)} for validation. Say which are "
+            "meant: split='val' or split='train' (--split)."
+        )
+    elif split is not None and not _holds(own, split):
+        raise InputError(f"{path} holds split {own!r}, not {split!r}. {_OTHER_SPLIT}")
+    split = split or own
     numbers = range(len(store.cases))
-    if store.split == "train" and split in ("train", "val"):
+    if split in ("train", "val") and "train" in (own, store.split):
         members = np.unique(store.slices.case[store.slices.split == split_code(split)])
         numbers = [int(n) for n in members]  # type: ignore[assignment]
     if not numbers:
@@ -371,7 +435,7 @@ def _cases_of_store(path: Place, root: Place, split: str, name: str | None, prom
             f"{path}: no cases in split {split!r}. Convert with --val-fraction or --split-file to have a val part."
         )
     cases = sorted((StoredCase(store, n) for n in numbers), key=lambda case: case.name)
-    return CaseSet(name or (store.name if root == path else _called(root)), tuple(cases))
+    return CaseSet(name or (store.name if root == path else _called(root)), split, tuple(cases))
 
 
 def _called(root: Place) -> str:
@@ -405,7 +469,7 @@ class _Entries:
     @classmethod
     def load(cls, source: PromptSource, called: tuple[str, ...], places: Sequence[Path]) -> _Entries:
         if isinstance(source, Mapping):
-            data = {called[0]: source} if "instance_label" in source else source
+            data = {called[0]: source} if "instance_label" in source else {str(k): v for k, v in source.items()}
             return cls(data, "prompts", called)
         path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
         return cls(load_class_prompts(path), str(path), called)

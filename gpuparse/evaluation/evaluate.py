@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
+from gpuparse.evaluation.prepare import check_count
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
 from gpuparse.remote import RemoteOptions
@@ -51,7 +52,7 @@ def evaluate(
     pred_dir: str | os.PathLike[str],
     data_dir: str | os.PathLike[str],
     *,
-    split: str = "test",
+    split: str | None = None,
     datasets: Sequence[str] | None = None,
     prompts: PromptSource = None,
     options: MetricOptions | None = None,
@@ -66,7 +67,7 @@ def evaluate(
         pred_dir: Holds `<case>.npz` with `segs`, `<case>.nii.gz` or `<case>.nii`; for several datasets in a folder
             named after each.
         data_dir: One test set, or a folder of several, or a URL; see `find_cases`.
-        split: Which split of the datasets.
+        split: Which split of the datasets; None takes `test`, or of a store named itself what it was made from.
         datasets: Names of those to score; None takes all.
         prompts: Where the classes come from; None takes the store's or `class_prompts.json`.
         options: Tolerances; None takes the challenge's.
@@ -90,8 +91,11 @@ def evaluate(
     """
     if missing not in _MISSING:
         raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")
-    if num_jobs < 1:
-        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    check_count("num_jobs", num_jobs)
+    if not isinstance(pred_dir, str | os.PathLike):
+        raise InputError(f"pred_dir is {pred_dir!r}; expected the folder with the predictions.")
+    if not isinstance(options, MetricOptions | None):
+        raise InputError(f"options is {options!r}; expected gpuparse.evaluation.MetricOptions(...) or None.")
     for package in ("surface_distance", "scipy"):  # before minutes of reading
         import_metric_package(package)
     options = MetricOptions() if options is None else options
@@ -130,12 +134,17 @@ def _plan(
                 absent.append((_reported_name(case_set, case), case.name))
             if prediction is not None or missing != "skip":
                 jobs.append(_Job(_reported_name(case_set, case), case, prediction, options))
-    if absent and (missing == "stop" or len(absent) == sum(len(s.cases) for s in case_sets)):
+    num_cases = sum(len(case_set.cases) for case_set in case_sets)
+    if absent and (missing == "stop" or len(absent) == num_cases):
         shown = ", ".join("/".join(pair) for pair in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        remedy = (
+            f"None at all is an error with missing={missing!r} too: see whether this is the right folder."
+            if missing != "stop"
+            else "Add them, or choose missing='empty' (--missing empty), scored as the challenge does, or 'skip'."
+        )
         raise InputError(
-            f"{pred_dir}: no prediction for {len(absent)} cases ({shown}); expected "
-            f"{'DATASET/' if len(case_sets) > 1 else ''}<case>.npz with segs, or <case>.nii.gz. "
-            "Add them, or choose missing='empty' (--missing empty), scored as the challenge does, or 'skip'."
+            f"{pred_dir}: no prediction for {len(absent)} of {num_cases} cases ({shown}); expected "
+            f"{'DATASET/' if len(case_sets) > 1 else ''}<case>.npz with segs, or <case>.nii.gz. {remedy}"
         )
     return jobs, absent
 

@@ -7,6 +7,7 @@ here is to say which class and which instance is compared with which.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from gpuparse.prompts import ClassPrompts
 
 __all__ = ["CaseScores", "ClassScores", "InstanceCounts", "MetricOptions", "import_metric_package", "score_case"]
 
+_PIECE_VOXELS = 1 << 22  # counted at a time, which bounds the memory that pairs of ids take
+
 
 @dataclass(frozen=True)
 class MetricOptions:
@@ -28,8 +31,8 @@ class MetricOptions:
         tolerance_mm: Surfaces at most that far apart agree.
         min_iou: Two instances match if their intersection over union is at least that.
         instances: What an instance of the labels is: `components`, as the reference's evaluator has it, takes voxels of
-            one id that touch with a face; parts that do not touch are instances of their own. `ids` takes each id as
-            one instance.
+            one id that touch with a face; parts that do not touch are instances of their own, and a prediction with one
+            value beside 0 is taken apart likewise. `ids` takes each id as one instance, in labels and prediction.
 
     Raises:
         InputError: A value is out of range.
@@ -40,10 +43,10 @@ class MetricOptions:
     instances: Literal["components", "ids"] = "components"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
-            raise InputError(f"tolerance_mm is {self.tolerance_mm}; expected 0 or more millimetres.")
-        if not 0 < self.min_iou <= 1:
-            raise InputError(f"min_iou is {self.min_iou}; expected above 0, at most 1.")
+        if not (_is_number(self.tolerance_mm) and math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
+            raise InputError(f"tolerance_mm is {self.tolerance_mm!r}; expected 0 or more millimetres.")
+        if not (_is_number(self.min_iou) and 0 < self.min_iou <= 1):
+            raise InputError(f"min_iou is {self.min_iou!r}; expected above 0, at most 1.")
         if self.instances not in ("components", "ids"):
             raise InputError(f"instances is {self.instances!r}; expected 'components' (default) or 'ids'.")
 
@@ -141,8 +144,7 @@ def score_case(
         dataset: Name of the dataset, for the result.
         case: Name of the case.
         labels: (z, y, x) class ids or instance ids.
-        prediction: (z, y, x) likewise, at native size. Where labels are instances and the prediction has one value
-            beside 0, its connected components (6 neighbours) are the instances.
+        prediction: (z, y, x) likewise, at native size. Which of its voxels are an instance, `options.instances` says.
         spacing_mm: Voxel size along z, y, x.
         prompts: The classes; ids that are not among them are not scored.
         options: Tolerances; None takes the challenge's.
@@ -193,7 +195,8 @@ def count_instances(
 
     Args:
         labels: (z, y, x) instance ids.
-        prediction: (z, y, x) instance ids, or a mask with one value beside 0, whose components are the instances.
+        prediction: (z, y, x) instance ids, or a mask with one value beside 0, whose components are the instances unless
+            `options.instances` is `ids`.
         options: Which instances match; None takes the challenge's.
 
     Raises:
@@ -202,17 +205,22 @@ def count_instances(
     options = MetricOptions() if options is None else options
     if options.instances == "components":
         labels = _components(labels)
-    values = np.unique(prediction)
-    if np.count_nonzero(values) == 1:
-        prediction = _components(prediction)
-    true, true_sizes = _numbered(labels)
-    found, found_sizes = _numbered(prediction)
-    both = (true > 0) & (found > 0)
-    pairs, overlaps = np.unique(np.stack([true[both], found[both]]).astype(np.int64) - 1, axis=1, return_counts=True)
-    unions = true_sizes[pairs[0]] + found_sizes[pairs[1]] - overlaps
-    matching = overlaps / unions >= options.min_iou
-    num_matched = _largest_matching(pairs[:, matching], (len(true_sizes), len(found_sizes)))
-    return InstanceCounts(len(true_sizes), len(found_sizes), num_matched)
+        if _has_one_value(prediction):
+            prediction = _components(prediction)
+    true, found, overlaps = _overlaps(labels, prediction)
+    true_ids, rows = np.unique(true, return_inverse=True)
+    found_ids, columns = np.unique(found, return_inverse=True)
+    true_sizes, found_sizes = np.bincount(rows, overlaps), np.bincount(columns, overlaps)
+    unions = true_sizes[rows] + found_sizes[columns] - overlaps
+    matching = (true != 0) & (found != 0) & (overlaps / unions >= options.min_iou)
+    num_matched = _largest_matching(np.stack([rows, columns])[:, matching], (len(true_ids), len(found_ids)))
+    return InstanceCounts(int(np.count_nonzero(true_ids)), int(np.count_nonzero(found_ids)), num_matched)
+
+
+def _has_one_value(ids: npt.NDArray[Any]) -> bool:
+    """Whether all voxels beside the background have the same id."""
+    largest = ids.max()
+    return bool(largest != 0 and np.count_nonzero(ids) == np.count_nonzero(ids == largest))
 
 
 def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -224,13 +232,29 @@ def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return components
 
 
-def _numbered(ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids as 1, 2, ... in place of what they are, flat, and how many voxels each has."""
-    values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    kept = values != 0
-    numbers = np.where(kept, np.cumsum(kept), 0)
-    return numbers[inverse], counts[kept]
+def _overlaps(
+    true: npt.NDArray[Any], found: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Each pair of ids that stand at one voxel, background included, and at how many they do."""
+    true, found = true.reshape(-1), found.reshape(-1)
+    parts = []
+    for start in range(0, len(true), _PIECE_VOXELS):
+        a, b = (array[start : start + _PIECE_VOXELS] for array in (true, found))
+        # Neighbours mostly have the same pair: what is sorted is one entry for each run of them.
+        ends = np.append(np.flatnonzero((a[1:] != a[:-1]) | (b[1:] != b[:-1])), len(a) - 1)
+        parts.append(_sum_by_pair(a[ends], b[ends], np.diff(ends, prepend=-1)))
+    return _sum_by_pair(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _sum_by_pair(
+    true: npt.NDArray[Any], found: npt.NDArray[Any], num_voxels: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Pairs that occur several times, once each."""
+    true_ids, rows = np.unique(true, return_inverse=True)
+    found_ids, columns = np.unique(found, return_inverse=True)
+    pairs, inverse = np.unique(rows * len(found_ids) + columns, return_inverse=True)
+    row, column = np.divmod(pairs, len(found_ids))
+    return true_ids[row], found_ids[column], np.bincount(inverse, num_voxels)
 
 
 def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> int:
@@ -248,6 +272,10 @@ def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> i
 def import_metric_package(name: str) -> Any:
     """Imports a package that scores; the error names the extra `evaluation` where it is missing."""
     return import_optional(name, "to score predictions", "evaluation")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _mean(values: list[float]) -> float:

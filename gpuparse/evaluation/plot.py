@@ -58,7 +58,8 @@ def draw_scores(report: EvaluationReport) -> Any:
                 axis.hlines(position, low, high, color="0.75", linewidth=7)
                 axis.plot([middle], [position], "|", color="C1", markersize=10, markeredgewidth=2)
                 axis.plot(scores, [position] * len(scores), "o", color="C0", markersize=3, alpha=0.6)
-    axes[0].set_yticks(positions, [label for label, _ in lines], fontsize=7)
+    # Prompts are no formulas: matplotlib would read what stands between two "$" as one.
+    axes[0].set_yticks(positions, [label for label, _ in lines], fontsize=7, parse_math=False)
     axes[0].set_ylim(len(lines) - 0.5, -0.5)
     return figure
 

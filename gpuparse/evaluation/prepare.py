@@ -25,9 +25,19 @@ from gpuparse.views import array_planes, channel_positions, check_size, view_geo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PreparedVolume", "prepare_slices"]
+__all__ = ["PreparedVolume", "check_count", "prepare_slices"]
 
 _SLAB_SLICES = 32  # slices sent to the GPU at a time where a whole volume is prepared
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuses what is no whole number of at least 1.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
 def prepare_slices(
@@ -53,9 +63,11 @@ def prepare_slices(
         (len(positions), size, size) uint8 on the device of `volume`.
 
     Raises:
-        InputError: The volume has another rank, dtype or layout, or a position is outside it.
+        InputError: The volume has another rank, dtype or layout, a position is outside it, or `num_threads` is none.
     """
     size = check_size((size, size))[0]
+    if num_threads is not None:
+        check_count("num_threads", num_threads)
     on_device = kernels.is_device_array(volume)
     if not (on_device or isinstance(volume, np.ndarray)) or volume.ndim != 3 or volume.dtype != np.uint8:
         found = f"{volume.dtype} {tuple(volume.shape)}" if hasattr(volume, "dtype") else type(volume).__name__
@@ -172,10 +184,9 @@ class PreparedVolume:
             (batch, 3, size, size) uint8 on `device`: the slice, the one before, the one after, reflected at the ends.
 
         Raises:
-            InputError: `batch_size` is less than 1.
+            InputError: `batch_size` is no whole number of at least 1.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected at least 1.")
+        check_count("batch_size", batch_size)
         total, window, first = len(self), None, 0
         for start in range(0, total, batch_size):
             stop = min(start + batch_size, total)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 from gpuparse.device import choose_device
 from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, PromptSource, find_cases
-from gpuparse.evaluation.prepare import PreparedVolume
+from gpuparse.evaluation.prepare import PreparedVolume, check_count
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.remote import RemoteOptions
 from gpuparse.views import check_size
@@ -40,7 +40,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         img_size: Rows and columns of a prepared slice, which must be equal.
         interpolate_mask_size: Not used, as in the reference.
         name: The test set's name; None takes the dataset folder's.
-        split: Which of the dataset's splits.
+        split: Which of the dataset's splits; None takes `test`, or of a store named itself what it was made from.
         prompts: Where prompts come from: a JSON file, its content, or None for the usual places.
         binarize: Instance labels become one class, as in the reference, which forgets the ids.
         device: Where images are prepared and returned: "cpu", "cuda", "cuda:N", or None for a GPU where there is one.
@@ -64,22 +64,26 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         interpolate_mask_size: Sequence[int] = (512, 512),
         name: str | None = None,
         *,
-        split: str = "test",
+        split: str | None = None,
         prompts: PromptSource = None,
         binarize: bool = False,
         device: str | torch.device | None = "cpu",
         num_threads: int | None = None,
         remote: RemoteOptions | None = None,
     ) -> None:
-        rows, columns = check_size(img_size)
+        if not isinstance(binarize, bool):
+            raise InputError(f"binarize is {binarize!r}; expected True or False.")
+        if num_threads is not None:
+            check_count("num_threads", num_threads)
+        rows, columns = check_size(img_size, "img_size")
         if rows != columns:
             raise InputError(f"img_size is {tuple(img_size)}; expected equal rows and columns, slices become squares.")
         found = find_cases(root_dir, split=split, name=name, prompts=prompts, remote=remote)
         self.root_dir = os.fspath(root_dir)
         self.name = found.name
-        self.split = split
+        self.split = found.split
         self.img_size = (rows, columns)
-        self.binarize = bool(binarize)
+        self.binarize = binarize
         self.device = str(choose_device(device))
         self.num_threads = num_threads
         self.cases: tuple[EvaluationCase, ...] = found.cases

@@ -6,11 +6,12 @@ Each is written whole or not at all: under another name first, then renamed into
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gpuparse.optional import import_optional
 from gpuparse.store import LABELS_PATH, Store, shard_shape
 from gpuparse.volume import as_narrow_labels, check_name
 
-__all__ = ["replace_file", "write_label_image", "write_nifti", "write_npz"]
+__all__ = ["check_can_write", "replace_file", "write_label_image", "write_nifti", "write_npz"]
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -74,12 +75,12 @@ def write_nifti(
     """
     path = _named(path, ".nii.gz", ".nii")
     ids = _as_ids(path, prediction)
-    spacing = np.array([float(n) for n in spacing_mm])
+    spacing = _as_floats(spacing_mm)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise InputError(f"{path}: spacing_mm is {tuple(spacing_mm)}; expected three millimetre values (z, y, x).")
+        raise InputError(f"{path}: spacing_mm is {spacing_mm!r}; expected three millimetre values (z, y, x).")
     affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
     if affine_ras_mm is not None:
-        affine = np.asarray(affine_ras_mm, np.float64)
+        affine = _as_floats(affine_ras_mm)
         sizes = np.linalg.norm(affine[:3, :3], axis=0)[::-1] if affine.shape == (4, 4) else np.zeros(3)
         if not np.allclose(sizes, spacing, rtol=1e-3):
             raise InputError(
@@ -165,18 +166,38 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def check_can_write(path: Path) -> None:
+    """Refuses a place that no file can be written to, before work is done for it.
+
+    Raises:
+        InputError: It cannot be written there.
+    """
+    with _beside(path) as temporary:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; the file is renamed when all went well, and gone when not."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    with _beside(path) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name beside `path`, which ends as that does and is no longer than others; what is left there is removed."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.name[-len('.nii.gz') :]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}. Name a place that can.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide what went wrong
+            temporary.unlink(missing_ok=True)
 
 
 def _named(path: str | os.PathLike[str], *suffixes: str) -> Path:
@@ -188,10 +209,22 @@ def _named(path: str | os.PathLike[str], *suffixes: str) -> Path:
     return named
 
 
+def _as_floats(values: Any) -> npt.NDArray[np.float64]:
+    """An array of numbers; an empty one where they are none."""
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        return np.empty(0)
+
+
 def _as_ids(where: Path, prediction: Any) -> Ids:
-    if not isinstance(prediction, np.ndarray):
-        to_host: Callable[[], Any] | None = getattr(prediction, "cpu", None) or getattr(prediction, "get", None)
-        prediction = np.asarray(to_host() if to_host is not None else prediction)
+    if hasattr(prediction, "detach"):  # a tensor
+        prediction = prediction.detach().cpu()
+        if prediction.is_floating_point() and prediction.element_size() < 4:  # numpy has no bfloat16
+            prediction = prediction.float()
+    elif hasattr(prediction, "get") and not isinstance(prediction, np.ndarray):  # a CuPy array
+        prediction = prediction.get()
+    prediction = np.asarray(prediction)
     if prediction.ndim != 3 or prediction.size == 0 or prediction.dtype.kind not in "buif":
         raise InputError(
             f"{where}: prediction is {prediction.dtype} of shape {prediction.shape}; expected ids (z, y, x). "
