@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.errors import InputError
-from gpuparse.foreign import ForeignFormat, find_cases, find_folders
+from gpuparse.foreign import ForeignFormat, find_cases, find_files, find_folders
 from gpuparse.pairs import FolderLayout
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.proposal import write_proposal
-from gpuparse.source import NpzReader, SourceCase, find_npz_cases
+from gpuparse.source import NpzReader, SourceCase, file_bytes, find_npz_cases
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
 
-__all__ = ["Collected", "collect", "detect_format", "find_datasets", "list_cases"]
+__all__ = ["Collected", "case_sizes", "collect", "detect_format", "find_datasets"]
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,24 @@ def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str
     return "nnunet" if nnunet else "biomedparse"
 
 
-def list_cases(
+def case_sizes(
     data_dir: str | os.PathLike[str],
     datasets: Sequence[str] | None = None,
     split: str = "train",
     foreign: ForeignFormat | None = None,
-) -> list[SourceCase]:
-    """The cases that a conversion would read.
+) -> list[int]:
+    """Bytes of the files of each case that a conversion would read. None is opened.
 
     Raises:
         InputError: The folder or an argument is not usable, or there is nothing to read.
     """
     with _read_errors_told(data_dir):
-        folders = _chosen(Path(data_dir), datasets, split, foreign)
-        return [case for folder in folders.values() for case in _cases(folder, split, foreign, MAX_VOLUME_BYTES)[0]]
+        folders = _chosen(Path(data_dir), datasets, split, foreign).values()
+        if foreign is None:
+            cases = [case.paths for folder in folders for case in find_npz_cases(folder / split, NpzReader())]
+        else:
+            cases = [files for folder in folders for files in find_files(folder, foreign, split)]
+        return [sum(map(file_bytes, files)) for files in cases]
 
 
 def collect(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from gpuparse.arguments import positive_number, whole_number
+from gpuparse.arguments import whole_number
 from gpuparse.arrays import LEVELS, Level
 from gpuparse.case import CaseSettings
 from gpuparse.cluster import DaskPool
@@ -23,7 +23,7 @@ from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
 from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
-from gpuparse.memory import GIB, default_memory_bytes
+from gpuparse.memory import GIB, default_memory_bytes, gib_to_bytes
 from gpuparse.publish import PublishTarget
 from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
@@ -113,8 +113,8 @@ def convert(
     if level is not None and level not in LEVELS:
         raise InputError(f"level is {level!r}; expected {' or '.join(map(repr, LEVELS))}.")
     num_jobs = whole_number("num_jobs", num_jobs, 1)
-    memory_bytes = None if memory_gib is None else int(positive_number("memory_gib", memory_gib) * GIB)
-    max_bytes = int(positive_number("max_volume_gib", max_volume_gib) * GIB)
+    memory_bytes = None if memory_gib is None else gib_to_bytes("memory_gib", memory_gib)
+    max_bytes = gib_to_bytes("max_volume_gib", max_volume_gib)
     for what, value, kind in (("val_split", val_split, ValSplit), ("foreign", foreign, ForeignFormat)):
         if value is not None and not isinstance(value, kind):
             raise InputError(f"{what} is {value!r}; expected gpuparse.{kind.__name__}(...) or None.")

@@ -7,8 +7,9 @@ import json
 import logging
 import operator
 import os
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import open_place
-from gpuparse.plan import check_epoch, check_seed, sample_streams
+from gpuparse.plan import check_count, check_epoch, check_seed, sample_streams
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
 from gpuparse.remote import RemoteOptions
@@ -30,6 +31,8 @@ from gpuparse.render import Samples, render_on_host
 from gpuparse.sampling import (
     Augmentation,
     check_fraction,
+    check_turns,
+    draw_among,
     draw_prompts,
     names_a_side,
     params_from_streams,
@@ -75,6 +78,9 @@ class SliceDataset(Dataset[dict[str, Any]]):
         seed: 0 .. 2^64 - 1.
         present_fraction: Share of prompts drawn from the classes present in the slice; 0 draws from all classes.
         foreground_fraction: Share of samples redrawn from the slices that show any class; 0 takes slices as they come.
+            `gpuparse.DataLoader` redraws among the slices that it was given, by a `Subset` for example, and with
+            `shuffle_block` among those of the block. An item taken from the dataset itself cannot know: it is redrawn
+            among all slices, and a warning says so, once.
         remote: How a URL is read, with how many attempts and which cache on disk; None takes the defaults.
 
     Raises:
@@ -103,14 +109,12 @@ class SliceDataset(Dataset[dict[str, Any]]):
         foreground_fraction: float = 0.0,
         remote: RemoteOptions | None = None,
     ) -> None:
-        if not isinstance(root_dir, str | os.PathLike):
+        if not isinstance(root_dir, str | os.PathLike) or not os.fspath(root_dir):
             raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
         if name is not None and not isinstance(name, str):
             raise InputError(f"name is {name!r}; expected a string, or None for the folder's name.")
         if not isinstance(all_class_masks, bool):
             raise InputError(f"all_class_masks is {all_class_masks!r}; expected True or False.")
-        if not isinstance(num_prompts, int) or isinstance(num_prompts, bool) or num_prompts < 1:
-            raise InputError(f"num_prompts is {num_prompts!r}; expected a whole number of at least 1.")
         if transforms is not None and not isinstance(transforms, Augmentation):
             raise InputError(
                 f"transforms is {type(transforms).__name__}; expected gpuparse.Augmentation(...) or None. "
@@ -118,11 +122,13 @@ class SliceDataset(Dataset[dict[str, Any]]):
             )
         self.root_dir = os.fspath(root_dir).rstrip("/") or "/"  # shells complete folders with a slash
         self.split = split
-        self.num_prompts = num_prompts
+        self.num_prompts = check_count("num_prompts", num_prompts)
         self.all_class_masks = all_class_masks
         self.fixed = split == "val" and recipe == "corrected"
         self.transforms = None if self.fixed else transforms
         self.img_size = check_size(img_size, "img_size")
+        if self.transforms is not None:
+            check_turns(self.transforms, self.img_size)
         self.recipe = check_recipe(recipe)
         self.seed = check_seed(seed)
         self.present_fraction = check_fraction("present_fraction", present_fraction)
@@ -131,12 +137,10 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.store = _open_split(self.root_dir, split, remote)
         self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
         self._rows = self._select(views)
-        present = np.diff(self.store.slices.class_indptr)[self._rows] > 0
-        self._foreground = self._rows[present]
+        self._foreground = np.flatnonzero(self.shows_a_class(np.arange(len(self._rows))))
         self.allow_mirror = self._decide_mirror()
         # Shared memory, so that persistent workers of a torch DataLoader see set_epoch.
-        self._epoch = torch.zeros(1, dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch, self._has_warned = torch.zeros(2, dtype=torch.int64).share_memory_().split(1)  # type: ignore[no-untyped-call]
         self._reader = ChunkReader()
 
     def __len__(self) -> int:
@@ -176,6 +180,14 @@ class SliceDataset(Dataset[dict[str, Any]]):
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for {self!r}.")
+        if self.redraws and not self._has_warned:
+            self._has_warned[0] = 1
+            warnings.warn(
+                f"dataset {self.name!r}: items taken one by one are redrawn (foreground_fraction) from all of its "
+                "slices. A torch Subset around it, or a sampler, keeps none of them out, not even those set aside for "
+                "validation. gpuparse.DataLoader redraws within a Subset.",
+                stacklevel=2,
+            )
         samples = self.describe(np.array([index % length]), self.epoch)
         packed = pack(self._reader, samples.keys, samples.params, samples.labels, self.img_size, OutputTypes())
         rendered = render_on_host(packed, self.img_size, OutputTypes())
@@ -189,12 +201,19 @@ class SliceDataset(Dataset[dict[str, Any]]):
             "multiclass_label": samples.multiclass_labels[0],
         }
 
-    def describe(self, indices: npt.NDArray[np.int64], epoch: npt.ArrayLike) -> Samples:
+    def describe(
+        self,
+        indices: npt.NDArray[np.int64],
+        epoch: npt.ArrayLike,
+        redraw: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.int64]] | None = None,
+    ) -> Samples:
         """Draws some items without reading a pixel.
 
         Args:
             indices: (n,) from 0 to len - 1.
             epoch: The epoch to draw for, one for all or one each.
+            redraw: Of a random word for each item, which slice that shows a class `foreground_fraction` may put in its
+                place; None draws from all of them.
         """
         table, prompts = self.store.slices, self.store.prompts
         # The row of the store, not of this selection: choosing other views changes no sample.
@@ -203,9 +222,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
         )
         streams = sample_streams(self.seed, epoch, sample_ids)
         streams.prepare(words_for_training(self.num_prompts))
+        if self.redraws:
+            everywhere = np.array([[0, len(self)]])
+            redraw = redraw or (lambda words: draw_among(words, self._foreground, everywhere, indices))
+            indices = redraw_foreground(streams, indices, redraw, self.foreground_fraction)
         rows = self._rows[indices]
-        if not self.fixed:
-            rows = redraw_foreground(streams, rows, self._foreground, self.foreground_fraction)
         params = params_from_streams(
             self.transforms,
             streams,
@@ -247,6 +268,16 @@ class SliceDataset(Dataset[dict[str, Any]]):
             instance_labels=(prompts.instance_label,) * len(rows),
             multiclass_labels=(self.all_class_masks,) * len(rows),
         )
+
+    @property
+    def redraws(self) -> bool:
+        """Whether `foreground_fraction` puts other slices in the place of some."""
+        return self.foreground_fraction > 0 and not self.fixed
+
+    def shows_a_class(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """(n,) whether there is any class in each item's slice."""
+        rows, indptr = self._rows[indices], self.store.slices.class_indptr
+        return indptr[rows + 1] > indptr[rows]
 
     def cases_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """(n,) the number of the case that each item is cut from."""
@@ -316,8 +347,10 @@ def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Stor
     own, shared = root / f"{split}.zarr", root / "train.zarr"
     place = own if own.is_dir() else shared
     if not place.is_dir():
+        remedy = f"Make it with `gpuparse convert {root.parent}`, or name a .zarr folder."
+        if isinstance(root, Path) and not root.exists():
+            remedy = "There is no such folder: name one that is there, a dataset's or a store."
         raise StoreFormatError(
-            f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. Make it with "
-            f"`gpuparse convert {root.parent}`, or name a .zarr folder."
+            f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. {remedy}"
         )
     return read_store(place)

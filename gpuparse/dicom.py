@@ -8,7 +8,8 @@ highdicom reads segmentations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,28 +71,28 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         if nifti_stem(path) is not None:
             niftis.append(path)
             continue
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-        except pydicom.errors.InvalidDicomError as error:
-            if path.suffix.lower() in (".dcm", ".ima"):
-                raise VolumeFormatError(f"{path}: no DICOM file: {error}. Copy it again, or remove it.") from error
-            continue
-        except Exception as error:  # damaged files make pydicom raise nearly anything
-            raise _damaged(path, error) from error
-        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-        if kind in _SEGMENTATION_CLASSES:
-            referenced = header.get("ReferencedSeriesSequence") or [{}]
-            segmentations[path] = str(referenced[0].get("SeriesInstanceUID", ""))
-        elif header.get("Rows") and header.get("SeriesInstanceUID"):
-            uid = str(header.SeriesInstanceUID)
-            series.setdefault(uid, []).append(path)
-            if "ImagePositionPatient" in header:
-                placed.add(uid)
-            notes[uid] = (str(header.get("Modality", "")), str(header.get("SeriesDescription", "")))
-        elif kind != _DIRECTORY_CLASS and (
-            "SeriesInstanceUID" not in header or "Image Storage" in getattr(kind, "name", "")
-        ):
-            raise _damaged(path, ValueError("its header ends too early"))  # reports and other objects are passed over
+        with _damage_told(path):
+            try:
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
+            except pydicom.errors.InvalidDicomError as error:
+                if path.suffix.lower() in (".dcm", ".ima"):
+                    raise VolumeFormatError(f"{path}: no DICOM file: {error}. Copy it again, or remove it.") from error
+                continue
+            # pydicom decodes an element when it is taken, so each of these lines may find damage.
+            kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+            if kind in _SEGMENTATION_CLASSES:
+                referenced = header.get("ReferencedSeriesSequence") or [{}]
+                segmentations[path] = str(referenced[0].get("SeriesInstanceUID", ""))
+            elif header.get("Rows") and header.get("SeriesInstanceUID"):
+                uid = str(header.SeriesInstanceUID)
+                notes[uid] = (str(header.get("Modality", "")), str(header.get("SeriesDescription", "")))
+                series.setdefault(uid, []).append(path)
+                if "ImagePositionPatient" in header:
+                    placed.add(uid)
+            elif kind != _DIRECTORY_CLASS and (
+                "SeriesInstanceUID" not in header or "Image Storage" in getattr(kind, "name", "")
+            ):  # reports and other objects are passed over
+                raise _damaged(path, ValueError("its header ends too early"))
     if not series:
         raise VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
     chosen = list(series)
@@ -191,6 +192,13 @@ def read_segmentation(path: Path, class_ids: Mapping[str, int]) -> Scan:
             '{"labels": {"<segment label>": <class id>, ...}}.'
         )
     seg = _open_segmentation(path)
+    with _damage_told(path):
+        stray = sorted(_numbers_in_use(seg) - {0, *names})
+    if stray:  # highdicom leaves their voxels out
+        raise VolumeFormatError(
+            f"{path}: voxels of segment {', '.join(map(str, stray))}, but it describes {', '.join(map(str, names))} "
+            "only. It is damaged: copy or export it again."
+        )
     try:
         volume = seg.get_volume(combine_segments=True)
     except Exception as error:  # highdicom raises RuntimeError, ValueError and more
@@ -214,11 +222,13 @@ def segment_names(path: Path) -> Mapping[int, str]:
         VolumeFormatError: It cannot be read.
     """
     pydicom = import_optional("pydicom", "to read DICOM", "formats")
-    try:
+    with _damage_told(path):
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
-        return {int(s.SegmentNumber): str(s.SegmentLabel) for s in header.SegmentSequence if s.SegmentNumber}
-    except Exception as error:
-        raise _damaged(path, error) from error
+        numbers = [int(s.SegmentNumber) for s in header.SegmentSequence]
+        if len(set(numbers)) < len(numbers) or not any(numbers):
+            raise ValueError(f"its segments have the numbers {numbers}")
+        names = {number: str(s.SegmentLabel) for number, s in zip(numbers, header.SegmentSequence, strict=True)}
+    return {number: name for number, name in names.items() if number}  # 0 is the background of a label map
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +248,7 @@ def _attribute(one: _Slice, name: str) -> Any:
 
 def _read_slice(path: Path) -> _Slice:
     pydicom = import_optional("pydicom", "to read DICOM", "formats")
-    try:
+    with _damage_told(path):
         data = pydicom.dcmread(path)
         if int(data.get("NumberOfFrames") or 1) > 1:
             raise VolumeFormatError(
@@ -249,6 +259,12 @@ def _read_slice(path: Path) -> _Slice:
             raise VolumeFormatError(
                 f"{path}: {data.get('PhotometricInterpretation')}; expected grey values (MONOCHROME2). Leave it out."
             )
+        for name in ("RescaleSlope", "RescaleIntercept"):
+            if name in data and (data[name].is_empty or not math.isfinite(data[name].value)):
+                raise VolumeFormatError(
+                    f"{path}: {name} is {'empty' if data[name].is_empty else data[name].value}; expected a number. "
+                    "Export the series again."
+                )
         missing = [n for n in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing") if not data.get(n)]
         if missing or "ModalityLUTSequence" in data:
             problem = f"no {', '.join(missing)}" if missing else "a ModalityLUTSequence in place of RescaleSlope"
@@ -264,16 +280,14 @@ def _read_slice(path: Path) -> _Slice:
             rescale=(float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))),
         )
         gram = one.directions @ one.directions.T
-        if not np.allclose(gram, np.eye(2), atol=1e-3) or one.position_mm.shape != (3,) or not one.spacing_mm.min() > 0:
+        numbers = [*one.position_mm, *one.spacing_mm]
+        is_place = len(numbers) == 5 and np.isfinite(numbers).all() and one.spacing_mm.min() > 0
+        if not is_place or not np.allclose(gram, np.eye(2), atol=1e-3):
             raise VolumeFormatError(
                 f"{path}: orientation {one.directions.tolist()}, position {one.position_mm.tolist()}, spacing "
                 f"{one.spacing_mm.tolist()} mm; expected two unit vectors at right angles, a point, sizes above 0. "
                 "Export the series again."
             )
-    except GpuparseError:
-        raise
-    except Exception as error:  # damaged files make pydicom raise nearly anything
-        raise _damaged(path, error) from error
     return one
 
 
@@ -299,7 +313,7 @@ def _step(slices: Sequence[_Slice], normal: npt.NDArray[np.float64]) -> npt.NDAr
     """The vector from one slice to the next, in mm along L, P, S."""
     if len(slices) == 1:
         thickness = slices[0].thickness_mm
-        if thickness is None:
+        if thickness is None or not math.isfinite(thickness):
             raise VolumeFormatError(f"{slices[0].path}: a single slice without SliceThickness. Add it to the header.")
         return normal * thickness
     positions = np.array([s.position_mm for s in slices])
@@ -326,13 +340,38 @@ def _plain(name: str) -> str:
     return name.strip().casefold()
 
 
+def _numbers_in_use(seg: Any) -> set[int]:
+    """The segments that voxels are of; 0 is the background of a label map.
+
+    Raises:
+        ValueError: Not every frame is described, and highdicom would leave some out.
+    """
+    described = seg.PerFrameFunctionalGroupsSequence
+    if seg.NumberOfFrames != len(described):
+        raise ValueError(f"it has {seg.NumberOfFrames} frames and describes {len(described)}")
+    if seg.SegmentationType == "LABELMAP":
+        return set(np.unique(seg.pixel_array).tolist())
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    frames = [shared if "SegmentIdentificationSequence" in shared else frame for frame in described]
+    return {int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for frame in frames}
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Whatever goes wrong within names the file: damaged ones make pydicom and highdicom raise nearly anything."""
+    try:
+        yield
+    except GpuparseError:
+        raise
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
 def _damaged(path: Path, error: Exception) -> VolumeFormatError:
     return VolumeFormatError(f"{path}: damaged DICOM ({type(error).__name__}: {error}). Copy or export it again.")
 
 
 def _open_segmentation(path: Path) -> Any:
     highdicom = import_optional("highdicom.seg", "to read DICOM segmentations", "formats")
-    try:
+    with _damage_told(path):
         return highdicom.segread(path)
-    except Exception as error:
-        raise _damaged(path, error) from error

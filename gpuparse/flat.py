@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +16,11 @@ from gpuparse.dataset import SliceDataset
 from gpuparse.errors import InputError
 from gpuparse.order import Draws
 from gpuparse.render import Samples
+from gpuparse.sampling import draw_among
 
 __all__ = ["FlatDataset"]
 
+_STRETCH = 1 << 20
 _Located = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 
@@ -47,12 +51,13 @@ class _Leaf:
 class _Picked:
     def __init__(self, inner: _Node, indices: Any) -> None:
         self._inner = inner
-        # A range stays a range: it takes no memory.
-        self._indices = indices if isinstance(indices, range) else _whole(indices)
-        self.length = len(indices)
-        low, high = (min(indices), max(indices)) if self.length else (0, 0)
-        if self.length and not (low >= 0 and high < inner.length):
-            raise InputError(f"a Subset has indices {low}..{high}; its dataset has {inner.length} samples.")
+        self._indices = _whole(indices)
+        self.length = len(self._indices)
+        if self.length:
+            ends = (self._indices[0], self._indices[-1]) if isinstance(self._indices, range) else self._indices
+            low, high = int(np.min(ends)), int(np.max(ends))
+            if low < 0 or high >= inner.length:
+                raise InputError(f"a Subset has indices {low}..{high}; its dataset has {inner.length} samples.")
 
     def locate(self, numbers: npt.NDArray[np.int64]) -> _Located:
         if isinstance(self._indices, range):
@@ -66,11 +71,27 @@ class _Picked:
         return ["subset", self.length, hashlib.sha256(indices.tobytes()).hexdigest(), self._inner.describe()]
 
 
-def _whole(indices: Any) -> npt.NDArray[np.int64]:
-    found = np.asarray(indices)
-    if found.size and found.dtype.kind not in "ui":
-        raise InputError(f"a Subset has indices of type {found.dtype}; expected whole numbers.")
-    return found.astype(np.int64)
+def _whole(indices: Any) -> range | npt.NDArray[np.int64]:
+    """The indices of a Subset; a range wherever they are one, which takes no memory, in one form for equal ranges."""
+    if isinstance(indices, range):
+        start, step, length = indices.start, indices.step, len(indices)
+    else:
+        try:
+            found = np.asarray(indices)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"a Subset has indices that make no row of whole numbers ({error}).") from error
+        if found.ndim != 1:
+            raise InputError(f"a Subset has indices of shape {found.shape}; expected a row of whole numbers.")
+        if found.size and found.dtype.kind not in "ui":
+            raise InputError(f"a Subset has indices of type {found.dtype}; expected whole numbers.")
+        found = found.astype(np.int64)
+        steps = np.diff(found)
+        if steps.size and (steps[0] == 0 or (steps != steps[0]).any()):
+            return found
+        start, step, length = int(found[0]) if found.size else 0, int(steps[0]) if steps.size else 1, found.size
+    if length < 2:
+        start, step = start if length else 0, 1
+    return range(start, start + length * step, step)
 
 
 class _Chained:
@@ -110,6 +131,7 @@ class FlatDataset:
         if len(sizes) > 1:
             raise InputError(f"the datasets have img_size {sorted(sizes)}; expected one size for all.")
         self.size: tuple[int, int] = sizes.pop() if sizes else (512, 512)
+        self._foreground: dict[int, npt.NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return self._root.length
@@ -120,9 +142,40 @@ class FlatDataset:
         described, places = [], []
         for part in np.unique(owners).tolist():
             chosen = np.flatnonzero(owners == part)
-            described.append(self.parts[part].describe(indices[chosen], draws.epochs[chosen]))
+            redraw = functools.partial(self._redraw, part, draws, chosen)
+            described.append(self.parts[part].describe(indices[chosen], draws.epochs[chosen], redraw))
             places.append(chosen)
         return Samples.join(described, np.argsort(np.concatenate(places), kind="stable"))
+
+    def _redraw(
+        self, part: int, draws: Draws, chosen: npt.NDArray[np.intp], words: npt.NDArray[np.uint32]
+    ) -> npt.NDArray[np.int64]:
+        """Of a part's chosen samples, the indices of others that show a class, from this list and from their block."""
+        members, numbers = self._numbers_with_a_class(part), draws.numbers[chosen]
+        if draws.blocks is None:
+            numbers = draw_among(words, members, np.array([[0, len(self)]]), numbers)
+        else:
+            blocks = draws.blocks[chosen]
+            for block in np.unique(blocks).tolist():
+                mine = blocks == block
+                numbers[mine] = draw_among(words[mine], members, draws.spans[block], numbers[mine])
+        return self._root.locate(numbers)[1]
+
+    def _numbers_with_a_class(self, part: int) -> npt.NDArray[np.int64]:
+        """A part's samples in this list that show a class, ascending; found once, where they are asked for."""
+        if part not in self._foreground:
+            found = [np.zeros(0, np.int64)]
+            for numbers, parts, indices in self._walk():
+                mine = np.flatnonzero(parts == part)
+                found.append(numbers[mine][self.parts[part].shows_a_class(indices[mine])])
+            self._foreground[part] = np.concatenate(found)
+        return self._foreground[part]
+
+    def _walk(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+        """Stretches of sample numbers, and the part and the index there of each."""
+        for start in range(0, len(self), _STRETCH):
+            numbers = np.arange(start, min(start + _STRETCH, len(self)), dtype=np.int64)
+            yield numbers, *self._root.locate(numbers)
 
     def fingerprint(self) -> list[object]:
         """What distinguishes this composition and its datasets from others, as JSON values."""
@@ -136,11 +189,8 @@ class FlatDataset:
         """
         sizes: list[npt.NDArray[np.int64]] = []
         seen: set[tuple[int, int]] = set()
-        step = 1 << 20
         last: tuple[int, int] | None = None
-        for start in range(0, len(self), step):
-            numbers = np.arange(start, min(start + step, len(self)), dtype=np.int64)
-            parts, indices = self._root.locate(numbers)
+        for numbers, parts, indices in self._walk():
             cases = np.empty(len(numbers), np.int64)
             for part in np.unique(parts).tolist():
                 cases[parts == part] = self.parts[part].cases_of(indices[parts == part])

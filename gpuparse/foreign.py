@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
-from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
 from gpuparse.nifti import nifti_bytes, nifti_stem, read_nifti
 from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json
@@ -21,7 +21,15 @@ from gpuparse.scan import Scan, check_orientation, lay_onto, make_volume
 from gpuparse.source import SourceCase
 from gpuparse.volume import MAX_VOLUME_BYTES, Volume, too_large
 
-__all__ = ["ForeignDataset", "ForeignFormat", "ForeignReader", "Preparation", "find_cases", "find_folders"]
+__all__ = [
+    "ForeignDataset",
+    "ForeignFormat",
+    "ForeignReader",
+    "Preparation",
+    "find_cases",
+    "find_files",
+    "find_folders",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,17 @@ class ForeignReader:
             VolumeFormatError: It cannot be used; the message names file and remedy.
             MissingDependencyError: A package of the extra `formats` is missing.
         """
+        try:
+            return self._read(case)
+        except (GpuparseError, MemoryError):
+            raise
+        except Exception as error:  # no file ends the run, whatever the libraries make of it or of a lost mount
+            raise VolumeFormatError(
+                f"{case.path}: cannot be read ({type(error).__name__}: {error}). Copy or export it again; check "
+                "its disk."
+            ) from error
+
+    def _read(self, case: SourceCase) -> Volume:
         pair = self.pair
         if pair.problem is not None:
             raise VolumeFormatError(pair.problem)
@@ -165,10 +184,15 @@ def find_folders(data_dir: Path, wanted: ForeignFormat, split: str = "train") ->
     return {path.name: path for path in folders if folder_matches(path, wanted.layout, split)}
 
 
+def find_files(folder: Path, wanted: ForeignFormat, split: str = "train") -> list[tuple[Path, ...]]:
+    """The files of each case of a dataset, as `find_cases` finds them; none is opened."""
+    return [_files(pair) for pair in find_pairs(folder, wanted.layout, split)]
+
+
 def find_cases(
     folder: Path, wanted: ForeignFormat, split: str = "train", max_bytes: int = MAX_VOLUME_BYTES
 ) -> ForeignDataset:
-    """Lists the cases of one dataset, reading no image.
+    """Lists the cases of one dataset, reading no image; of DICOM, as many headers as it takes to know what it holds.
 
     Class names come from `dataset.json`, or from the first DICOM segmentation that is found.
 
@@ -184,13 +208,13 @@ def find_cases(
     orientation = check_orientation(wanted.orientation)
     window = None if wanted.window is None else parse_window(wanted.window)
     layout = wanted.layout
-    pairs = find_pairs(folder, layout, split)
+    pairs = {pair: _files(pair) for pair in find_pairs(folder, layout, split)}
     facts = read_dataset_json(folder)
     names = class_names(facts, f"{folder}/dataset.json")
     modality = _channel_name(facts, layout.channel)
     class_ids: tuple[tuple[str, int], ...] = ()
     if layout.format == "dicom":
-        modality, first_names = _first_series(pairs)
+        modality, first_names = _first_series(pairs, want_names=not names)
         names = names or first_names
         class_ids = tuple((name, number) for number, name in names.items())
     if window is None:
@@ -202,7 +226,7 @@ def find_cases(
             )
         window = parse_window("percentile")
     preparation = Preparation(window, orientation, modality if layout.format == "dicom" else None, class_ids)
-    cases = tuple(SourceCase(p.name, _files(p), ForeignReader(p, preparation, max_bytes)) for p in pairs)
+    cases = tuple(SourceCase(p.name, files, ForeignReader(p, preparation, max_bytes)) for p, files in pairs.items())
     return ForeignDataset(cases, propose_prompts(names, modality) if names else None)
 
 
@@ -223,20 +247,25 @@ def _channel_name(facts: Any, channel: int | None) -> str | None:
     return None if name is None else str(name)
 
 
-def _first_series(pairs: Sequence[Pair]) -> tuple[str | None, dict[int, str]]:
-    """Modality of the first series that can be read, and the names in the first segmentation."""
-    modality, names = None, {}
-    for pair in pairs:
-        if pair.problem is not None:
+def _first_series(pairs: Mapping[Pair, Sequence[Path]], *, want_names: bool) -> tuple[str | None, dict[int, str]]:
+    """Modality of the first series that can be read, and the names in the first segmentation if they are wanted.
+
+    Headers of many files take minutes: a case is looked into only as long as it may say what is not known yet.
+    """
+    modality = None
+    for pair, files in pairs.items():
+        # A segmentation beside a NIfTI file would be a second label file, and such a case is refused.
+        has_nifti = any(nifti_stem(path) is not None for path in ([pair.labels] if pair.labels else files))
+        if pair.problem is not None or (has_nifti and modality is not None):
             continue
         try:
             found = look_into(pair.image, with_labels=pair.labels is None)
             modality = modality or found.modality or None
             labels = pair.labels or found.labels
-            if labels is None or nifti_stem(labels) is not None:
-                continue
-            names = dict(segment_names(labels))
+            if want_names and labels is not None and not has_nifti:
+                return modality, dict(segment_names(labels))
         except VolumeFormatError:
             continue  # reading the case says so again, with its name
-        break
-    return modality, names
+        if modality is not None and not want_names:
+            break
+    return modality, {}

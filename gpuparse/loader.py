@@ -22,7 +22,7 @@ from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
-from gpuparse.plan import EpochPlan, check_epoch, check_seed
+from gpuparse.plan import EpochPlan, check_count, check_epoch, check_seed
 from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply, produce
 from gpuparse.ranks import count_local_ranks, detect_ranks
 from gpuparse.read import ChunkReader
@@ -116,26 +116,22 @@ class DataLoader:
         **torch_options: Any,
     ) -> None:
         check_torch_options(torch_options, _ARGUMENTS)
-        if not _is_count(prefetch_depth):
-            raise InputError(f"prefetch_depth is {prefetch_depth!r}; expected a whole number of at least 1.")
-        if num_threads is not None and not _is_count(num_threads):
-            raise InputError(
-                f"num_threads is {num_threads!r}; expected a whole number of at least 1, or None for all cores."
-            )
         for name, value in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}; expected True or False.")
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = check_count("batch_size", batch_size)
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = check_seed(seed)
-        if not isinstance(log_every, int) or isinstance(log_every, bool) or log_every < 0:
-            raise InputError(f"log_every is {log_every!r}; expected a number of batches, or 0.")
+        self.prefetch_depth = check_count("prefetch_depth", prefetch_depth)
+        self.log_every = check_count("log_every", log_every, "a number of batches, or 0", minimum=0)
+        if num_threads is None:
+            num_threads = kernels.default_num_threads()
+        self.num_threads = check_count(
+            "num_threads", num_threads, "a whole number of at least 1, or None for all cores"
+        )
         self.device = choose_device(device)
-        self.num_threads = num_threads or kernels.default_num_threads()
-        self.prefetch_depth = prefetch_depth
-        self.log_every = log_every
         self._flat = FlatDataset(dataset)
         self._types = OutputTypes(image_dtype, labels_dtype)
         self._order = self._make_order(weights, shuffle_block)
@@ -173,8 +169,8 @@ class DataLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration runs, or the one under way."""
-        return self._epoch
+        """The epoch under way, or the one that the next iteration runs; one that was left before its end is over."""
+        return self._epoch + 1 if self._begun and self._owner is None else self._epoch
 
     @property
     def batch_sampler(self) -> Any:
@@ -212,7 +208,7 @@ class DataLoader:
         Args:
             state: What `state_dict` returned.
             strict: Whether a state of other datasets, another order or seed is refused; False takes its epoch and
-                position all the same.
+                position all the same, the end of the epoch where the datasets have fewer samples.
 
         Raises:
             InputError: The state is not one, or belongs to something else.
@@ -229,8 +225,11 @@ class DataLoader:
                     f"the loader's state belongs to another run: {what} is {state[key]!r} there and {mine[key]!r} "
                     "here. Build the loader as it was, or pass strict=False to go on from that epoch and position."
                 )
-        replace(self._plan, start=int(state["position"]))  # refuses a position outside the epoch
-        self._epoch, self._position = check_epoch(int(state["epoch"])), int(state["position"])
+        position = check_count("position", state["position"], "a whole number, 0 or more", minimum=0)
+        if not strict:
+            position = min(position, len(self._flat))
+        replace(self._plan, start=position)  # refuses a position outside the epoch
+        self._epoch, self._position = check_epoch(state["epoch"]), position
         self._begun, self._owner = False, None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -238,14 +237,18 @@ class DataLoader:
             self._epoch, self._position = self._epoch + 1, 0
         epoch, plan = self._epoch, replace(self._plan, start=self._position)
         self._begun, self._owner = True, (owner := object())
-        with contextlib.closing(self._batches(epoch, plan, self._probes)) as batches:
-            for step, batch in enumerate(batches, start=1):
-                if self._owner is owner:
-                    self._position = plan.consumed(step)
-                yield batch
-                del batch  # what the user keeps is the user's; the rest is free for the next batch
-        if self._owner is owner:
-            self._epoch, self._position, self._begun = epoch + 1, 0, False
+        try:
+            with contextlib.closing(self._batches(epoch, plan, self._probes)) as batches:
+                for step, batch in enumerate(batches, start=1):
+                    if self._owner is owner:
+                        self._position = plan.consumed(step)
+                    yield batch
+                    del batch  # what the user keeps is the user's; the rest is free for the next batch
+            if self._owner is owner:
+                self._epoch, self._position, self._begun = epoch + 1, 0, False
+        finally:
+            if self._owner is owner:
+                self._owner = None
 
     def _make_order(self, weights: Sequence[float] | None, shuffle_block: int | None) -> Order:
         if weights is not None:
@@ -330,7 +333,3 @@ class DataLoader:
 _ARGUMENTS = tuple(
     name for name, kind in inspect.signature(DataLoader).parameters.items() if kind.kind is not kind.VAR_KEYWORD
 )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,14 +1,31 @@
-"""How much memory there is for conversion."""
+"""How much memory there is for conversion, and sizes in GiB."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from pathlib import Path
 
-__all__ = ["GIB", "default_memory_bytes"]
+from gpuparse.errors import InputError
+
+__all__ = ["GIB", "default_memory_bytes", "gib_to_bytes"]
 
 GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def gib_to_bytes(name: str, gib: float) -> int:
+    """An argument in GiB as bytes.
+
+    Raises:
+        InputError: It is no finite number above 0.
+    """
+    is_number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
+    num_bytes = float(gib) * GIB if is_number else math.nan
+    if not 0 < num_bytes < math.inf:
+        raise InputError(f"{name} is {gib!r}; expected a finite number above 0.")
+    return int(num_bytes)
 
 
 def default_memory_bytes() -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
-from gpuparse.plan import permute
+from gpuparse.plan import check_count, permute
 
 __all__ = ["BlockOrder", "Draws", "MixedOrder", "Order", "PlainOrder"]
 
@@ -34,10 +34,19 @@ class Draws:
         numbers: (n,) int64 sample numbers.
         epochs: (n,) int64, the epoch to draw each sample's prompts and augmentation for: in a mixture, how often its
             dataset has been run through before.
+        blocks: (n,) int64, which of `spans` is the block that each position is in; None without blocks.
+        spans: The volumes of each block: (num_volumes, 2) int64, the sample numbers from and to which each reaches.
     """
 
     numbers: npt.NDArray[np.int64]
     epochs: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64] | None = None
+    spans: tuple[npt.NDArray[np.int64], ...] = ()
+
+    def __getitem__(self, part: slice) -> Draws:
+        """Some consecutive positions."""
+        blocks = None if self.blocks is None else self.blocks[part]
+        return Draws(self.numbers[part], self.epochs[part], blocks, self.spans)
 
 
 class Order(Protocol):
@@ -106,7 +115,12 @@ class MixedOrder:
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], *, shuffle: bool, seed: int) -> None:
         self.lengths = tuple(int(n) for n in lengths)
-        self.weights = tuple(float(w) for w in weights)
+        try:
+            if isinstance(weights, str) or any(isinstance(w, str) for w in weights):
+                raise TypeError
+            self.weights = tuple(float(w) for w in weights)
+        except (TypeError, ValueError):
+            raise InputError(f"weights is {weights!r}; expected one positive number for each dataset.") from None
         self.shuffle = shuffle
         self.seed = seed
         self.num_samples = sum(self.lengths)
@@ -187,9 +201,7 @@ class BlockOrder:
     """
 
     def __init__(self, volume_sizes: npt.NDArray[np.int64], volumes_per_block: int, seed: int) -> None:
-        if not isinstance(volumes_per_block, int) or isinstance(volumes_per_block, bool) or volumes_per_block < 1:
-            raise InputError(f"shuffle_block is {volumes_per_block!r}; expected volumes per block, at least 1.")
-        self.volumes_per_block = volumes_per_block
+        self.volumes_per_block = check_count("shuffle_block", volumes_per_block, "volumes per block, at least 1")
         self.seed = seed
         self.num_samples = int(volume_sizes.sum())
         self._sizes = np.asarray(volume_sizes, np.int64)
@@ -211,14 +223,18 @@ class BlockOrder:
         block_bounds = bounds[np.append(np.arange(0, len(volumes), self.volumes_per_block), len(volumes))]
         blocks = np.searchsorted(block_bounds, positions, side="right") - 1
         inside = np.empty(len(positions), np.int64)
-        for block in np.unique(blocks).tolist():
-            chosen = blocks == block
+        there, blocks = np.unique(blocks, return_inverse=True)
+        spans = []
+        for k, block in enumerate(there.tolist()):
+            chosen = blocks == k
+            members = volumes[block * self.volumes_per_block :][: self.volumes_per_block]
+            spans.append(np.stack([self._starts[members], self._starts[members] + self._sizes[members]], axis=1))
             start, stop = int(block_bounds[block]), int(block_bounds[block + 1])
             moved = permute(positions[chosen] - start, stop - start, self.seed, epoch, stream=_STREAM_BLOCKS + block)
             inside[chosen] = start + moved
         places = np.searchsorted(bounds, inside, side="right") - 1
         numbers = self._starts[volumes[places]] + inside - bounds[places]
-        return Draws(numbers, np.full(len(positions), epoch, np.int64))
+        return Draws(numbers, np.full(len(positions), epoch, np.int64), blocks, tuple(spans))
 
     def describe(self) -> list[object]:
         """See `Order`."""

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
 
 __all__ = [
     "EpochPlan",
     "Ranks",
     "Streams",
+    "check_count",
     "check_epoch",
     "check_seed",
     "draw_below",
@@ -129,7 +131,8 @@ def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -
     seed_low, seed_high = _words(check_seed(seed))
     id_low, id_high = _words(sample_ids)
     values = np.asarray(epoch)
-    for value in {values.min(initial=0).item(), values.max(initial=0).item()}:
+    whole = values.size and values.dtype.kind in "ui"
+    for value in (values.min().item(), values.max().item()) if whole else values.ravel().tolist():
         check_epoch(value)
     epochs, purpose = np.broadcast_arrays(values, np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
     counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purpose], axis=-1)
@@ -151,7 +154,9 @@ def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArr
 def permute(
     positions: npt.ArrayLike, length: npt.ArrayLike, seed: int, epoch: npt.ArrayLike, stream: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:
-    """A keyed bijection of 0 .. length - 1: six Feistel rounds over the next power of four, walked until inside.
+    """A keyed bijection of 0 .. length - 1.
+
+    Six Feistel rounds over the next power of four, walked until inside; up to 64, a shuffle by Fisher and Yates.
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
@@ -240,8 +245,7 @@ class EpochPlan:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1.")
+        check_count("batch_size", self.batch_size)
         if not 0 <= self.start <= self.num_samples:
             raise InputError(f"position is {self.start}; this epoch has {self.num_samples} samples.")
 
@@ -274,6 +278,15 @@ class EpochPlan:
     def consumed(self, num_steps: int) -> int:
         """The position after `num_steps` global batches of this plan."""
         return min(self.start + num_steps * self.global_batch_size, self.num_samples)
+
+
+def check_count(name: str, value: int, expected: str = "a whole number of at least 1", *, minimum: int = 1) -> int:
+    """Returns `value`, a whole number of Python's or numpy's, as an int.
+
+    Raises:
+        InputError: It is none, or below `minimum`. The message calls it `name` and ends with what is `expected`.
+    """
+    return whole_number(name, value, minimum, expected=expected)
 
 
 def check_epoch(epoch: int) -> int:

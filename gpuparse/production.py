@@ -233,7 +233,7 @@ class Supply:
             start = 0
             for positions in steps:
                 mine = slice(start, start := start + len(positions))
-                yield Drawn(positions, Draws(draws.numbers[mine], draws.epochs[mine]), samples[mine])
+                yield Drawn(positions, draws[mine], samples[mine])
 
     def fetch(
         self, drawn: Drawn, epoch: int, allocate: Callable[[int], npt.NDArray[np.uint8]], probes: Probes

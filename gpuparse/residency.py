@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class CacheOptions:
         if self.cache is None and self.cache_gib is not None:
             raise InputError(f"cache_gib is {self.cache_gib!r} but cache is None; expected cache='device' or 'host'.")
         if self.cache is not None and not (
-            isinstance(self.cache_gib, int | float)
+            isinstance(self.cache_gib, numbers.Real)
             and not isinstance(self.cache_gib, bool)
             and 0 < self.cache_gib < math.inf
         ):
@@ -49,7 +50,7 @@ class CacheOptions:
     @property
     def num_bytes(self) -> int:
         """The size in bytes, 0 without a cache."""
-        return int((self.cache_gib or 0) * 2**30)
+        return int(float(self.cache_gib or 0) * 2**30)
 
 
 def footprint(flat: FlatDataset) -> Footprint:

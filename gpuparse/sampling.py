@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -256,8 +256,7 @@ def params_from_streams(
         return params
     params["swap"] = _uniform(words["swap"], 0, 1) < 0.5
     height, width = size
-    if augmentation.rotate and height != width:
-        raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")
+    check_turns(augmentation, size)
     gate = _uniform(words["gate"], 0, 1) < augmentation.prob
     if augmentation.rotate:
         params["rotate"] = np.where(gate, draw_below(words["rotate"], 4), 0)
@@ -284,6 +283,12 @@ def params_from_streams(
         hit = -np.expm1(num_draws * math.log1p(-1.0 / num_pixels)) if num_pixels > 1 else np.ones_like(num_draws)
         params["salt_threshold"] = np.where(salted, np.round(hit * 2.0**31), 0).astype(np.uint32)
     return params
+
+
+def check_turns(augmentation: Augmentation, size: tuple[int, int]) -> None:
+    """Raises an `InputError` where slices of `size` cannot be turned, and quarter turns are on."""
+    if augmentation.rotate and size[0] != size[1]:
+        raise InputError(f"Augmentation: rotate=True needs square slices, img_size is {size}. Use rotate=False.")
 
 
 def _draw_crop(
@@ -327,7 +332,8 @@ def draw_prompts(
 
     Returns:
         The class ids, (num_samples, num_prompts) int64: from all classes of the dataset, without replacement where
-        there are enough; the first class throughout for instance datasets. And the texts, in the same order.
+        there are at least `num_prompts`, so that a slice with fewer shows them all at most once each; with replacement
+        otherwise. The first class throughout for instance datasets. And the texts, in the same order.
     """
     ids = np.array(prompts.class_ids, np.int64)
     num_samples = len(streams.salt)
@@ -339,7 +345,10 @@ def draw_prompts(
         if present_fraction > 0 and present is not None:
             from_present = _uniform(streams.words(OPERATION_PRESENT, num_prompts), 0, 1) < present_fraction
             for row in np.flatnonzero(from_present.any(axis=1)).tolist():
-                chosen[row] = _choose_present(ids, present[row], from_present[row], words[row])
+                if len(ids) >= num_prompts:
+                    chosen[row] = _choose_present(ids, present[row], from_present[row], words[row])
+                elif len(here := np.array(present[row])):
+                    chosen[row] = np.where(from_present[row], here[draw_below(words[row], len(here))], chosen[row])
     return chosen, paraphrases(prompts, streams, chosen)
 
 
@@ -349,13 +358,13 @@ def _choose_present(
     from_present: npt.NDArray[np.bool_],
     words: npt.NDArray[np.uint32],
 ) -> list[int]:
-    """One sample's classes, each from those present or from all, repeating none while there are others."""
+    """One sample's classes, each from those present while there are others, or from all; none comes twice."""
     everything = [int(i) for i in ids]
     here = [int(i) for i in present]
     chosen: list[int] = []
     for wants_present, word in zip(from_present, words, strict=True):
         left = [i for i in (here if wants_present else everything) if i not in chosen]
-        pool = left or [i for i in everything if i not in chosen] or everything
+        pool = left or [i for i in everything if i not in chosen]
         chosen.append(pool[int(draw_below(np.asarray(word), len(pool)))])
     return chosen
 
@@ -381,14 +390,43 @@ def words_for_training(num_prompts: int) -> dict[int, int]:
 
 
 def redraw_foreground(
-    streams: Streams, rows: npt.NDArray[np.int64], foreground: npt.NDArray[np.int64], fraction: float
+    streams: Streams,
+    samples: npt.NDArray[np.int64],
+    redraw: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.int64]],
+    fraction: float,
 ) -> npt.NDArray[np.int64]:
-    """Replaces each row, with probability `fraction`, by one drawn uniformly from the rows that have foreground."""
-    if fraction <= 0 or len(foreground) == 0:
-        return rows
-    words = streams.words(OPERATION_FOREGROUND, 2)
-    drawn = foreground[draw_below(words[:, 1], len(foreground))]
-    return np.where(_uniform(words[:, 0], 0, 1) < fraction, drawn, rows)
+    """Replaces each sample, with probability `fraction`, by the one that `redraw` makes of a random word for each."""
+    if fraction <= 0:
+        return samples
+    gate, words = streams.words(OPERATION_FOREGROUND, 2).T
+    return np.where(_uniform(gate, 0, 1) < fraction, redraw(words), samples)
+
+
+def draw_among(
+    words: npt.NDArray[np.uint32],
+    members: npt.NDArray[np.int64],
+    spans: npt.NDArray[np.int64],
+    otherwise: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Draws uniformly from the members that lie in some spans.
+
+    Args:
+        words: (n,) random words.
+        members: Ascending numbers.
+        spans: (num_spans, 2), from and to which number each reaches.
+        otherwise: (n,) what to return where there is no such member.
+
+    >>> draw_among(np.array([0, 2**31, 2**32 - 1], np.uint32), np.array([2, 3, 5, 8]), np.array([[4, 9], [0, 3]]), 0)
+    array([5, 8, 2])
+    """
+    starts, stops = np.searchsorted(members, spans).T
+    bounds = np.cumsum(stops - starts)
+    if bounds[-1] == 0:
+        return otherwise
+    places = draw_below(words, bounds[-1])
+    span = np.searchsorted(bounds, places, side="right")
+    drawn: npt.NDArray[np.int64] = members[stops[span] - bounds[span] + places]
+    return drawn
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from gpuparse.errors import VolumeFormatError
 from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_regular, declared_bytes, read_volume
 
-__all__ = ["NpzReader", "Reader", "SourceCase", "find_npz_cases"]
+__all__ = ["NpzReader", "Reader", "SourceCase", "file_bytes", "find_npz_cases"]
 
 _HASH_PIECE_BYTES = 1 << 22
 
@@ -67,7 +67,7 @@ class SourceCase:
     @property
     def num_bytes(self) -> int:
         """Size of the files; those that are gone, or are links to nowhere, count 0."""
-        return sum(_size(path) for path in self.paths)
+        return sum(file_bytes(path) for path in self.paths)
 
     def read(self) -> Volume:
         """The case's volume, checked.
@@ -154,7 +154,8 @@ def find_npz_cases(folder: Path, reader: Reader) -> tuple[SourceCase, ...]:
     return tuple(SourceCase(path.stem, (path,), reader) for path in (folder / name for name in names))
 
 
-def _size(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Size of a file; 0 if it is gone, or is a link to nowhere."""
     try:
         return path.stat().st_size
     except OSError:

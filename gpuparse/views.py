@@ -84,7 +84,7 @@ def check_size(size: Sequence[int], name: str = "size") -> tuple[int, int]:
         InputError: It is not two whole numbers from 1 to 16384.
     """
     try:
-        if any(isinstance(n, bool) for n in size):
+        if isinstance(size, bytes) or any(isinstance(n, bool) for n in size):
             raise TypeError
         height, width = map(operator.index, size)
     except (TypeError, ValueError):

@@ -280,6 +280,7 @@ def test_classes_drawn_as_present_are_in_the_labels(classes):
         assert all(label.any() for label in dataset[i]["labels"])
 
 
+@pytest.mark.filterwarnings("ignore:dataset .* items taken one by one are redrawn")
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_foreground_fraction_redraws_slices_that_show_something(convert, fraction):
     gts = np.zeros((10, 30, 30), np.uint8)
@@ -297,6 +298,7 @@ def test_foreground_fraction_redraws_slices_that_show_something(convert, fractio
         assert all(dataset[i]["labels"].any() for i in range(10))
 
 
+@pytest.mark.filterwarnings("ignore:dataset .* items taken one by one are redrawn")
 def test_a_dataset_without_foreground_takes_slices_as_they_come(convert):
     folder = convert(textured((4, 30, 30)), np.zeros((4, 30, 30), np.uint8))
     dataset = SliceDataset(folder, img_size=SIZE, foreground_fraction=1.0, present_fraction=1.0)

@@ -260,8 +260,11 @@ def test_datasets_and_codes_can_be_chosen(write_case, data_dir):
         ({"paths": []}, "no path to check"),
         ({"paths": "."}, r"nothing to check in it; expected npz files in DATASETn/train/"),
         ({"paths": "data", "datasets": ["X"]}, "no dataset 'X' there; found DATA"),
-        ({"paths": "data", "num_jobs": 0}, "num_jobs is 0; expected at least 1"),
-        ({"paths": "data", "max_volume_gib": 0}, "max_volume_gib is 0; expected more than 0"),
+        ({"paths": "data", "num_jobs": 0}, "num_jobs is 0; expected a whole number of at least 1"),
+        ({"paths": "data", "max_volume_gib": 0}, "max_volume_gib is 0; expected a finite number above 0"),
+        ({"paths": "data", "max_volume_gib": float("inf")}, "max_volume_gib is inf; expected a finite number above 0"),
+        ({"paths": "data", "max_volume_gib": 1e300}, r"max_volume_gib is 1e\+300; expected a finite number above 0"),
+        ({"paths": "data", "max_volume_gib": float("nan")}, "max_volume_gib is nan; expected a finite number above 0"),
         ({"paths": "data", "ignore": ["GP1"]}, "no finding has the code GP1;"),
     ],
 )
@@ -271,6 +274,16 @@ def test_what_cannot_be_checked_is_refused(write_case, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path / "empty" if arguments["paths"] == "." else tmp_path)
     with pytest.raises(InputError, match=message):
         gpuparse.check(**arguments)
+
+
+def test_folders_and_files_of_other_formats_say_what_looks_at_them(tmp_path):
+    image = tmp_path / "nnUNet_raw/Dataset001_T/imagesTr/a_0000.nii.gz"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    for path in (tmp_path / "nnUNet_raw", tmp_path / "nnUNet_raw/Dataset001_T", image.parent, image):
+        message = rf"{path}: nothing to check in it.*NIfTI and DICOM files are not checked here: `gpuparse convert"
+        with pytest.raises(InputError, match=message):
+            gpuparse.check(path)
 
 
 def test_findings_say_where_what_and_how_to_mend_it(check_one):

@@ -173,6 +173,22 @@ def test_sources_are_not_repaired_and_a_source_folder_must_exist(make_store, dat
     assert repair(report).repaired == ()
     with pytest.raises(InputError, match="nowhere: no such folder"):
         repair(report, source="nowhere")
+    with pytest.raises(InputError, match="max_volume_gib is inf; expected a finite number above 0"):
+        repair(report, max_volume_gib=float("inf"))
+
+
+def test_the_largest_volume_that_is_read_is_so_for_the_conversion_too(make_store, data_dir, monkeypatch):
+    store_path = make_store()
+    break_chunk(store_path, "a")
+    limits = []
+
+    def convert(*arguments, max_volume_gib, **options):
+        limits.append(max_volume_gib)
+        return gpuparse.convert(*arguments, max_volume_gib=max_volume_gib, **options)
+
+    monkeypatch.setitem(repair.__globals__["_Repair"]._convert.__globals__, "convert", convert)
+    assert repair(gpuparse.check(store_path), source=data_dir, max_volume_gib=64).repaired
+    assert limits == [64]
 
 
 def test_prompts_of_the_store_are_kept(make_store, data_dir):

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 import gpuparse
 from gpuparse.check import repair
 from gpuparse.cli import app
-from gpuparse.collect import detect_format
+from gpuparse.collect import case_sizes, detect_format
+from gpuparse.dicom import look_into
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
-from gpuparse.foreign import ForeignFormat
+from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import FolderLayout
+from gpuparse.source import SourceCase
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, open_store
 
 IMAGE, LABELS = phantom()
@@ -228,12 +230,51 @@ def test_dicom_through_the_command_line(tmp_path):
     assert run(tmp_path / "d", "--format", "dicom").exit_code == 0  # the store beside the case is no case
 
 
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_dicom_headers_are_looked_through_once_before_the_first_case(tmp_path, monkeypatch, on_terminal):
+    root = tmp_path / "d"
+    for case in ("p1", "p2"):
+        series = write_series(root / case)
+        write_segmentation(root / case / "seg.dcm", series, as_stored(LABELS, "LPS")[0], NAMES)
+    (root / "class_prompts.json").write_text(json.dumps({"d": PROMPTS}))
+    seen = []
+    monkeypatch.setattr("gpuparse.foreign.look_into", lambda folder, **how: seen.append(folder) or look_into(folder))
+    monkeypatch.setenv("FORCE_COLOR", "1") if on_terminal else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    result = run(root, "--format", "dicom", "--window", "abdomen", "--dry-run")
+    assert "d: 2 cases to write, 0 to keep" in result.stdout
+    assert ("2/2" in result.stdout) == on_terminal
+    assert seen == [root / "p1"]
+
+
+def test_the_sizes_of_cases_are_those_of_their_files(nnunet):
+    expected = [case.num_bytes for case in find_cases(nnunet, CT).cases]
+    assert case_sizes(nnunet.parent, foreign=CT) == expected
+    names = ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    assert expected[0] == sum((nnunet / name).stat().st_size for name in names)
+
+
 def test_a_broken_case_does_not_stop_the_rest(nnunet):
     path = nnunet / "imagesTr" / "a_0000.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
     report = gpuparse.convert(nnunet.parent, foreign=CT, on_error="skip")
     assert report.datasets[0].num_cases == 1
     assert [failure.path for failure in report.failures] == [path]
+
+
+def test_what_no_reader_foresees_is_the_fault_of_its_case(nnunet, monkeypatch):
+    digest = SourceCase.digest
+    path = nnunet / "imagesTr" / "a_0000.nii.gz"
+
+    def lost(case):
+        if case.path == path:
+            raise OSError(5, "Input/output error")
+        return digest(case)
+
+    monkeypatch.setattr(SourceCase, "digest", lost)
+    report = gpuparse.convert(nnunet.parent, foreign=CT, on_error="skip")
+    assert [case.name for case in open_store(report.datasets[0].store_path).cases] == ["b"]
+    (failure,) = report.failures
+    assert failure.reason.startswith(f"{path}: cannot be read (OSError: [Errno 5] Input/output error). Copy or export")
 
 
 def test_a_volume_larger_than_allowed_is_refused_by_its_header(nnunet):

@@ -142,6 +142,7 @@ def test_pickling_keeps_the_dataset(ct):
     assert same(pickle.loads(pickle.dumps(ct))[9], ct[9])
 
 
+@pytest.mark.filterwarnings("ignore:dataset .* items taken one by one are redrawn")
 def test_foreground_fraction_one_shows_only_foreground(cells):
     dataset = SliceDataset(cells.root_dir, foreground_fraction=1.0, transforms=None, num_prompts=1, img_size=(64, 64))
     empty = np.flatnonzero(np.diff(dataset.store.slices.class_indptr) == 0)
@@ -178,7 +179,10 @@ def test_corrupt_chunk_names_the_slice(sample_stores, tmp_path):
         ({"img_size": (512,)}, "img_size is .512,.; expected .rows, columns."),
         ({"img_size": (64.9, 64)}, r"img_size is \(64.9, 64\); expected .rows, columns."),
         ({"img_size": (True, 64)}, r"img_size is \(True, 64\); expected .rows, columns."),
+        ({"img_size": "64"}, "img_size is '64'; expected .rows, columns."),
+        ({"img_size": b"64"}, "img_size is b'64'; expected .rows, columns."),
         ({"root_dir": None}, "root_dir is None; expected a dataset's folder or a store"),
+        ({"root_dir": ""}, "root_dir is ''; expected a dataset's folder or a store"),
         ({"name": 5}, "name is 5; expected a string"),
         ({"all_class_masks": "yes"}, "all_class_masks is 'yes'; expected True or False"),
         ({"num_prompts": True}, "num_prompts is True; expected a whole number"),
@@ -198,7 +202,7 @@ def test_corrupt_chunk_names_the_slice(sample_stores, tmp_path):
 )
 def test_arguments_are_refused_by_name(ct, arguments, message):
     with pytest.raises(InputError, match=message):
-        SliceDataset(**{"root_dir": ct.root_dir, **arguments})[0]
+        SliceDataset(**{"root_dir": ct.root_dir, **arguments})
 
 
 def test_non_square_items_without_quarter_turns(ct):
@@ -212,6 +216,8 @@ def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
         SliceDataset(tmp_path)
     with pytest.raises(StoreFormatError, match=r"holds no val.zarr and no train.zarr"):
         SliceDataset(tmp_path, split="val")
+    with pytest.raises(StoreFormatError, match=r"nope' holds no train\.zarr\. There is no such folder: name one"):
+        SliceDataset(tmp_path / "nope")
     with pytest.raises(InputError, match=r"has no slices in split 'val'.*--val-fraction or --split-file"):
         SliceDataset(ct.root_dir, split="val")
     write_case(np.zeros((3, 8, 8)), split="val")

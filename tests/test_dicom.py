@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import highdicom
@@ -15,6 +16,7 @@ from gpuparse.dicom import look_into, read_segmentation, read_series, series_byt
 from gpuparse.errors import MissingDependencyError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import FolderLayout
+from gpuparse.proposal import propose_prompts
 from gpuparse.scan import lay_onto
 
 IMAGE, LABELS = phantom()
@@ -85,6 +87,12 @@ def test_a_series_that_nothing_can_decode_says_what_to_install(folder):
         scan_of(folder)
 
 
+def test_without_a_scale_stored_values_are_the_intensities(folder):
+    for path in folder.iterdir():
+        edit(path, RescaleSlope=None, RescaleIntercept=None)
+    np.testing.assert_array_equal(intensities(scan_of(folder)), IMAGE.transpose(2, 1, 0) + 1024)
+
+
 def test_one_slice_is_a_volume_as_thick_as_it_says(tmp_path):
     write_series(tmp_path / "case", image=IMAGE[:1])
     scan = scan_of(tmp_path / "case")
@@ -123,6 +131,10 @@ def test_two_slices_at_one_place_are_found(folder):
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "directions .*Move scouts"),
         ({"PixelSpacing": [0.8, 1.5]}, "spacing_mm .*Move scouts"),
         ({"PixelSpacing": [0, 1.5]}, "sizes above 0"),
+        ({"ImagePositionPatient": [-20.0, "nan", 119.0]}, "position .*nan.*expected .* a point"),
+        ({"RescaleSlope": ""}, r"003\.dcm: RescaleSlope is empty; expected a number"),
+        ({"RescaleIntercept": ""}, r"003\.dcm: RescaleIntercept is empty; expected a number"),
+        ({"RescaleSlope": "inf"}, r"003\.dcm: RescaleSlope is inf; expected a number"),
         ({"Rows": 8}, r"shape \[8, 12\], but .* has \[9, 12\]"),
         ({"PixelData": b"\0" * 20}, "damaged DICOM"),
         ({"ImagePositionPatient": [-20.0, 99.0, 119.0]}, "do not form one stack"),
@@ -232,6 +244,33 @@ def test_unusable_segmentations_are_refused(tmp_path):
         read_segmentation(path, IDS)
 
 
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_segments_and_frames_that_are_not_described_are_not_left_out_in_silence(tmp_path, kind):
+    series = write_series(tmp_path / "case")
+    path = write_segmentation(
+        tmp_path / "seg.dcm", series, LPS_LABELS, NAMES,
+        segmentation_type=highdicom.seg.SegmentationTypeValues[kind],
+    )  # fmt: skip
+    data = pydicom.dcmread(path)
+    for num_frames, message in ((1, r"it has 1 frames and describes .\)"), (None, "no attribute 'NumberOfFrames'")):
+        edit(path, NumberOfFrames=num_frames)
+        with pytest.raises(VolumeFormatError, match=rf"seg\.dcm: damaged DICOM .*{message}"):
+            read_segmentation(path, IDS)
+    data.save_as(path)
+    for wrong, message in (
+        (9, r"seg\.dcm: voxels of segment 2, but it describes 1, 9, 3 only"),
+        (3, r"seg\.dcm: damaged DICOM .*its segments have the numbers \[(0, )?1, 3, 3\]"),
+    ):
+        data.SegmentSequence[-2].SegmentNumber = wrong
+        data.save_as(path)
+        with pytest.raises(VolumeFormatError, match=message):
+            read_segmentation(path, IDS)
+    data.SegmentSequence = pydicom.Sequence()
+    data.save_as(path)
+    with pytest.raises(VolumeFormatError, match=r"its segments have the numbers \[\]"):
+        read_segmentation(path, IDS)
+
+
 @pytest.mark.parametrize("module", ["pydicom", "highdicom.seg"])
 def test_missing_packages_are_named_with_the_remedy(folder, tmp_path, monkeypatch, module):
     path = write_segmentation(
@@ -262,6 +301,44 @@ def test_names_come_from_the_first_segmentation_and_hold_for_all(tmp_path):
     np.testing.assert_array_equal(a.read().labels, b.read().labels)
     with pytest.raises(VolumeFormatError, match="segment 'gall' is of no class"):
         c.read()
+
+
+@pytest.fixture
+def looked_into(monkeypatch):
+    """Names of the folders whose headers are read, in order."""
+    names = []
+
+    def look(folder, **options):
+        names.append(folder.name)
+        return look_into(folder, **options)
+
+    monkeypatch.setattr("gpuparse.foreign.look_into", look)
+    return names
+
+
+def test_headers_are_read_as_long_as_they_may_say_something_new(tmp_path, looked_into):
+    for case in ("b", "c", "d", "e"):
+        series = write_series(tmp_path / case)
+        if case in "bd":
+            write_nifti(tmp_path / case / "labels.nii", *as_stored(LABELS, "LPS"))
+        elif case == "c":
+            write_segmentation(tmp_path / case / "seg.dcm", series, LPS_LABELS, NAMES)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.dcm").write_bytes(b"no DICOM")
+    wanted = ForeignFormat(FolderLayout("dicom"), "abdomen")
+    found = find_cases(tmp_path, wanted)
+    assert looked_into == ["a", "b", "c"]  # of b the modality, of c the names
+    assert found.proposal == propose_prompts(NAMES, "CT")
+    assert {case.reader.preparation.modality for case in found.cases} == {"CT"}
+    (tmp_path / "c" / "seg.dcm").unlink()
+    write_nifti(tmp_path / "c" / "labels.nii", *as_stored(LABELS, "LPS"))
+    looked_into.clear()
+    assert find_cases(tmp_path, wanted).proposal is None
+    assert looked_into == ["a", "b", "e"]  # e might have a segmentation; c and d have NIfTI files
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"tumour": 4}}))
+    looked_into.clear()
+    assert find_cases(tmp_path, wanted).proposal == propose_prompts({4: "tumour"}, "CT")
+    assert looked_into == ["a", "b"]
 
 
 def test_labels_may_lie_in_a_folder_of_their_own(tmp_path):

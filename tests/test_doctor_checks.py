@@ -308,7 +308,16 @@ def test_little_shared_memory(monkeypatch, tmp_path):
 def test_a_store_that_is_none(tmp_path):
     (check,) = storage.check_storage(str(tmp_path), 0.1)
     assert check.status == "error"
-    assert "holds no train.zarr" in check.found
+    assert "holds no train.zarr. Make it with `gpuparse convert" in check.found
+    assert check.remedy == "gpuparse check says more about a store."
+
+
+@pytest.mark.parametrize("name", ["nope", "nope.zarr"])
+def test_a_store_that_is_not_there(tmp_path, name):
+    (check,) = storage.check_storage(str(tmp_path / name), 0.1)
+    assert check.status == "error"
+    assert f"{tmp_path / name}" in check.found
+    assert check.remedy == "Name a store or a dataset's folder that is there."
 
 
 def test_a_temporary_folder_that_cannot_be_written(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 
@@ -16,7 +17,8 @@ import gpuparse
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.batch import BufferPool
 from gpuparse.errors import ChunkCorruptError, InputError, MissingDependencyError
-from gpuparse.order import PlainOrder
+from gpuparse.flat import FlatDataset
+from gpuparse.order import Draws, PlainOrder
 from gpuparse.plan import EpochPlan
 
 
@@ -184,7 +186,10 @@ def test_stage_times_and_repr(ct):
         ({"shuffle": "yes"}, "shuffle is 'yes'; expected True or False"),
         ({"drop_last": 1}, "drop_last is 1; expected True or False"),
         ({"prefetch_depth": 0}, "prefetch_depth is 0"),
-        ({"num_threads": 0}, "num_threads is 0"),
+        ({"num_threads": 0}, "num_threads is 0; expected a whole number of at least 1, or None for all cores"),
+        ({"num_threads": True}, "num_threads is True; expected a whole number of at least 1, or None for all cores"),
+        ({"batch_size": np.int64(0)}, r"batch_size is .*0.*; expected a whole number of at least 1"),
+        ({"batch_size": 2.0}, r"batch_size is 2\.0; expected a whole number of at least 1"),
         ({"device": "xpu"}, "device is 'xpu'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
         ({"device": "graphics"}, "device is 'graphics'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
         ({"image_dtype": "float64"}, "image_dtype is 'float64'; expected float32, float16, bfloat16"),
@@ -211,11 +216,104 @@ def test_uint8_labels_refuse_wide_instance_ids(sample_stores):
         (range(0, 10**6, 1000), r"a Subset has indices 0\.\.999000; its dataset has"),
         ([1.5], "a Subset has indices of type float64; expected whole numbers"),
         (["a"], "a Subset has indices of type <U1; expected whole numbers"),
+        ([True, False], "a Subset has indices of type bool; expected whole numbers"),
+        ([[1, 2]], r"a Subset has indices of shape \(1, 2\); expected a row of whole numbers"),
+        (np.array(3), r"a Subset has indices of shape \(\); expected a row of whole numbers"),
+        (5, r"a Subset has indices of shape \(\); expected a row of whole numbers"),
+        ([[1], [2, 3]], "a Subset has indices that make no row of whole numbers"),
+        (torch.tensor([10**6, 3, 1]), r"a Subset has indices 1\.\.1000000; its dataset has \d+ samples"),
+        (range(5, -3, -2), r"a Subset has indices -1\.\.5; its dataset has"),
     ],
 )
 def test_subsets_of_what_is_not_there_are_refused(ct, indices, message):
     with pytest.raises(InputError, match=message):
         DataLoader(Subset(ct, indices), batch_size=4)
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda i: np.array(i, np.uint8)])
+@pytest.mark.parametrize("indices", [[7, 3, 3, 60], [2, 4, 6], [9, 6, 3, 0], [5], [5, 5], []])
+def test_indices_of_a_subset_may_be_any_row_of_whole_numbers(ct, make, indices):
+    flat = FlatDataset(Subset(ct, make(indices)))
+    assert len(flat) == len(indices)
+    if indices:
+        samples = flat.describe(Draws(np.arange(len(indices)), np.zeros(len(indices), np.int64)))
+        assert [key.position for key in samples.keys] == [
+            key.position for key in ct.describe(np.array(indices), 0).keys
+        ]
+    assert flat.fingerprint() == FlatDataset(Subset(ct, indices)).fingerprint()
+
+
+def test_a_subset_never_looks_at_a_tensors_numbers_one_by_one(ct, monkeypatch):
+    indices = torch.arange(114)
+    monkeypatch.setattr(torch.Tensor, "__iter__", None)
+    monkeypatch.setattr(torch.Tensor, "__getitem__", None)
+    assert len(DataLoader(Subset(ct, indices), batch_size=4)) == 29
+
+
+def test_numbers_of_numpy_serve_as_well(ct):
+    small = Subset(ct, range(10))
+    options = {"batch_size": 4, "num_threads": 2, "prefetch_depth": 3, "log_every": 2, "cache_gib": 1}
+    kinds = {"cache_gib": np.float32}
+    numpys = {name: kinds.get(name, np.int64)(value) for name, value in options.items()}
+    expected = list(DataLoader(small, cache="device", **options))
+    assert same(list(DataLoader(small, cache="device", **numpys)), expected)
+    dataset = SliceDataset(ct.root_dir, num_prompts=np.int32(4))
+    assert type(dataset.num_prompts) is int
+    loader = DataLoader(ct, shuffle=True, shuffle_block=np.int64(2), weights=None)
+    assert json.loads(json.dumps(loader.state_dict())) == DataLoader(ct, shuffle=True, shuffle_block=2).state_dict()
+
+
+def test_blocks_in_the_loader_keep_to_two_volumes_at_a_time(ct):
+    loader = DataLoader(ct, 12, shuffle=True, shuffle_block=1, num_threads=1)
+    names = []
+    for batch in loader:
+        names += batch["mask_file"]
+        volumes = {name.rsplit("_", 1)[0] for name in batch["mask_file"]}
+        assert len(volumes) <= 2
+    assert sorted(names) == sorted(ct[i]["mask_file"] for i in range(len(ct)))
+    assert names != sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": 5}, "weights is 5; expected one positive number for each dataset"),
+        ({"weights": ["a", 1]}, r"weights is \['a', 1\]; expected one positive number for each dataset"),
+        ({"weights": [None, 1]}, r"weights is \[None, 1\]; expected one positive number for each dataset"),
+        ({"weights": "12"}, "weights is '12'; expected one positive number for each dataset"),
+        ({"weights": [1, 1], "shuffle_block": 2, "shuffle": True}, "weights and shuffle_block are both given"),
+        ({"weights": [1]}, "weights has 1 entries; expected one per dataset, 2"),
+        ({"shuffle_block": 2}, "shuffle_block is 2 but shuffle is False; expected shuffle=True"),
+        ({"shuffle_block": 0, "shuffle": True}, "shuffle_block is 0; expected volumes per block"),
+        ({"shuffle_block": True, "shuffle": True}, "shuffle_block is True; expected volumes per block"),
+        ({"rank": 1}, "rank is 1 and world_size is None; give both"),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused(both, options, message):
+    with pytest.raises(InputError, match=message):
+        DataLoader(both, 4, **options)
+
+
+def test_weights_need_datasets_and_blocks_need_volumes_that_stand_together(both, ct):
+    both = ConcatDataset([Subset(part, range(0, len(part), 17)) for part in both.datasets])
+    with pytest.raises(InputError, match=r"weights needs a ConcatDataset, one weight for each.*got Subset"):
+        DataLoader(Subset(both, range(4)), weights=[1, 1])
+    with pytest.raises(InputError, match="dataset 1 of the mixture is empty"):
+        DataLoader(ConcatDataset([ct, Subset(ct, [])]), weights=[1, 1])
+    scattered = Subset(ct, [0, 113, 1])
+    with pytest.raises(InputError, match="shuffle_block needs the slices of a volume to stand together"):
+        DataLoader(scattered, shuffle=True, shuffle_block=1)
+    sizes = FlatDataset(both).volume_sizes()
+    cases = [
+        int(c)
+        for part, inner in enumerate(both.datasets)
+        for c in inner.dataset.cases_of(np.array(inner.indices)) + 9 * part
+    ]
+    assert sizes.tolist() == [cases.count(case) for case in dict.fromkeys(cases)]
+
+
+def test_volumes_of_millions_of_slices_are_counted(ct):
+    assert FlatDataset(Subset(ct, np.zeros(2_200_000, np.int64))).volume_sizes().tolist() == [2_200_000]
 
 
 def test_negative_epochs_are_refused(ct):

@@ -23,6 +23,7 @@ from gpuparse.plan import (
 WORD = st.integers(0, 2**32 - 1)
 SEED = st.integers(0, 2**64 - 1)
 EPOCH = st.integers(0, 2**32 - 1)
+LENGTH = st.integers(1, 80) | st.integers(1, 2**62)
 
 
 def philox_in_integers(counter, key):
@@ -36,19 +37,28 @@ def philox_in_integers(counter, key):
 
 
 def permute_in_integers(position, length, seed, epoch, stream):
-    """The bijection as `permute` describes it, in Python's integers."""
-    half = max(1, (((length - 1).bit_length()) + 1) // 2)
-    value = position
-    while length > 1:
-        left, right = value >> half, value & (1 << half) - 1
+    """The documented law in Python's integers, one position at a time.
+
+    Six Feistel rounds over the next power of four, until inside; up to 64, a shuffle by Fisher and Yates.
+    """
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    if length <= 64:
+        order = []
+        for i in range(length):
+            word = philox_in_integers([i // 4, 8 * stream + 6, epoch, 0], key)[i % 4]
+            order.append(i)
+            place = word * (i + 1) >> 32
+            order[i], order[place] = order[place], i
+        return order[position]
+    half = -(-(length - 1).bit_length() // 2)
+    while True:
+        left, right = position >> half, position & (1 << half) - 1
         for number in range(6):
-            counter = [right & 0xFFFFFFFF, 8 * stream + number, epoch, 0]
-            word = philox_in_integers(counter, [seed & 0xFFFFFFFF, seed >> 32])[0]
+            word = philox_in_integers([right & 0xFFFFFFFF, 8 * stream + number, epoch, 0], key)[0]
             left, right = right, (left ^ word) & (1 << half) - 1
-        value = left << half | right
-        if value < length:
-            break
-    return value
+        position = left << half | right
+        if position < length:
+            return position
 
 
 def uniform(counts):
@@ -105,15 +115,23 @@ def test_permute_stays_inside_and_apart_for_lengths_too_large_to_list(length, se
 
 
 @given(
-    keys=st.lists(st.tuples(st.integers(1, 2**62), EPOCH, st.integers(0, 2**28 - 1)), min_size=1, max_size=5),
+    keys=st.lists(st.tuples(LENGTH, EPOCH, st.integers(0, 2**28 - 1)), min_size=1, max_size=5),
     seed=SEED,
     data=st.data(),
 )
-def test_permute_is_the_feistel_network_it_says_each_position_with_keys_of_its_own(keys, seed, data):
+def test_permute_is_the_law_it_says_each_position_with_keys_of_its_own(keys, seed, data):
     positions = [data.draw(st.integers(0, length - 1)) for length, _, _ in keys]
     lengths, epochs, streams = zip(*keys, strict=True)
     expected = [permute_in_integers(p, n, seed, e, s) for p, (n, e, s) in zip(positions, keys, strict=True)]
     assert permute(positions, lengths, seed, epochs, streams).tolist() == expected
+
+
+def test_permute_of_short_ranges_changes_with_length_epoch_and_stream_from_value_to_value():
+    keys = [(5, 0, 0), (6, 0, 0), (6, 1, 0), (6, 1, 3), (6, 1, 3), (64, 1, 3), (100, 1, 3), (64, 1, 3), (64, 2, 3)]
+    lengths, epochs, streams = zip(*keys, strict=True)
+    for position in range(5):
+        expected = [permute_in_integers(position, n, 9, e, s) for n, e, s in keys]
+        assert permute([position] * len(keys), lengths, 9, epochs, streams).tolist() == expected
 
 
 @pytest.mark.parametrize(("positions", "length"), [([0, 5], 5), ([-1], 5), ([0], 0)])

@@ -14,7 +14,7 @@ import gpuparse
 from gpuparse import plan, sampling
 from gpuparse.errors import InputError
 from gpuparse.kernels import kernel_sources
-from gpuparse.plan import sample_streams
+from gpuparse.plan import draw_below, sample_streams
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.sampling import (
     PARAMS_DTYPE,
@@ -193,6 +193,9 @@ def test_the_defaults_are_the_references():
         ({"epoch": -1}, r"epoch is -1; expected"),
         ({"epoch": 2**32}, r"epoch is 4294967296; expected"),
         ({"epoch": 1.5}, r"epoch is 1\.5; expected a whole number from 0 to 2\^32 - 1, or one for each sample"),
+        ({"epoch": "a"}, r"epoch is 'a'; expected a whole number"),
+        ({"epoch": True}, r"epoch is True; expected a whole number"),
+        ({"epoch": [0, 2**70]}, r"epoch is \[0, 1180591620717411303424\]; expected a whole number"),
         ({"epoch": [0, 1, 2]}, r"epoch has shape \(3,\); expected one for all, or for each of 2 samples"),
         ({"zeroed": [True]}, r"zeroed has shape \(1,\); expected one for all, or for each of 2 samples"),
         ({"zeroed": "no"}, r"zeroed is 'no'; expected True or False, for all or for each sample"),
@@ -355,23 +358,49 @@ def test_slices_with_few_classes_show_all_of_them_and_then_others(num_present):
         assert likely([(chosen[:, 3] == i).sum() for i in IDS[num_present:]])
 
 
-def test_few_classes_are_not_asked_for_twice_before_all_have_been():
-    chosen, _ = draw_prompts(prompts_with_ids([1, 2]), STREAMS, 4, present=[[2]] * 6000, present_fraction=1.0)
-    assert (chosen[:, 0] == 2).all()
-    assert (chosen[:, 1] == 1).all()
-    assert set(np.unique(chosen)) == {1, 2}
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("num_classes", "num_present"), [(1, 1), (2, 1), (3, 1), (3, 2), (3, 3), (3, 0)])
+def test_datasets_with_fewer_classes_than_prompts_draw_that_share_with_replacement(num_classes, num_present, fraction):
+    ids = [7, 2, 30][:num_classes]
+    here = ids[-num_present:] if num_present else []
+    prompts = prompts_with_ids(ids)
+    chosen, _ = draw_prompts(prompts, STREAMS, 4, present=[here] * 6000, present_fraction=fraction)
+    plain, _ = draw_prompts(prompts, STREAMS, 4)
+    if not num_present:
+        np.testing.assert_array_equal(chosen, plain)
+        return
+    shown = np.isin(chosen, here)
+    expected = fraction + (1 - fraction) * num_present / num_classes
+    assert abs(shown.mean() - expected) <= 4 * np.sqrt(expected * (1 - expected) / shown.size)
+    for k in range(4):
+        assert num_present == 1 or likely([(chosen[:, k] == i).sum() for i in here])
+    # Prompts that are drawn from all classes are those that are drawn without the option.
+    assert (chosen[~shown] == plain[~shown]).all()
+    # Prompts are drawn one by one: how many of the four are shown is binomial.
+    if expected < 1:
+        law = stats.binom.pmf(np.arange(5), 4, expected)
+        assert stats.chisquare(np.bincount(shown.sum(axis=1), minlength=5), 6000 * law).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("num_classes", "num_present"), [(4, 1), (13, 1), (13, 2), (13, 6)])
+def test_with_enough_classes_none_comes_twice_which_caps_the_share(num_classes, num_present):
+    ids = list(range(1, num_classes + 1))
+    chosen, _ = draw_prompts(
+        prompts_with_ids(ids), STREAMS, 4, present=[ids[:num_present]] * 6000, present_fraction=1.0
+    )
+    assert all(len(set(row)) == 4 for row in chosen)
+    assert (np.isin(chosen, ids[:num_present]).sum(axis=1) == min(4, num_present)).all()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
-def test_the_share_of_foreground_rows_is_the_one_asked_for(fraction):
-    rows, foreground = np.arange(6000) % 10, np.array([2, 3, 7])
-    redrawn = redraw_foreground(STREAMS, rows, foreground, fraction)
-    changed = (redrawn != rows).mean()
-    expected = fraction * (1 - 1 / 10)  # a row of the three may be drawn for itself: 3/10 * 1/3
+def test_the_share_of_redrawn_samples_is_the_one_asked_for(fraction):
+    samples, foreground = np.arange(6000) % 10, np.array([2, 3, 7])
+    redrawn = redraw_foreground(STREAMS, samples, lambda words: foreground[draw_below(words, 3)], fraction)
+    changed = (redrawn != samples).mean()
+    expected = fraction * (1 - 1 / 10)  # one of the three may be drawn for itself: 3/10 * 1/3
     assert abs(changed - expected) <= 4 * np.sqrt(expected * (1 - expected) / 6000)
     if fraction > 0:
-        from_elsewhere = redrawn[~np.isin(rows, foreground)]
+        from_elsewhere = redrawn[~np.isin(samples, foreground)]
         assert likely([(from_elsewhere == i).sum() for i in foreground])
     if fraction == 1:
         assert np.isin(redrawn, foreground).all()
-    np.testing.assert_array_equal(redraw_foreground(STREAMS, rows, foreground[:0], fraction), rows)

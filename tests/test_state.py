@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -19,7 +21,6 @@ from torch.utils.data import ConcatDataset, Subset
 
 from gpuparse import DataLoader, SliceDataset, production
 from gpuparse.errors import InputError
-from gpuparse.flat import FlatDataset
 from gpuparse.pack import pack
 
 SIZE = (32, 32)
@@ -172,11 +173,14 @@ def test_the_hash_stands_for_datasets_and_order_and_nothing_else(both, ct, sampl
     mine = state_of(both)
     assert state_of(changed(num_prompts=4)) == mine
     assert state_of(both, batch_size=7, drop_last=True, num_threads=1, prefetch_depth=3, rank=1, world_size=3) == mine
-    assert state_of(ConcatDataset([Subset(ct, list(range(0, 114, 6))), second])) != mine  # a list is not a range
+    same_slices = [list(range(0, 114, 6)), range(0, 109, 6), np.arange(0, 114, 6), torch.arange(0, 114, 6)]
+    assert {state_of(ConcatDataset([Subset(ct, indices), second])) for indices in same_slices} == {mine}
     others = [
         state_of(changed(seed=1)), state_of(changed(name="OTHER")), state_of(changed(recipe="reference")),
         state_of(ConcatDataset([second, first])), state_of(ConcatDataset([first])), state_of(first), state_of(ct),
         state_of(ConcatDataset([Subset(ct, range(1, 114, 6)), second])),
+        state_of(ConcatDataset([Subset(ct, range(108, -1, -6)), second])),
+        *(state_of(Subset(ct, indices)) for indices in ([], [3], [3, 3], [3, 4], [4, 3], [3, 5], [3, 5, 6])),
         state_of(SliceDataset(sample_stores["SAMPLE_CELLS"].parent)),
         state_of(SliceDataset(sample_stores["SAMPLE_CELLS"].parent, views=(0,))),
         *(state_of(both, seed=seed, **options) for seed in (0, 1) for kind, options in KINDS.items() if options),
@@ -219,8 +223,12 @@ def test_states_of_another_run_are_refused_with_both_values_unless_told_otherwis
     [
         (("position", None), "state has no position; expected what state_dict"),
         (("version", None), "state has no version"),
-        (("position", 30), "position is 30; this epoch has 29 samples"),
-        (("position", -1), "position is -1; this epoch has 29 samples"),
+        (("position", -1), "position is -1; expected a whole number, 0 or more"),
+        (("position", "x"), "position is 'x'; expected a whole number, 0 or more"),
+        (("position", 3.7), r"position is 3\.7; expected a whole number, 0 or more"),
+        (("position", True), "position is True; expected a whole number, 0 or more"),
+        (("epoch", "x"), r"epoch is 'x'; expected 0 to 2\^32 - 1"),
+        (("epoch", 1.0), r"epoch is 1\.0; expected 0 to 2\^32 - 1"),
         (("epoch", -1), r"epoch is -1; expected 0 to 2\^32 - 1"),
         (("epoch", 2**32), "epoch is 4294967296"),
     ],
@@ -239,6 +247,19 @@ def test_things_that_are_no_states_are_refused_and_change_nothing(both, change, 
     with pytest.raises(InputError, match=r"state is None; expected what state_dict\(\) returned"):
         loader.load_state_dict(None, strict=strict)
     assert loader.state_dict() == before
+
+
+def test_places_beyond_a_dataset_that_shrank_are_its_end_where_asked_for(both, streams):
+    loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
+    before = loader.state_dict()
+    with pytest.raises(InputError, match="position is 30; this epoch has 29 samples"):
+        loader.load_state_dict({**before, "position": 30})
+    assert loader.state_dict() == before
+    loader.load_state_dict({**before, "plan_hash": "of more samples", "position": np.int64(80)}, strict=False)
+    assert json.loads(json.dumps(loader.state_dict())) == {**before, "position": 29}
+    assert list(loader) == []
+    assert loader.epoch == 1
+    assert same(list(loader), [batch for batch, _ in streams["shuffled"][1]])
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -278,54 +299,6 @@ def test_all_batches_of_a_mixture_keep_to_the_weights_and_draw_anew(both, stream
     assert differing > len(repeated) / 4  # augmentation as a whole happens to half of the samples
 
 
-def test_blocks_in_the_loader_keep_to_two_volumes_at_a_time(ct):
-    loader = DataLoader(ct, 12, shuffle=True, shuffle_block=1, num_threads=1)
-    names = []
-    for batch in loader:
-        names += batch["mask_file"]
-        volumes = {name.rsplit("_", 1)[0] for name in batch["mask_file"]}
-        assert len(volumes) <= 2
-    assert sorted(names) == sorted(ct[i]["mask_file"] for i in range(len(ct)))
-    assert names != sorted(names)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": [1, 1], "shuffle_block": 2, "shuffle": True}, "weights and shuffle_block are both given"),
-        ({"weights": [1]}, "weights has 1 entries; expected one per dataset, 2"),
-        ({"shuffle_block": 2}, "shuffle_block is 2 but shuffle is False; expected shuffle=True"),
-        ({"shuffle_block": 0, "shuffle": True}, "shuffle_block is 0; expected volumes per block"),
-        ({"shuffle_block": True, "shuffle": True}, "shuffle_block is True; expected volumes per block"),
-        ({"rank": 1}, "rank is 1 and world_size is None; give both"),
-    ],
-)
-def test_orders_that_make_no_sense_are_refused(both, options, message):
-    with pytest.raises(InputError, match=message):
-        DataLoader(both, 4, **options)
-
-
-def test_weights_need_datasets_and_blocks_need_volumes_that_stand_together(both, ct):
-    with pytest.raises(InputError, match=r"weights needs a ConcatDataset, one weight for each.*got Subset"):
-        DataLoader(Subset(both, range(4)), weights=[1, 1])
-    with pytest.raises(InputError, match="dataset 1 of the mixture is empty"):
-        DataLoader(ConcatDataset([ct, Subset(ct, [])]), weights=[1, 1])
-    scattered = Subset(ct, [0, 113, 1])
-    with pytest.raises(InputError, match="shuffle_block needs the slices of a volume to stand together"):
-        DataLoader(scattered, shuffle=True, shuffle_block=1)
-    sizes = FlatDataset(both).volume_sizes()
-    cases = [
-        int(c)
-        for part, inner in enumerate(both.datasets)
-        for c in inner.dataset.cases_of(np.array(inner.indices)) + 9 * part
-    ]
-    assert sizes.tolist() == [cases.count(case) for case in dict.fromkeys(cases)]
-
-
-def test_volumes_of_millions_of_slices_are_counted(ct):
-    assert FlatDataset(Subset(ct, np.zeros(2_200_000, np.int64))).volume_sizes().tolist() == [2_200_000]
-
-
 # Epochs.
 
 
@@ -336,13 +309,43 @@ def test_epochs_advance_by_themselves_after_the_end_and_after_a_break(both, stre
     assert same(step_through(loader, 3), batches[0][:3])
     # Left before its end: the state says where, and iterating again runs the next epoch from its start.
     state = loader.state_dict()
-    assert (loader.epoch, state["position"]) == (0, 12)
+    assert (state["epoch"], state["position"]) == (0, 12)
+    assert loader.epoch == 1
     assert same(list(loader), batches[1])
     assert (loader.epoch, loader.state_dict()["position"]) == (2, 0)
     assert same(step_through(loader, 1), batches[2][:1])
+    assert loader.epoch == 3
     loader.load_state_dict(state)
+    assert loader.epoch == 0
     assert same(list(loader), batches[0][3:])
     assert loader.epoch == 1
+
+
+def test_a_loop_over_epochs_counts_those_that_are_left_before_their_end(both):
+    loader = DataLoader(both, 4, num_threads=1)
+    passes = []
+    while loader.epoch < 4:
+        passes.append([])
+        for step, _ in enumerate(loader):
+            passes[-1].append(loader.epoch)
+            if step == len(passes) and step != 3:
+                break
+    assert passes == [[0] * 2, [1] * 3, [2] * 8, [3] * 5]
+    iterator = iter(loader)
+    next(iterator)
+    assert loader.epoch == 4  # under way
+    copy = pickle.loads(pickle.dumps(loader))
+    assert copy.epoch == 5  # no iterator comes along
+    next(iter(copy))
+    assert copy.epoch == 6  # and that one is left again
+    with contextlib.suppress(ZeroDivisionError):
+        for _ in loader:
+            assert loader.epoch == 5
+            raise ZeroDivisionError
+    assert loader.epoch == 6
+    next(iterator)  # moves nothing any more
+    iterator.close()
+    assert loader.epoch == 6
 
 
 def test_set_epoch_starts_an_epoch_and_keeps_a_loaded_place_in_it(both, streams):

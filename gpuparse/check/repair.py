@@ -21,6 +21,7 @@ from gpuparse.check.findings import CheckReport, Place
 from gpuparse.check.store import opened_store
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
+from gpuparse.memory import GIB, gib_to_bytes
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.store import Store, open_store
 from gpuparse.urls import is_url
@@ -64,10 +65,11 @@ def repair(
         or is bad itself.
 
     Raises:
-        InputError: `source` is no folder.
+        InputError: `source` is no folder, or `max_volume_gib` no finite number above 0.
     """
     if source is not None and not Path(source).is_dir():
         raise InputError(f"{source}: no such folder. Name the folder with the npz files, or leave --source out.")
+    limit = gib_to_bytes("max_volume_gib", max_volume_gib)
     repaired: list[str] = []
     left: list[tuple[str, str]] = []
     for dataset in report.datasets:
@@ -88,7 +90,7 @@ def repair(
                     for path in broken.values() or [dataset.path]
                 ]
             elif lost or broken:
-                done, not_done = _Repair(dataset.path, source, int(max_volume_gib * 2**30), num_jobs).run(broken)
+                done, not_done = _Repair(dataset.path, source, limit, num_jobs).run(broken)
                 repaired += done
                 left += not_done
         except Exception as error:  # the store may be damaged in ways that conversion does not expect
@@ -184,7 +186,10 @@ class _Repair:
 
     def _convert(self, data_dir: Path, out_dir: Path, max_jobs: int) -> None:
         try:
-            convert(data_dir, out_dir=out_dir, split=self.store.split, num_jobs=min(self.num_jobs, max_jobs))
+            convert(
+                data_dir, out_dir=out_dir, split=self.store.split, num_jobs=min(self.num_jobs, max_jobs),
+                max_volume_gib=self.limit / GIB,
+            )  # fmt: skip
         finally:
             opened_store.cache_clear()
 

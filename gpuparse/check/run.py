@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from gpuparse.arguments import whole_number
 from gpuparse.check.across import absent_classes, duplicates
 from gpuparse.check.case import CaseOutcome, CaseTask, Part, check_case
 from gpuparse.check.findings import CheckedDataset, CheckReport, Finding, Place, by_severity
@@ -14,6 +15,7 @@ from gpuparse.check.rules import RULES
 from gpuparse.check.store import check_store_root, opened_store
 from gpuparse.check.targets import Target, find_targets
 from gpuparse.errors import InputError, StorageError
+from gpuparse.memory import gib_to_bytes
 from gpuparse.prompts import load_class_prompts
 from gpuparse.remote import RemoteOptions
 from gpuparse.store import split_code
@@ -58,10 +60,8 @@ def check(
         StorageError: A URL cannot be listed or looked up; nothing has been checked.
         MissingDependencyError: A path is a URL, and obstore is not installed.
     """
-    if num_jobs < 1:
-        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
-    if not max_volume_gib > 0:
-        raise InputError(f"max_volume_gib is {max_volume_gib}; expected more than 0.")
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
+    limit = gib_to_bytes("max_volume_gib", max_volume_gib)
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:
         raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
@@ -69,7 +69,6 @@ def check(
     opened_store.cache_clear()  # a store may have changed since it was checked last
     findings: list[Finding] = []
     tasks: list[CaseTask] = []
-    limit = int(max_volume_gib * 2**30)
     prompt_files: dict[str, Any] = {}
     for number, target in enumerate(targets):
         plan = _plan_source if target.kind == "source" else _plan_store

@@ -18,6 +18,11 @@ from gpuparse.urls import is_url
 
 __all__ = ["Target", "find_targets"]
 
+_OTHER_FORMATS = (
+    "NIfTI and DICOM files are not checked here: `gpuparse convert --dry-run`, with their options, pairs them and "
+    "reads headers, conversion itself reads the rest, and the store that it makes can be checked."
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,7 +78,7 @@ def find_targets(
             raise InputError(
                 f"{given}: nothing to check in it; expected npz files in DATASETn/{'|'.join(splits)}/, or .zarr "
                 "stores. Name the folder that holds the datasets, a dataset, a store, or a file; --split for other "
-                "subfolders."
+                f"subfolders. {_OTHER_FORMATS}"
             )
         for target in targets:
             key = _absolute(target.path)
@@ -91,6 +96,8 @@ def _targets_of(path: Place, splits: Sequence[str]) -> list[Target]:
     if path.name.endswith(".npz") and _is_file(path):
         return [_source(_absolute(path).parent, (path,))]
     if isinstance(path, Path) and not path.is_dir():
+        if os.path.lexists(path):
+            return []
         raise InputError(f"{path}: no such folder or npz file.")
     if _is_store(path):
         return [_store(path)]

@@ -24,12 +24,11 @@ from gpuparse.cli.foreign_options import (
     WindowText,
     foreign_format,
 )
-from gpuparse.collect import list_cases
+from gpuparse.collect import case_sizes
 from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import CaseResult, ConversionReport, convert
 from gpuparse.errors import InputError
 from gpuparse.memory import GIB, default_memory_bytes
-from gpuparse.source import SourceCase
 from gpuparse.splits import ValSplit
 from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES
@@ -137,7 +136,8 @@ def convert_command(
         memory_gib = default_memory_bytes() / GIB
     if not dry_run and executor == "local":
         console.print(f"{num_jobs} processes, at most {memory_gib:.3g} GiB of volumes in work", highlight=False)
-    with _CaseProgress(console, () if is_url(data_dir) else list_cases(data_dir, names, split, foreign)) as progress:
+    has_bar = console.is_terminal and not is_url(data_dir)
+    with _CaseProgress(console, case_sizes(data_dir, names, split, foreign) if has_bar else ()) as progress:
         report = convert(
             data_dir,
             out_dir=out,
@@ -170,7 +170,7 @@ def convert_command(
 class _CaseProgress:
     """A progress bar over cases, on a terminal only."""
 
-    def __init__(self, console: Console, cases: Sequence[SourceCase]) -> None:
+    def __init__(self, console: Console, case_bytes: Sequence[int]) -> None:
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -180,8 +180,8 @@ class _CaseProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._total_bytes = sum(case.num_bytes for case in cases) if console.is_terminal else 0
-        self._task = self._bar.add_task("converting", total=max(len(cases), 1), rate="")
+        self._total_bytes = sum(case_bytes)
+        self._task = self._bar.add_task("converting", total=max(len(case_bytes), 1), rate="")
         self._done = self._done_bytes = 0
         self._start = time.perf_counter()
 

@@ -16,6 +16,7 @@ import numpy as np
 from gpuparse.doctor.checks import Check
 from gpuparse.doctor.isolated import describe
 from gpuparse.errors import GpuparseError
+from gpuparse.urls import is_url
 
 __all__ = ["check_storage"]
 
@@ -40,7 +41,12 @@ def check_storage(store: str | None, seconds: float) -> Iterator[Check]:
         else:
             yield from _check_store(store, seconds)
     except (GpuparseError, OSError) as error:
-        remedy = "gpuparse check says more about a store." if store else "Name a writable folder in TMPDIR."
+        if store is None:
+            remedy = "Name a writable folder in TMPDIR."
+        elif is_url(store) or Path(store).exists():
+            remedy = "gpuparse check says more about a store."
+        else:
+            remedy = "Name a store or a dataset's folder that is there."
         yield Check("storage", "error", describe(error, 1000), remedy)
 
 
