@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,54 @@ from gpuparse.panel import Panel
 from gpuparse.sample_data import make_sample_data
 from gpuparse.sheet import contact_sheet
 
-__all__ = ["run_demo"]
+__all__ = ["DemoReport", "print_demo", "run_demo"]
 
 _PANELS = 8
 
 
-def run_demo(out_dir: Path, *, batch_size: int, num_epochs: int, console: Console) -> Path:
-    """Runs the demo and returns the path of the contact sheet.
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo made and measured.
+
+    Attributes:
+        conversion: Of the sample volumes.
+        device: Where batches were made.
+        num_cores: Cores that made them.
+        batch_size: Samples per batch.
+        samples_per_second: One for each epoch, encoded and augmented.
+        first_batch_seconds: From the start of the first epoch to its first batch.
+        contact_sheet: The picture.
+    """
+
+    conversion: ConversionReport
+    device: str
+    num_cores: int
+    batch_size: int
+    samples_per_second: tuple[float, ...]
+    first_batch_seconds: float
+    contact_sheet: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for `json.dumps`."""
+        return {
+            "datasets": self.conversion.to_json()["datasets"],
+            "device": self.device,
+            "num_cores": self.num_cores,
+            "batch_size": self.batch_size,
+            "samples_per_second": list(self.samples_per_second),
+            "first_batch_seconds": self.first_batch_seconds,
+            "contact_sheet": str(self.contact_sheet),
+        }
+
+
+def run_demo(out_dir: Path, *, batch_size: int, num_epochs: int, console: Console) -> DemoReport:
+    """Runs the demo.
 
     Args:
         out_dir: Receives the sample data, their stores and the picture.
         batch_size: Samples per batch.
-        num_epochs: Passes over the data; the last one is reported.
-        console: Where to print.
+        num_epochs: Passes over the data.
+        console: Where to show what is under way.
     """
     with console.status("making sample volumes"):
         data_dir = make_sample_data(out_dir / "data")
@@ -55,8 +91,9 @@ def run_demo(out_dir: Path, *, batch_size: int, num_epochs: int, console: Consol
             rates.append(num_samples / (time.perf_counter() - start))
     with console.status("drawing the contact sheet"):
         sheet = _draw_sheet(datasets, out_dir / "contact_sheet.png")
-    _print_summary(console, report, loader, rates, first_batch_seconds, sheet)
-    return sheet
+    return DemoReport(
+        report, str(loader.device), kernels.default_num_threads(), batch_size, tuple(rates), first_batch_seconds, sheet
+    )
 
 
 def _draw_sheet(datasets: list[SliceDataset], path: Path) -> Path:
@@ -97,19 +134,13 @@ def _panel(dataset: SliceDataset, row: int) -> Panel:
     )
 
 
-def _print_summary(
-    console: Console,
-    report: ConversionReport,
-    loader: DataLoader,
-    rates: list[float],
-    first_batch_seconds: float,
-    sheet: Path,
-) -> None:
+def print_demo(console: Console, report: DemoReport) -> None:
+    """Prints sizes, speed (of the last epoch), and what to do next."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("dataset", "left"), ("cases", "right"), ("slices", "right"), ("voxels", "right"),
                           ("npz", "right"), ("Zarr store", "right"), ("PNGs", "right")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for entry in report.datasets:
+    for entry in report.conversion.datasets:
         sizes = (entry.raw_bytes, entry.source_bytes, entry.store_bytes)
         table.add_row(
             entry.name,
@@ -118,14 +149,13 @@ def _print_summary(
             *(f"{n / 1e6:.1f} MB" for n in sizes),
             "none",
         )
-    cores = kernels.default_num_threads()
+    cores = report.num_cores
     lines = Table(box=None, show_header=False, pad_edge=False)
-    lines.add_row("device", f"{loader.device}, {cores} core{'s' * (cores > 1)} ({platform.machine()})")
-    lines.add_row(
-        "speed", f"{rates[-1]:.0f} samples/s, encoded to 512x512 and augmented, batches of {loader.batch_size}"
-    )
-    lines.add_row("first batch", f"after {first_batch_seconds:.2f} s")
-    lines.add_row("picture", str(sheet))
+    lines.add_row("device", f"{report.device}, {cores} core{'s' * (cores > 1)} ({platform.machine()})")
+    rate = report.samples_per_second[-1]
+    lines.add_row("speed", f"{rate:.0f} samples/s, encoded to 512x512 and augmented, batches of {report.batch_size}")
+    lines.add_row("first batch", f"after {report.first_batch_seconds:.2f} s")
+    lines.add_row("picture", str(report.contact_sheet))
     console.print(TextPanel(table, title="sample data", title_align="left", expand=False))
     console.print(TextPanel(lines, title="streamed through DALI", title_align="left", expand=False))
     console.print("What to do next", style="bold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import gpuparse
 from gpuparse.cli import app
+from gpuparse.doctor import Check, Diagnosis
 
 COMMANDS = sorted(get_command(app).commands)
 
@@ -37,10 +39,6 @@ def test_help_has_an_example_and_the_exit_statuses(name):
     assert "130 interrupted" in " ".join(output.split())
 
 
-def test_the_commands_of_this_test_are_there():
-    assert set(COMMANDS) >= {"check", "convert", "demo", "doctor", "evaluate", "export"}
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_can_ask_for_completion(shell):
     words = {"bash": {"COMP_WORDS": "gpuparse do", "COMP_CWORD": "1"}}.get(shell, {})
@@ -58,6 +56,75 @@ def test_a_shell_can_ask_for_completion(shell):
 
 
 # JSON and quiet.
+
+# What each command is given (the places are those of `small`), and a key of its JSON.
+INVOCATIONS = {
+    "bench": ("--toy --device cpu --cores 1 --part slices --against reference --out {new}", "parts"),
+    "check": ("{data} --jobs 1", "findings"),
+    "convert": ("{data} --out {new} --jobs 1", "datasets"),
+    "demo": ("--out {new} --epochs 1", "contact_sheet"),
+    "doctor": ("", "checks"),
+    "evaluate": ("--pred {pred} --data {stores} --split train", "datasets"),
+    "export": ("{stores}/DATA --format npz --out {new} --jobs 1", "cases"),
+    "info": ("{stores}", "stores"),
+    "preview": ("{stores} --out {new} --n 1", "samples"),
+}
+
+
+@pytest.fixture
+def small(write_case, data_dir, tmp_path, sample_dir, monkeypatch):
+    """A function that runs a command on one case: as a source, in a store, predicted; demo and doctor are short."""
+    labels = np.random.default_rng(0).integers(0, 3, (3, 12, 10), np.uint8)
+    write_case(labels * 60, labels)
+    gpuparse.convert(data_dir, out_dir=tmp_path / "stores")
+    (tmp_path / "pred/DATA").mkdir(parents=True)
+    np.savez(tmp_path / "pred/DATA/case.npz", segs=labels)
+    places = {"data": data_dir, **{name: tmp_path / name for name in ("stores", "pred", "new")}}
+    monkeypatch.setattr("gpuparse.demo.make_sample_data", lambda folder: sample_dir)
+    monkeypatch.setattr("gpuparse.doctor.diagnose", lambda *_: Diagnosis((Check("torch", "ok", "2.9"),)))
+
+    def run(name, *options):
+        arguments = INVOCATIONS[name][0].format(**places).split()
+        result = CliRunner().invoke(app, [name, *arguments, *map(str, options)])
+        assert result.exit_code == 0, result.output
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_json_and_nothing_else(name, small, tmp_path):
+    if name == "evaluate":  # writes it to a file, beside --csv and --plot
+        small(name, "--json", tmp_path / "scores.json")
+        found = json.loads((tmp_path / "scores.json").read_text())
+    else:
+        found = json.loads(small(name, "--json").stdout)
+    assert INVOCATIONS[name][1] in found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_quiet_where_all_is_well(name, small, caplog):
+    assert small(name, "--quiet").output == ""  # standard error is in it
+    assert caplog.text == ""  # which would go there
+    assert any({"--quiet", "-q"} == {*option.opts} for option in get_command(app).commands[name].params)
+
+
+def test_the_demos_json_is_what_it_made(small, tmp_path):
+    found = json.loads(small("demo", "--json", "--batch-size", 3, "--epochs", 2).stdout)
+    for entry in found["datasets"]:
+        store = gpuparse.open_store(entry["store_path"])
+        assert (entry["num_slices"], entry["num_cases"]) == (len(store.slices), len(store.cases))
+    assert {entry["name"] for entry in found["datasets"]} == {"SAMPLE_CT", "SAMPLE_CELLS"}
+    assert found["batch_size"] == 3
+    assert len(found["samples_per_second"]) == 2
+    assert found["num_cores"] == len(os.sched_getaffinity(0))
+    assert found["contact_sheet"] == str(tmp_path / "new/contact_sheet.png")
+
+
+def test_the_benchs_json_is_its_results_file(small, tmp_path):
+    result = small("bench", "--json")
+    assert result.stdout == (tmp_path / "new/results.json").read_text()
+    assert all(re.match(r"\d\d:\d\d:\d\d \w+: ", line) for line in result.stderr.splitlines())
 
 
 def test_convert_prints_json_and_nothing_else(sample_dir, tmp_path):

@@ -29,6 +29,14 @@ def ratio_of_medians(ours: Any, theirs: Any) -> dict[str, Any]:
     return {"ratio": ratio, "ratio_95": interval}
 
 
+def winner(ratio: dict[str, Any] | None) -> str:
+    """Who is ahead by a ratio that is above 1 where gpuparse is the faster; nobody where the interval holds 1."""
+    if ratio is None:
+        return ""
+    low, high = ratio["ratio_95"]
+    return "gpuparse" if low > 1 else "the peer" if high < 1 else "neither"
+
+
 def summary(values: Any) -> dict[str, Any]:
     """Median with its 95 % bootstrap interval, smallest, largest and all values of some rounds."""
     values = np.asarray(values, float)

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gpuparse.bench.measuring import winner
 from gpuparse.bench.sides import OURS
 
-__all__ = ["cells", "megabytes", "milliseconds", "part_tables", "print_results", "spread", "winner"]
+__all__ = ["cells", "megabytes", "milliseconds", "part_tables", "print_results", "spread"]
 
 
 def spread(entry: dict[str, Any], digits: int = 1, factor: float = 1.0) -> str:
@@ -35,14 +36,6 @@ def megabytes(num_bytes: float) -> str:
 def milliseconds(seconds: float) -> str:
     """Seconds for people."""
     return f"{1e3 * seconds:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def winner(ratio: dict[str, Any] | None) -> str:
-    """Who is ahead by a ratio that is above 1 where gpuparse is the faster; nobody where the interval holds 1."""
-    if ratio is None:
-        return ""
-    low, high = ratio["ratio_95"]
-    return "gpuparse" if low > 1 else "the peer" if high < 1 else "neither"
 
 
 def print_results(console: Console, result: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuparse.bench.measuring import winner
 from gpuparse.bench.sides import OURS
 
 __all__ = ["judge"]
@@ -36,10 +37,10 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
         add(f"samples/s at least {REFERENCE_SPEEDUP:g} times the reference's", _times(ratio),
             ratio["ratio"] >= REFERENCE_SPEEDUP)  # fmt: skip
     if ratios:
-        nearest = min(ratios, key=lambda name: ratios[name]["ratio"])
+        nearest = min(ratios, key=lambda name: ratios[name]["ratio_95"][0])  # by what "ahead" goes by
         title = parts["loader"]["sides"][nearest]["title"]
         add("samples/s ahead of every peer", f"nearest: {title}, {_times(ratios[nearest])}",
-            ratios[nearest]["ratio"] > 1)  # fmt: skip
+            winner(ratios[nearest]) == OURS)  # fmt: skip
     first = parts.get("first-batch", {})
     if OURS in first.get("prepared", {}).get("sides", {}):
         side = first["prepared"]["sides"][OURS]

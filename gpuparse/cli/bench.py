@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -10,14 +11,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from gpuparse.cli.consoles import error_console
 from gpuparse.errors import InputError
 
 __all__ = ["bench_command"]
+
+_MAX_RAW_GB = 100_000
 
 
 def bench_command(
@@ -49,7 +53,6 @@ def bench_command(
         float | None,
         typer.Option(
             "--raw-gb",
-            min=0,
             help="Voxels for the parts that begin with raw files, in GB: the volumes are repeated; default: 1.2, then "
             "10 for gpuparse and the reference alone; as they are with --quick or --toy.",
         ),
@@ -67,6 +70,10 @@ def bench_command(
         Path | None,
         typer.Option("--from", help="Measures nothing: makes tables, page and plots from this results.json."),
     ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON: what is in results.json.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Measure gpuparse beside other ways to feed the same training, on this machine.
 
@@ -78,16 +85,18 @@ def bench_command(
     from gpuparse.bench.page import write_page
     from gpuparse.bench.run import BenchRequest, check_parts, load_results, run_bench
     from gpuparse.bench.settings import BenchSettings
-    from gpuparse.bench.sides import OURS, chosen_peers
+    from gpuparse.bench.sides import chosen_peers
     from gpuparse.bench.tables import print_results
 
-    console = Console(markup=False, width=None if sys.stdout.isatty() else 140)
+    console = Console(markup=False, quiet=quiet or json_output, width=None if sys.stdout.isatty() else 140)
     if results is not None:
         found = load_results(results)
     else:
         level = "toy" if toy else "quick" if quick else "full"
         settings = BenchSettings.choose(level, _device(device), cores)
         if raw_gb is not None:
+            if not 0 <= raw_gb <= _MAX_RAW_GB:  # nor infinite, nor no number
+                raise InputError(f"--raw-gb is {raw_gb}; expected 0 to {_MAX_RAW_GB}.")
             settings = replace(settings, raw_bytes=int(raw_gb * 1e9), large_raw_bytes=0)
         request = BenchRequest(
             data=data,
@@ -102,16 +111,30 @@ def bench_command(
 
             def tell(name: str, what: str) -> None:
                 status.update(f"{name}: {what}")
-                if not console.is_terminal:  # nothing is seen of a status in a file or a pipe
+                # Nothing is seen of a status in a file or a pipe, or beside JSON.
+                if not quiet and (json_output or not console.is_terminal):
                     typer.echo(f"{time.strftime('%H:%M:%S')} {name}: {what}", err=True)
 
             found = run_bench(request, out, tell)
     print_results(console, found)
     for path in write_page(found, out):
         console.print(str(path), highlight=False, soft_wrap=True)
-    parts = found["parts"].values()
-    if any("failed" in part or OURS in part.get("left_out", {}) for part in parts):
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+    failures = _failures(found)
+    if console.quiet:  # the tables would have told
+        for failure in failures:
+            error_console().print(failure, style="yellow")
+    if failures:
         raise typer.Exit(1)
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    """Parts that failed, and parts that gpuparse is left out of, each with its reason."""
+    from gpuparse.bench.sides import OURS
+
+    reasons = {name: part.get("failed") or part.get("left_out", {}).get(OURS) for name, part in found["parts"].items()}
+    return [f"{name}: {reason}" for name, reason in reasons.items() if reason]
 
 
 @contextlib.contextmanager

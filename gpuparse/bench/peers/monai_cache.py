@@ -1,20 +1,25 @@
 """MONAI: CacheDataset over the slices of the volumes, random dictionary transforms, its loaders.
 
 Set up as its documentation advises: everything deterministic (reading, padding, resizing, 8-bit rounding) stands before
-the first random transform, so that CacheDataset keeps its result, and `cache_rate=1` keeps all of it in memory; the
-cache is not copied per access, for no transform writes into it; metadata tracking is off, so that no MetaTensor is
-made; workers are processes that stay and share the cache, or MONAI's thread, whichever a trial finds faster. For
-batches on a GPU there is the setup of its guide to fast training, too: the cache on the GPU, random transforms there.
+the first random transform, so that CacheDataset keeps its result, and `cache_rate=1` keeps all of it in memory. As many
+threads as there are cores fill it, each with a volume of its own: of the ways tried that was the fastest. The cache is
+not copied per access, for no transform writes into it; metadata tracking is off, so that no MetaTensor is made; workers
+are processes that stay and share the cache, or MONAI's thread, whichever a trial finds faster. For batches on a GPU
+there is the setup of its guide to fast training, too: the cache on the GPU, random transforms there.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpuparse.bench.baselines.process_2d import channel_numbers, read_volume
 from gpuparse.bench.data import BenchData, SliceRef
@@ -56,10 +61,38 @@ def variants(settings: BenchSettings) -> list[str]:
     return list(_setups(settings))
 
 
-@functools.lru_cache(maxsize=4)
-def _planes(path: Any, axis: int) -> tuple[Any, Any]:
-    image, labels, _ = read_volume(path)
-    return tuple(np.ascontiguousarray(np.moveaxis(array.astype(np.uint8), axis, 0)) for array in (image, labels))  # type: ignore[return-value]
+class _Volume:
+    """A volume and the view of it that is being cut; read once, by the first thread that asks.
+
+    Args:
+        path: Its npz file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._arrays: list[npt.NDArray[np.uint8]] = []
+        self._view: tuple[int, list[npt.NDArray[np.uint8]]] | None = None
+
+    def planes(self, axis: int) -> list[npt.NDArray[np.uint8]]:
+        """Image and labels with an axis in front."""
+        with self._lock:
+            if not self._arrays:
+                self._arrays = [array.astype(np.uint8) for array in read_volume(self._path)[:2]]
+            if self._view is None or self._view[0] != axis:
+                self._view = axis, [np.ascontiguousarray(np.moveaxis(array, axis, 0)) for array in self._arrays]
+            return self._view[1]
+
+
+def _side_by_side(refs: Sequence[SliceRef], num_threads: int) -> list[SliceRef]:
+    """Slices in an order in which threads that take one after another work on as many volumes, each by itself."""
+    volumes: dict[Path, list[SliceRef]] = {}
+    for ref in refs:
+        volumes.setdefault(ref.volume.path, []).append(ref)
+    lanes: list[list[SliceRef]] = [[] for _ in range(num_threads)]
+    for slices in sorted(volumes.values(), key=len, reverse=True):
+        min(lanes, key=len).extend(slices)
+    return [ref for turn in zip_longest(*lanes) for ref in turn if ref is not None]
 
 
 def _deterministic(settings: BenchSettings, device: str | None) -> list[Any]:
@@ -70,9 +103,13 @@ def _deterministic(settings: BenchSettings, device: str | None) -> list[Any]:
     class ReadSliced(MapTransform):  # type: ignore[misc]
         """A slice with its neighbours as channels and its mask, padded to a square."""
 
+        def __init__(self, keys: Any) -> None:
+            MapTransform.__init__(self, keys)
+            self.volumes = functools.lru_cache(2 * settings.num_cores)(_Volume)
+
         def __call__(self, data: Any) -> dict[str, Any]:
             ref: SliceRef = data["ref"]
-            planes, ids = _planes(ref.volume.path, ref.axis)
+            planes, ids = self.volumes(ref.volume.path).planes(ref.axis)
             height, width = planes.shape[1:]
             before, rest = abs(height - width) // 2, abs(height - width) - abs(height - width) // 2
             pad = ((0, 0), (before, rest), (0, 0)) if height < width else ((0, 0), (0, 0), (before, rest))
@@ -195,11 +232,14 @@ class _MonaiSide:
 
         set_track_meta(False)
         self._data, self._settings, self._device = data, settings, setup.device
-        items = [{"ref": ref, "prompts": data.prompts[ref.volume.dataset]} for ref in data.slices]
-        transform = Compose([*_deterministic(settings, setup.device), *_random(data, settings, setup.device)])
-        # One thread: neighbours in the list share the volume that was just read.
-        torch.set_num_threads(settings.num_cores)
-        dataset = CacheDataset(items, transform, cache_rate=1.0, num_workers=1, progress=False, copy_cache=False)
+        fixed, cores = _deterministic(settings, setup.device), settings.num_cores
+        transform = Compose([*fixed, *_random(data, settings, setup.device)])
+        refs = _side_by_side(data.slices, cores)
+        items = [{"ref": ref, "prompts": data.prompts[ref.volume.dataset]} for ref in refs]
+        torch.set_num_threads(1)  # each thread that fills the cache has a core
+        dataset = CacheDataset(items, transform, cache_rate=1.0, num_workers=cores, progress=False, copy_cache=False)
+        fixed[0].volumes.cache_clear()  # nothing is read any more
+        torch.set_num_threads(cores)
         self.cache_bytes = len(items) * settings.size**2 * 4
         options: dict[str, Any] = {
             "batch_size": settings.batch_size,

@@ -2,13 +2,16 @@
 
 nnU-Net resamples and pads before training; so here: each view of a volume is one array of planes at training size. The
 files are compressed as nnU-Net's (zstd, level 8), one plane to a chunk, since its 2D patches are planes. Images stay 8
-bits wide, where nnU-Net would store float32: that favours this side.
+bits wide, where nnU-Net would store float32: that favours this side. As many processes as there are cores prepare the
+cases; nnU-Net takes eight unless told otherwise.
 """
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.bench.baselines.process_2d import channel_numbers, read_volume
-from gpuparse.bench.data import BenchData, SliceRef, square_plane
+from gpuparse.bench.data import BenchData, SliceRef, VolumeRef, square_plane
 from gpuparse.bench.peers.shared import draw_class_ids, draw_text, folder_bytes, worker_variants
 from gpuparse.bench.settings import NUM_PROMPTS, BenchSettings
 from gpuparse.bench.sides import PlainBatch
@@ -31,29 +34,53 @@ def variants(settings: BenchSettings) -> list[str]:
     return [f"{n} processes" for n in worker_variants(settings.num_cores)]
 
 
-def write_files(data: BenchData, size: int) -> Path:
-    """The preprocessed cases, `<dataset>/<case>_<axis>.b2nd` and `..._seg.b2nd`; written by the first that asks."""
-    import blosc2
+def write_files(data: BenchData, size: int, num_processes: int) -> Path:
+    """The preprocessed cases, `<dataset>/<case>_<axis>.b2nd` and `..._seg.b2nd`; written by the first that asks.
 
+    Args:
+        data: The volumes.
+        size: Rows and columns of a plane.
+        num_processes: Processes that share the volumes.
+    """
     root = data.scratch / f"blosc2-{size}"
     if (root / "done").exists():
         return root
+    for volume in data.volumes:
+        (root / volume.dataset).mkdir(parents=True, exist_ok=True)
+    # Forked, which is soonest ready: no thread of a library has run here yet. A process that dies raises, and is not
+    # waited for.
+    context = multiprocessing.get_context("fork")
+    count = min(num_processes, len(data.volumes))
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_keep_to_one_thread) as pool:
+        list(pool.map(functools.partial(_write_case, root, size), data.volumes))
+    (root / "done").touch()
+    return root
+
+
+def _keep_to_one_thread() -> None:
+    import blosc2
+    import cv2
+
+    blosc2.set_nthreads(1)
+    cv2.setNumThreads(1)
+
+
+def _write_case(root: Path, size: int, volume: VolumeRef) -> None:
+    """Each view of a volume and of its labels."""
+    import blosc2
+
     options: dict[str, Any] = {
         "chunks": (1, 1, size, size),
         "blocks": (1, 1, max(1, size // 8), size),
-        "cparams": {"codec": blosc2.Codec.ZSTD, "clevel": 8},
+        "cparams": {"codec": blosc2.Codec.ZSTD, "clevel": 8, "nthreads": 1},
     }
-    for volume in data.volumes:
-        (root / volume.dataset).mkdir(parents=True, exist_ok=True)
-        image, labels, _ = read_volume(volume.path)
-        for axis in volume.axes:
-            for array, suffix in ((image, ""), (labels, "_seg")):
-                planes = np.moveaxis(array.astype(np.uint8), axis, 0)
-                resized = np.stack([square_plane(plane, size, labels=bool(suffix)) for plane in planes])[None]
-                path = root / volume.dataset / f"{volume.path.stem}_{axis}{suffix}.b2nd"
-                blosc2.asarray(resized, urlpath=str(path), **options)
-    (root / "done").touch()
-    return root
+    image, labels, _ = read_volume(volume.path)
+    for axis in volume.axes:
+        for array, suffix in ((image, ""), (labels, "_seg")):
+            planes = np.moveaxis(array.astype(np.uint8), axis, 0)
+            resized = np.stack([square_plane(plane, size, labels=bool(suffix)) for plane in planes])[None]
+            path = root / volume.dataset / f"{volume.path.stem}_{axis}{suffix}.b2nd"
+            blosc2.asarray(resized, urlpath=str(path), **options)
 
 
 @functools.lru_cache(maxsize=256)
@@ -164,7 +191,7 @@ class _NnunetSide:
         from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
         self._data, self._settings = data, settings
-        self._root = write_files(data, settings.size)
+        self._root = write_files(data, settings.size, settings.num_cores)
         self._augmenter: Any = NonDetMultiThreadedAugmenter(
             _Generator(data, settings, self._root), None, num_processes, num_cached=_NUM_CACHED,
             seeds=list(range(num_processes)), pin_memory=settings.device != "cpu", wait_time=0.002,
