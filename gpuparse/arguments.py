@@ -1,9 +1,7 @@
-"""Arguments checked in one way: numbers and arrays of whole numbers, named in the error with what was expected."""
+"""Arguments checked in one way: whole numbers and arrays of them, named in the error with what was expected."""
 
 from __future__ import annotations
 
-import math
-import numbers
 import operator
 import reprlib
 from typing import Any
@@ -13,7 +11,7 @@ import numpy.typing as npt
 
 from gpuparse.errors import InputError
 
-__all__ = ["check_num_threads", "positive_number", "whole_number", "whole_numbers"]
+__all__ = ["check_num_threads", "whole_number", "whole_numbers"]
 
 
 def whole_number(
@@ -73,14 +71,3 @@ def check_num_threads(num_threads: Any) -> int | None:
     """
     expected = "a whole number of at least 1, or None for all cores"
     return None if num_threads is None else whole_number("num_threads", num_threads, 1, expected=expected)
-
-
-def positive_number(name: str, value: Any) -> float:
-    """Returns `value` as a float.
-
-    Raises:
-        InputError: It is no finite number above 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-        raise InputError(f"{name} is {value!r}; expected a finite number above 0.")
-    return float(value)

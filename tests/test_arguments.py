@@ -1,11 +1,11 @@
-"""Arguments that are numbers, and arrays of whole numbers."""
+"""Arguments that are whole numbers, or arrays of them."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from gpuparse.arguments import check_num_threads, positive_number, whole_number, whole_numbers
+from gpuparse.arguments import check_num_threads, whole_number, whole_numbers
 from gpuparse.errors import InputError
 
 
@@ -63,18 +63,6 @@ def test_long_values_are_cut_in_the_message():
     with pytest.raises(InputError) as error:
         whole_numbers("ids", ["a"] * 10_000, "ids")
     assert len(str(error.value)) < 100
-
-
-@pytest.mark.parametrize("value", [1, 0.5, np.float32(2)])
-def test_positive_numbers_become_floats(value):
-    assert positive_number("size_gib", value) == value
-    assert type(positive_number("size_gib", value)) is float
-
-
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "1", None, True, [1], 1j])
-def test_other_numbers_are_refused(value):
-    with pytest.raises(InputError, match=r"^size_gib is .*; expected a finite number above 0\."):
-        positive_number("size_gib", value)
 
 
 def test_all_cores_are_none():

@@ -260,7 +260,7 @@ def test_datasets_and_codes_can_be_chosen(write_case, data_dir):
         ({"paths": []}, "no path to check"),
         ({"paths": "."}, r"nothing to check in it; expected npz files in DATASETn/train/"),
         ({"paths": "data", "datasets": ["X"]}, "no dataset 'X' there; found DATA"),
-        ({"paths": "data", "num_jobs": 0}, "num_jobs is 0; expected at least 1"),
+        ({"paths": "data", "num_jobs": 0}, "num_jobs is 0; expected a whole number of at least 1"),
         ({"paths": "data", "max_volume_gib": 0}, "max_volume_gib is 0; expected a finite number above 0"),
         ({"paths": "data", "max_volume_gib": float("inf")}, "max_volume_gib is inf; expected a finite number above 0"),
         ({"paths": "data", "max_volume_gib": 1e300}, r"max_volume_gib is 1e\+300; expected a finite number above 0"),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from gpuparse.arguments import whole_number
 from gpuparse.check.across import absent_classes, duplicates
 from gpuparse.check.case import CaseOutcome, CaseTask, Part, check_case
 from gpuparse.check.findings import CheckedDataset, CheckReport, Finding, Place, by_severity
@@ -59,8 +60,7 @@ def check(
         StorageError: A URL cannot be listed or looked up; nothing has been checked.
         MissingDependencyError: A path is a URL, and obstore is not installed.
     """
-    if num_jobs < 1:
-        raise InputError(f"num_jobs is {num_jobs}; expected at least 1.")
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
     limit = gib_to_bytes("max_volume_gib", max_volume_gib)
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:

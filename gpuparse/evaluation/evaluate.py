@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import whole_number
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
-from gpuparse.evaluation.prepare import check_count
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
 from gpuparse.remote import RemoteOptions
@@ -91,7 +91,7 @@ def evaluate(
     """
     if missing not in _MISSING:
         raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")
-    check_count("num_jobs", num_jobs)
+    whole_number("num_jobs", num_jobs, 1)
     if not isinstance(pred_dir, str | os.PathLike):
         raise InputError(f"pred_dir is {pred_dir!r}; expected the folder with the predictions.")
     if not isinstance(options, MetricOptions | None):

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
 from gpuparse.evaluation.resampling import fixed_point_table
@@ -25,19 +26,9 @@ from gpuparse.views import array_planes, channel_positions, check_size, view_geo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PreparedVolume", "check_count", "prepare_slices"]
+__all__ = ["PreparedVolume", "prepare_slices"]
 
 _SLAB_SLICES = 32  # slices sent to the GPU at a time where a whole volume is prepared
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuses what is no whole number of at least 1.
-
-    Raises:
-        InputError: It is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
 def prepare_slices(
@@ -67,7 +58,7 @@ def prepare_slices(
     """
     size = check_size((size, size))[0]
     if num_threads is not None:
-        check_count("num_threads", num_threads)
+        whole_number("num_threads", num_threads, 1)
     on_device = kernels.is_device_array(volume)
     if not (on_device or isinstance(volume, np.ndarray)) or volume.ndim != 3 or volume.dtype != np.uint8:
         found = f"{volume.dtype} {tuple(volume.shape)}" if hasattr(volume, "dtype") else type(volume).__name__
@@ -186,7 +177,7 @@ class PreparedVolume:
         Raises:
             InputError: `batch_size` is no whole number of at least 1.
         """
-        check_count("batch_size", batch_size)
+        whole_number("batch_size", batch_size, 1)
         total, window, first = len(self), None, 0
         for start in range(0, total, batch_size):
             stop = min(start + batch_size, total)

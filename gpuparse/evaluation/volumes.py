@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from gpuparse.arguments import whole_number
 from gpuparse.device import choose_device
 from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, PromptSource, find_cases
-from gpuparse.evaluation.prepare import PreparedVolume, check_count
+from gpuparse.evaluation.prepare import PreparedVolume
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.remote import RemoteOptions
 from gpuparse.views import check_size
@@ -74,7 +75,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         if not isinstance(binarize, bool):
             raise InputError(f"binarize is {binarize!r}; expected True or False.")
         if num_threads is not None:
-            check_count("num_threads", num_threads)
+            whole_number("num_threads", num_threads, 1)
         rows, columns = check_size(img_size, "img_size")
         if rows != columns:
             raise InputError(f"img_size is {tuple(img_size)}; expected equal rows and columns, slices become squares.")
