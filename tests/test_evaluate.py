@@ -428,6 +428,6 @@ def test_another_split_is_not_scored_in_its_place_and_brackets_in_prompts_are_sh
     assert refused.exit_code != 0
     assert isinstance(refused.exception, InputError)
     assert "no test cases in any folder" in str(refused.exception)
-    scored = CliRunner().invoke(app, [*arguments, "--split", "val"])
+    scored = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--split", "val"])
     assert scored.exit_code == 0, scored.output
     assert "1 Liver [/b] in [portal phase] CT" in scored.stdout

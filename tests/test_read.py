@@ -12,7 +12,7 @@ from numcodecs import lz4
 from oracle import gather, neighbours
 from small_stores import convert, volumes
 
-from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.errors import ChunkCorruptError, InputError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
 from gpuparse.store import open_store
 from gpuparse.views import view_geometry
@@ -225,7 +225,7 @@ def test_a_foreign_array_is_refused_by_name(sources, tmp_path):
     store = convert(tmp_path / "data", {"pair": sources["pair"]})
     path = store.case_path(0) / "labels/gts/0/zarr.json"
     path.write_text(path.read_text().replace('"noshuffle"', '"bitshuffle"'))
-    with pytest.raises(StoreFormatError, match=r"cases/pair/labels/gts/0': blosc shuffle is 'bitshuffle'"):
+    with pytest.raises(ChunkCorruptError, match=r"cases/pair/labels/gts/0': blosc shuffle is 'bitshuffle'"):
         ChunkReader().fetch([SliceKey(store, 0, 0, 0)], SIZE)
 
 
