@@ -49,8 +49,9 @@ def store_footprint(store: Store, cases: Sequence[int], max_opened: int | None =
             them, voxel for voxel. None looks at all. Volumes whose metadata cannot be read are taken to be like the
             others, too: reading their slices will say what is wrong.
     """
-    lost = store.prepare(evenly_spread(cases, max_opened))
-    opened = [case for case in evenly_spread(cases, max_opened) if case not in lost]
+    chosen = evenly_spread(cases, max_opened)
+    lost = store.prepare(chosen)
+    opened = [case for case in chosen if case not in lost]
     layouts = [store.layout(case, path) for case in opened for path in (IMAGE_PATH, LABELS_PATH)]
     share = num_voxels(store, cases) / max(1, num_voxels(store, opened))
     return Footprint(
