@@ -17,6 +17,7 @@ import torch
 
 from gpuparse import kernels
 from gpuparse.augment import AugmentedBatch, OutputTypes
+from gpuparse.clock import DeviceClock, Turn
 from gpuparse.errors import DeviceError, InputError, MissingDependencyError
 from gpuparse.pack import PackedBatch
 from gpuparse.pipeline import dali_cuda_major
@@ -186,6 +187,7 @@ class DeviceRenderer:
         # the user frees is written again only behind all work on it so far. DALI's outputs come bound to it.
         self._home = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._home_of_cupy = cupy.cuda.ExternalStream(self.stream_handle, device.index)
+        self.clock = DeviceClock(device, self._home)
         self._lock = threading.Lock()  # two iterations of one loader take turns
         self._encoded: torch.Tensor | None = None
         self._slab: torch.Tensor | None = None
@@ -210,14 +212,15 @@ class DeviceRenderer:
         """Device memory that it holds between batches."""
         return sum(t.nbytes for t in (self._encoded, self._slab) if t is not None)
 
-    def render(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> DeviceBatch:
+    def render(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, turn: Turn) -> DeviceBatch:
         """Launches a batch on the renderer's stream and returns without waiting.
 
         Args:
             packed: The batch.
             buffer: (n,) uint8 CuPy, the copy of its buffer, ready on that stream.
             inflated: (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart, likewise.
-            probes: Where to book the time.
+            probes: Where to book the times, the host's and the device's.
+            turn: This batch on `clock`, begun before its buffer was asked for.
 
         Raises:
             DeviceError: The device is out of memory.
@@ -227,9 +230,11 @@ class DeviceRenderer:
         try:
             with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._home):
                 encoded, image, labels = self._allocate(packed)
+                turn.end("wait")
                 with self._home_of_cupy, probes.stage("render"):
-                    self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels))
+                    self._launch(packed, buffer, inflated, encoded, AugmentedBatch(image, labels), turn)
                 ready = Ready(self._device, self._home)
+                self.clock.finish(turn, probes)
         except (torch.cuda.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError) as error:
             raise DeviceError(
                 f"{self._device} is out of memory while a batch of {packed.num_samples} samples is made ({error}). "
@@ -252,18 +257,19 @@ class DeviceRenderer:
         )
 
     def _launch(
-        self, packed: PackedBatch, buffer: Any, inflated: Any, encoded: torch.Tensor, out: AugmentedBatch
+        self, packed: PackedBatch, buffer: Any, inflated: Any, encoded: torch.Tensor, out: AugmentedBatch, turn: Turn
     ) -> None:
         import cupy
 
         arena = inflated
         if packed.in_slab and self._slab is not None:
             arena = cupy.asarray(self._slab)
-            place_blocks(inflated, packed.tables(buffer).compressed, packed.slot_bytes, arena)
+            with turn.stage("place"):
+                place_blocks(inflated, packed.tables(buffer).compressed, packed.slot_bytes, arena)
         # CuPy knows no bfloat16; to the kernel these are 16 bits each.
         bits = out.image.view(torch.int16) if out.image.dtype == torch.bfloat16 else out.image
         arrays = AugmentedBatch(cupy.asarray(bits), cupy.asarray(out.labels))
-        render(packed, buffer, arena, self._size, self._types, arrays, encoded=cupy.asarray(encoded))
+        render(packed, buffer, arena, self._size, self._types, arrays, encoded=cupy.asarray(encoded), probes=turn)
 
 
 def place_blocks(inflated: Any, compressed: Any, slot_bytes: int, slab: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.batch import BufferPool, collate, host_tensors
 from gpuparse.cache import ChunkCache, PageCacheBudget
+from gpuparse.clock import Turn
 from gpuparse.device import DeviceBatch, DeviceRenderer
 from gpuparse.errors import BlockError, ChunkCorruptError, InputError, SliceReadError
 from gpuparse.flat import FlatDataset
@@ -51,7 +52,10 @@ class Maker(Protocol):
     def memory(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Memory to read batches into, at least so many bytes."""
 
-    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[Any, Any]:
+    def begin(self) -> Any:
+        """Notes that a batch is asked for; what it returns goes to `make`, where that runs in the same thread."""
+
+    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: Any) -> tuple[Any, Any]:
         """The batch, perhaps still under way; and an event after which its buffer is free, None for at once."""
 
     def tensors(self, made: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +102,12 @@ class HostMaker:
         memory: npt.NDArray[np.uint8] = self._staging.take((1 << (num_bytes - 1).bit_length(),), np.uint8)
         return memory
 
-    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[AugmentedBatch, None]:
+    def begin(self) -> None:
+        """Nothing: what is made takes the host's time, which is booked where it is made."""
+
+    def make(
+        self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: None
+    ) -> tuple[AugmentedBatch, None]:
         """Decodes, encodes and augments; done when it returns."""
         image_shape, labels_shape = packed.shapes(self._size)
         image_type, labels_type = self._types.arrays
@@ -145,9 +154,15 @@ class DeviceMaker:
         """Page-locked memory."""
         return pinned_memory(num_bytes)
 
-    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes) -> tuple[DeviceBatch, Any]:
+    def begin(self) -> Turn:
+        """The batch's turn on the device's clock: what the kernels wait for DALI counts from here."""
+        return self._renderer.clock.begin()
+
+    def make(
+        self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: Turn
+    ) -> tuple[DeviceBatch, Any]:
         """Launches and returns at once; the buffer is free when the batch is ready."""
-        made = self._renderer.render(packed, buffer, inflated, probes)
+        made = self._renderer.render(packed, buffer, inflated, probes, begun)
         return made, made.ready
 
     def tensors(self, made: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,6 +181,7 @@ class DeviceMaker:
     def finish(self) -> None:
         """Waits for the device: the next iteration runs on other streams."""
         torch.cuda.synchronize(self._device)
+        self._renderer.clock.collect()
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +344,7 @@ def produce(
     ring = StagingRing(2 * prefetch_depth + 2, maker.memory)
 
     drawn = supply.draw(plan, epoch, probes)
+    begun: Any = None
 
     def fetch(step: int) -> PackedBatch:
         slot = ring.acquire()
@@ -342,7 +359,7 @@ def produce(
     def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
         mine, event = work[step], None
         try:
-            mine.made, event = maker.make(packed, buffer, inflated, probes)
+            mine.made, event = maker.make(packed, buffer, inflated, probes, begun)
         except BlockError as error:
             (first, *_) = packed.slices_of_block(error.block)
             raise ChunkCorruptError(f"{mine.samples.keys[first].describe()}: {error}") from error
@@ -365,6 +382,7 @@ def produce(
         for _ in range(plan.num_batches):
             num_ready = pipeline.num_ready
             with probes.stage("wait"):
+                begun = maker.begin()
                 done = work.pop(pipeline.run(maker.stream()))
             image, labels = maker.tensors(done.made)
             batch = collate(done.samples, image, labels)

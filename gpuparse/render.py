@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,13 @@ from gpuparse.read import inflate_on_host
 from gpuparse.report import Probes
 
 __all__ = ["Samples", "render", "render_on_host"]
+
+
+class Stages(Protocol):
+    """Where the times of stages are booked: `Probes` on the host, a `Turn` on a GPU."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Books what a block does, or launches, on a stage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +114,7 @@ def render(
     *,
     encoded: Any | None = None,
     num_threads: int = 1,
-    probes: Probes | None = None,
+    probes: Stages | None = None,
 ) -> None:
     """Encodes and augments a batch whose chunks are decoded, in two launches, on the device that its arrays are on.
 
@@ -119,7 +127,7 @@ def render(
         out: Arrays to write into.
         encoded: (batch * 3, rows, columns) uint8 to work in; None allocates.
         num_threads: CPU threads.
-        probes: Where to book the stages' times; on a GPU they are those of launching.
+        probes: Where to book the stages' times.
     """
     probes = probes if probes is not None else Probes()
     tables = packed.tables(buffer)

@@ -14,11 +14,13 @@ from gpuparse.cache import CacheStatus
 from gpuparse.errors import ChunkCorruptError, InputError
 from gpuparse.read import ReadCounts
 
-__all__ = ["FailureLog", "FailurePolicy", "LoaderReport", "Probes", "SliceFailure"]
+__all__ = ["FailureLog", "FailurePolicy", "LoaderReport", "Probes", "SliceFailure", "annotate"]
 
 # Which stages run after one another in one thread: a batch cannot come faster than the slower of the two.
 _READING = ("plan", "read")
 _MAKING = ("decode", "encode", "augment", "render")
+# On a GPU's stream, one after another; the first is for what DALI does on streams of its own.
+_ON_DEVICE = ("device_wait", "device_place", "device_encode", "device_augment")
 _BOUND_SHARE = 0.05
 _HOST_SHARE = 0.5  # of the loop's time: what is slowest of the stages that overlap takes nearly all of it
 
@@ -138,7 +140,7 @@ class Probes:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Books the time of a block on a stage, and shows it to profilers as an NVTX range."""
-        with _annotate(name):
+        with annotate(name):
             start = time.perf_counter()
             try:
                 yield
@@ -188,7 +190,9 @@ class LoaderReport:
         num_samples: Samples in them.
         seconds: Stage -> seconds. In the reading thread "plan" (drawing samples) and "read" (chunks from files); in the
             pipeline "decode", "encode", "augment" on the CPU, "render" (launching) on a GPU. "wait" is what the
-            training loop waited for batches, on a GPU with "render" in it, "step" what it did with them.
+            training loop waited for batches, on a GPU with "render" in it, "step" what it did with them. What the GPU
+            took, of batches that are done: "device_wait" (its kernels waited for copy and inflate), "device_place"
+            (into the cache, where there is one), "device_encode", "device_augment".
         mean_queue_depth: Batches that were ready when the loop asked for one, on average; on a GPU those that are read.
         read_bytes: Compressed bytes read from files or from the page cache.
         num_chunks: Chunks that the batches' slices lie in.
@@ -230,11 +234,14 @@ class LoaderReport:
         slower = max(sums, key=lambda name: sums[name])
         loop = self.seconds.get("wait", 0.0) + self.seconds.get("step", 0.0)
         if "render" in self.seconds and sums[slower] < _HOST_SHARE * loop:
-            return (
-                f"Loader-bound: {share}; the slowest is the GPU's own work (copy, inflate, encode, augment): no stage "
-                "on the host takes as long."
-            )
-        stage = max(groups[slower], key=lambda name: self.seconds.get(name, 0.0))
+            stage = max(_ON_DEVICE, key=lambda name: self.seconds.get(name, 0.0))
+            if stage == "device_wait":
+                return (
+                    f"Loader-bound: {share}; the slowest is copy and inflate on the GPU, for which its kernels wait "
+                    f"{self._per_batch(stage)} ms a batch."
+                )
+        else:
+            stage = max(groups[slower], key=lambda name: self.seconds.get(name, 0.0))
         return f"Loader-bound: {share}; the slowest stage is {stage!r}, {self._per_batch(stage)} ms a batch."
 
     def metrics(self) -> dict[str, float]:
@@ -274,7 +281,7 @@ class LoaderReport:
 
 
 @functools.cache
-def _annotate(stage: str) -> contextlib.AbstractContextManager[object]:
+def annotate(stage: str) -> contextlib.AbstractContextManager[object]:
     """Shows a stage to profilers. One object serves all batches and threads: making one costs more than using it."""
     try:
         import nvtx

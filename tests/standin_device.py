@@ -163,6 +163,26 @@ class Event:
         self._stand_in.log.append(("synchronize", self._number))
 
 
+class TimedEvent:
+    """Happens when the stand-in says so; the device's clock goes on by a millisecond with each that is recorded."""
+
+    def __init__(self, stand_in):
+        self._stand_in = stand_in
+        stand_in.num_timed_events += 1
+
+    def record(self, stream):
+        assert stream.name == "home"
+        self._milliseconds = next(self._stand_in.milliseconds)
+
+    def query(self):
+        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        return self._stand_in.is_done
+
+    def elapsed_time(self, end):
+        assert self._stand_in.is_done
+        return end._milliseconds - self._milliseconds
+
+
 class Stream:
     def __init__(self, log, name, handle=0):
         self._log, self.name, self.cuda_stream = log, name, handle
@@ -179,10 +199,13 @@ class StandInTorch:
         self.log = log
         self.allocated = []
         self.free_bytes = None
+        self.milliseconds = itertools.count()
+        self.num_timed_events = 0
+        self.is_done = True
         self._thread = threading.local()
         self.cuda = SimpleNamespace(
             Stream=lambda device: Stream(log, "home", HOME_STREAM),
-            Event=lambda: Event(self, next(numbers)),
+            Event=lambda enable_timing=False: TimedEvent(self) if enable_timing else Event(self, next(numbers)),
             current_stream=lambda device: Stream(log, "user"),
             device=self._on_device,
             stream=self._on_stream,
@@ -280,6 +303,7 @@ def install(monkeypatch) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "cupy", standin_cupy(log))
     monkeypatch.setattr("gpuparse.pipeline._import_dali", lambda: dali.parts)
     monkeypatch.setattr("gpuparse.device.torch", stand_in)
+    monkeypatch.setattr("gpuparse.clock.torch", stand_in)
     monkeypatch.setattr("gpuparse.kernels.launch_on_device", launch_on_host)
     monkeypatch.setattr("gpuparse.production.pinned_memory", lambda num_bytes: np.full(num_bytes, GARBAGE, np.uint8))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: log.append(("synchronize device", str(device))))

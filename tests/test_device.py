@@ -231,7 +231,9 @@ def test_batches_are_those_of_the_cpu(mixture, expected, cuda, cache, prefetch_d
         held = list(loader)  # all at once: no batch is written into another's memory
         assert same(held, epoch)
     report = loader.report()
-    assert set(report.seconds) == {"plan", "read", "render", "wait", "step"}
+    stages = ["device_wait", *(["device_place"] if cache else []), "device_encode", "device_augment"]
+    assert set(report.seconds) == {"plan", "read", "render", "wait", "step", *stages}
+    assert [round(1000 * report.seconds[stage]) for stage in stages] == [2 * len(loader)] * len(stages)
     if cache:
         assert report.num_resident > 0
         assert (report.cache.num_evicted > 0) == (cache["cache_gib"] < 1)
@@ -313,6 +315,35 @@ def test_device_memory_does_not_grow(mixture, cuda):
     list(loader)
     assert len(cuda.torch.allocated) == before + 2 * len(loader)  # image and labels of each batch, nothing else
     assert renderer.num_bytes == slab + 7 * 3 * 64 * 64
+
+
+def test_what_the_gpu_takes_is_booked_when_it_is_done(mixture, cuda):
+    loader = DataLoader(mixture, device="cuda", **OPTIONS)
+    batches = iter(loader)
+    cuda.torch.is_done = False
+    for _ in range(3):
+        next(batches)
+    assert not [stage for stage in loader.report().seconds if stage.startswith("device_")]
+    cuda.torch.is_done = True
+    next(batches)
+    assert loader.report().seconds["device_encode"] == pytest.approx(0.004)
+    list(batches)
+    list(loader)
+    assert loader.report().seconds["device_encode"] == pytest.approx(0.001 * 2 * len(loader))
+    assert cuda.torch.num_timed_events == 16  # of the four batches that were under way at once; they are used again
+    report = loader.report()
+    list(loader.headspace(3))
+    assert loader.report() == report
+
+
+def test_iterations_side_by_side_have_turns_of_their_own(mixture, cuda):
+    loader = DataLoader(mixture, device="cuda", **OPTIONS)
+    first, second = iter(loader), iter(loader)
+    for _ in range(3):
+        next(first), next(second)
+    report = loader.report()
+    assert [round(1000 * report.seconds[f"device_{stage}"]) for stage in ("wait", "encode", "augment")] == [6, 6, 6]
+    first.close(), second.close()
 
 
 def test_a_slab_that_does_not_fit_is_refused(cuda):

@@ -106,8 +106,10 @@ def test_batches_equal_the_cpus(everything, batch_size, prefetch_depth):
     dataset = everything if batch_size > 1 else Subset(everything, range(60, 760, 7))
     loader = assert_same_batches(dataset, batch_size=batch_size, prefetch_depth=prefetch_depth, shuffle=True, seed=5)
     report = loader.report()
-    assert set(report.seconds) == {"plan", "read", "render", "wait", "step"}
-    assert report.seconds["render"] > 0
+    on_device = {"device_wait", "device_encode", "device_augment"}
+    assert set(report.seconds) == {"plan", "read", "render", "wait", "step"} | on_device
+    assert all(report.seconds[stage] > 0 for stage in ("render", *on_device))
+    assert report.seconds["device_encode"] < report.seconds["wait"] + report.seconds["step"]
     assert report.num_samples == len(dataset)
 
 

@@ -51,7 +51,7 @@ LAYERS = [
     ["augment"],
     ["pack"],
     ["report"],
-    ["render"],
+    ["render", "clock"],
     ["dataset"],
     ["flat"],
     ["residency"],

@@ -54,9 +54,20 @@ def probes_with(num_batches=10, **seconds):
             "200.0 ms a batch.",
         ),
         (
-            {"plan": 0.3, "read": 0.6, "render": 0.5, "wait": 1.5, "step": 0.5},
-            "Loader-bound: 75% of the loop's time was spent waiting for batches; the slowest is the GPU's own work "
-            "(copy, inflate, encode, augment): no stage on the host takes as long.",
+            {"read": 0.9, "render": 0.5, "device_wait": 0.9, "device_encode": 0.3, "wait": 1.5, "step": 0.5},
+            "Loader-bound: 75% of the loop's time was spent waiting for batches; the slowest is copy and inflate on "
+            "the GPU, for which its kernels wait 90.0 ms a batch.",
+        ),
+        (
+            {"read": 0.9, "device_wait": 0.5, "device_augment": 0.7, "render": 0.5, "wait": 1.5, "step": 0.5},
+            "Loader-bound: 75% of the loop's time was spent waiting for batches; the slowest stage is "
+            "'device_augment', 70.0 ms a batch.",
+        ),
+        (
+            # The GPU waits for what the host has not read yet.
+            {"read": 1.2, "device_wait": 1.5, "device_augment": 0.1, "render": 0.1, "wait": 1.9, "step": 0.1},
+            "Loader-bound: 95% of the loop's time was spent waiting for batches; the slowest stage is 'read', "
+            "120.0 ms a batch.",
         ),
         ({}, "Model-bound: 0% of the loop's time was spent waiting for batches."),
     ],
@@ -137,9 +148,9 @@ def test_a_stage_is_booked_where_it_fails_too(monkeypatch):
 
 @pytest.fixture
 def fresh_annotation():
-    gpuparse.report._annotate.cache_clear()
+    gpuparse.report.annotate.cache_clear()
     yield
-    gpuparse.report._annotate.cache_clear()
+    gpuparse.report.annotate.cache_clear()
 
 
 def test_without_nvtx_stages_are_booked(monkeypatch, fresh_annotation):

@@ -239,7 +239,7 @@ def _behind(
     probes = Probes()
 
     def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
-        made[step] = renderer.render(packed, buffer, inflated, probes)
+        made[step] = renderer.render(packed, buffer, inflated, probes, renderer.clock.begin())
         return made[step].ready
 
     options = PipelineOptions(num_steps, _DEPTH, settings.device.index)
@@ -269,8 +269,8 @@ def _inside(
         stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=settings.device)
         home.wait_stream(stream)
         packed = batches[next(numbers) % len(batches)]
-        made.append(renderer.render(packed, buffers[0], arenas[0].reshape(-1), probes))
-        stream.wait_event(made[-1].ready)
+        made.append(renderer.render(packed, buffers[0], arenas[0].reshape(-1), probes, renderer.clock.begin()))
+        made[-1].ready.hold(stream)
         return [buffers[0][:4]]  # DALI copies what an operator returns
 
     pipeline = Pipeline(
