@@ -104,7 +104,7 @@ def _compare_items(tree: Path, checkout: Path, rounds: int) -> dict[str, Any]:
     mask8 = (image[:, :, 0] > 100).astype(np.uint8)
     methods: dict[str, Any] = {"original": module.DataAugmentation(), "anew": ReferenceAugmentation(0)}
     times: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(2 * rounds):  # what a sample costs depends on its draws: few rounds would say little
+    for number in range(rounds):
         for name in methods if number % 2 else reversed(methods):
             start = time.process_time()
             for _ in range(_NUM_AUGMENTED):
