@@ -108,7 +108,8 @@ def run_bench(
         }
         if request.original is not None:
             tell("original", "comparing the reference's own code with the baseline")
-            result["original"] = compare_with_original(data, request.original, 2 * settings.slow_rounds)  # few rounds say little
+            rounds = 2 * settings.slow_rounds  # what a sample costs depends on what is drawn for it
+            result["original"] = compare_with_original(data, request.original, rounds)
         trials: dict[str, dict[str, float]] = {}
         for name in request.parts:
             context = Context(data, settings, request.peers, functools.partial(tell, name), trials)
