@@ -1,17 +1,18 @@
-"""Arguments checked in one way: whole numbers and arrays of them, named in the error with what was expected."""
+"""Arguments checked in one way: numbers, arrays of them and flags, named in the error with what was expected."""
 
 from __future__ import annotations
 
+import numbers
 import operator
 import reprlib
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
 
-__all__ = ["check_num_threads", "whole_number", "whole_numbers"]
+__all__ = ["check_flag", "check_num_threads", "is_number", "whole_number", "whole_numbers"]
 
 
 def whole_number(
@@ -61,6 +62,22 @@ def whole_numbers(name: str, values: Any, expected: str, *, flags: bool = False)
     if array.dtype.kind not in ("uib" if flags else "ui"):
         raise InputError(f"{name} is {reprlib.repr(values)}; expected {expected}.")
     return array
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a real number, numpy's too, perhaps infinite or NaN; True and "1" are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is True or False.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; expected True or False.")
+    return value
 
 
 def check_num_threads(num_threads: Any) -> int | None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_flag, whole_number
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
@@ -114,8 +114,6 @@ class SliceDataset(Dataset[dict[str, Any]]):
             raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
         if name is not None and not isinstance(name, str):
             raise InputError(f"name is {name!r}; expected a string, or None for the folder's name.")
-        if not isinstance(all_class_masks, bool):
-            raise InputError(f"all_class_masks is {all_class_masks!r}; expected True or False.")
         if transforms is not None and not isinstance(transforms, Augmentation):
             raise InputError(
                 f"transforms is {type(transforms).__name__}; expected gpuparse.Augmentation(...) or None. "
@@ -124,7 +122,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.root_dir = os.fspath(root_dir).rstrip("/") or "/"  # shells complete folders with a slash
         self.split = split
         self.num_prompts = whole_number("num_prompts", num_prompts, 1)
-        self.all_class_masks = all_class_masks
+        self.all_class_masks = check_flag("all_class_masks", all_class_masks)
         self.fixed = split == "val" and recipe == "corrected"
         self.transforms = None if self.fixed else transforms
         self.img_size = check_size(img_size, "img_size")

@@ -471,10 +471,9 @@ class _NpzExport:
 
 def _is_source(case: StoredCase, path: Path) -> bool:
     """Whether a file is the very one that a case was made from."""
-    meta = json.loads((case.store.case_place(case.number) / "zarr.json").read_text(encoding="utf-8"))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return bool(meta["attributes"]["gpuparse"].get("source", {}).get("sha256") == digest)
+    return bool(case.noted().get("source", {}).get("sha256") == digest)
 
 
 def _holds(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from gpuparse import kernels
-from gpuparse.arguments import check_num_threads, whole_number
+from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.augment import OutputTypes
 from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
@@ -117,13 +117,10 @@ class DataLoader:
         **torch_options: Any,
     ) -> None:
         check_torch_options(torch_options, _ARGUMENTS)
-        for name, value in (("shuffle", shuffle), ("drop_last", drop_last)):
-            if not isinstance(value, bool):
-                raise InputError(f"{name} is {value!r}; expected True or False.")
         self.dataset = dataset
         self.batch_size = whole_number("batch_size", batch_size, 1)
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        self.shuffle = check_flag("shuffle", shuffle)
+        self.drop_last = check_flag("drop_last", drop_last)
         self.seed = check_seed(seed)
         self.prefetch_depth = whole_number("prefetch_depth", prefetch_depth, 1)
         self.log_every = whole_number("log_every", log_every, 0, expected="a number of batches, or 0")

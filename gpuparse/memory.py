@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from pathlib import Path
 
+from gpuparse.arguments import is_number
 from gpuparse.errors import InputError
 
 __all__ = ["GIB", "default_memory_bytes", "gib_to_bytes"]
@@ -21,8 +21,7 @@ def gib_to_bytes(name: str, gib: float) -> int:
     Raises:
         InputError: It is no finite number above 0.
     """
-    is_number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
-    num_bytes = float(gib) * GIB if is_number else math.nan
+    num_bytes = float(gib) * GIB if is_number(gib) else math.nan
     if not 0 < num_bytes < math.inf:
         raise InputError(f"{name} is {gib!r}; expected a finite number above 0.")
     return int(num_bytes)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from gpuparse.arguments import is_number
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
@@ -40,11 +40,7 @@ class CacheOptions:
             raise InputError(f"cache is {self.cache!r}; expected 'device', 'host' or None.")
         if self.cache is None and self.cache_gib is not None:
             raise InputError(f"cache_gib is {self.cache_gib!r} but cache is None; expected cache='device' or 'host'.")
-        if self.cache is not None and not (
-            isinstance(self.cache_gib, numbers.Real)
-            and not isinstance(self.cache_gib, bool)
-            and 0 < self.cache_gib < math.inf
-        ):
+        if self.cache is not None and not (is_number(self.cache_gib) and 0 < self.cache_gib < math.inf):
             raise InputError(f"cache_gib is {self.cache_gib!r}; cache={self.cache!r} needs its size in GiB, above 0.")
 
     @property

@@ -7,7 +7,6 @@ the sample's own Philox streams at a fixed place, so that switching one effect o
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arguments import whole_numbers
+from gpuparse.arguments import check_flag, is_number, whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
 from gpuparse.prompts import ClassPrompts
@@ -113,15 +112,13 @@ class Augmentation:
         if self.crop and self.crop_ratio == 0:
             raise InputError("Augmentation: crop_ratio is 0; expected more than 0. Use crop=False for no crop.")
         for name in ("rotate", "flip", "pixel_shift", "crop", "gaussian_noise", "salt_and_pepper_noise"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"Augmentation: {name} is {getattr(self, name)!r}; expected True or False.")
+            check_flag(f"Augmentation: {name}", getattr(self, name))
         if self.mirror != "auto" and not isinstance(self.mirror, bool):
             raise InputError(f"Augmentation: mirror is {self.mirror!r}; expected 'auto', True or False.")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
         raise InputError(f"Augmentation: {name} is {value!r}; expected a number from {low:g} to {high:g}.")
 
 
@@ -431,6 +428,6 @@ def draw_among(
 
 def check_fraction(name: str, value: float) -> float:
     """Returns `value` if it lies in 0..1, else raises an `InputError` that calls it `name`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise InputError(f"{name} is {value!r}; expected a number from 0 to 1.")
     return float(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import is_number, whole_number
 from gpuparse.errors import InputError
 
 __all__ = ["ValSplit", "assign_splits", "follow_groups"]
@@ -43,8 +42,7 @@ class ValSplit:
     file: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.fraction, numbers.Real) and not isinstance(self.fraction, bool)
-        if not is_number or not 0 <= self.fraction < 1:
+        if not is_number(self.fraction) or not 0 <= self.fraction < 1:
             raise InputError(f"val_fraction is {self.fraction!r}; expected a number from 0 to below 1.")
         if self.file is not None and not isinstance(self.file, str | os.PathLike):
             raise InputError(f"split_file is {self.file!r}; expected the path of a JSON file.")

@@ -180,15 +180,24 @@ class StoredCase:
 
     def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
         """What conversion noted of the source, such as a NIfTI file; None where that held no directions."""
+        affine = self.noted().get("origin", {}).get("affine_ras_mm")
+        return None if affine is None else np.array(affine, np.float64)
+
+    def noted(self) -> dict[str, Any]:
+        """What conversion noted of the case: its attributes under `gpuparse`.
+
+        Raises:
+            StoreFormatError: They cannot be read.
+            StorageError: Remote storage failed.
+        """
         path = self.store.case_place(self.number) / "zarr.json"
         try:
-            attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
+            noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
         except StorageError:
             raise
         except (OSError, ValueError, KeyError) as error:
             raise StoreFormatError(f"'{path}' cannot be read ({error!r}). Convert the case again.") from error
-        affine = attributes.get("origin", {}).get("affine_ras_mm")
-        return None if affine is None else np.array(affine, np.float64)
+        return noted
 
     def _read(self, array_path: str) -> Any:
         layout = self.store.layout(self.number, array_path)

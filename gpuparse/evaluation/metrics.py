@@ -7,13 +7,13 @@ here is to say which class and which instance is compared with which.
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import is_number
 from gpuparse.errors import InputError
 from gpuparse.optional import import_optional
 from gpuparse.prompts import ClassPrompts
@@ -43,9 +43,9 @@ class MetricOptions:
     instances: Literal["components", "ids"] = "components"
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.tolerance_mm) and math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
+        if not (is_number(self.tolerance_mm) and math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
             raise InputError(f"tolerance_mm is {self.tolerance_mm!r}; expected 0 or more millimetres.")
-        if not (_is_number(self.min_iou) and 0 < self.min_iou <= 1):
+        if not (is_number(self.min_iou) and 0 < self.min_iou <= 1):
             raise InputError(f"min_iou is {self.min_iou!r}; expected above 0, at most 1.")
         if self.instances not in ("components", "ids"):
             raise InputError(f"instances is {self.instances!r}; expected 'components' (default) or 'ids'.")
@@ -272,10 +272,6 @@ def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> i
 def import_metric_package(name: str) -> Any:
     """Imports a package that scores; the error names the extra `evaluation` where it is missing."""
     return import_optional(name, "to score predictions", "evaluation")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _mean(values: list[float]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_num_threads, whole_number
 from gpuparse.errors import InputError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
 from gpuparse.evaluation.resampling import fixed_point_table
@@ -57,8 +57,7 @@ def prepare_slices(
         InputError: The volume has another rank, dtype or layout, a position is outside it, or `num_threads` is none.
     """
     size = check_size((size, size))[0]
-    if num_threads is not None:
-        whole_number("num_threads", num_threads, 1)
+    num_threads = check_num_threads(num_threads)
     on_device = kernels.is_device_array(volume)
     if not (on_device or isinstance(volume, np.ndarray)) or volume.ndim != 3 or volume.dtype != np.uint8:
         found = f"{volume.dtype} {tuple(volume.shape)}" if hasattr(volume, "dtype") else type(volume).__name__

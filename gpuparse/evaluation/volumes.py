@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_flag, check_num_threads
 from gpuparse.device import choose_device
 from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, PromptSource, find_cases
@@ -72,10 +72,8 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         num_threads: int | None = None,
         remote: RemoteOptions | None = None,
     ) -> None:
-        if not isinstance(binarize, bool):
-            raise InputError(f"binarize is {binarize!r}; expected True or False.")
-        if num_threads is not None:
-            whole_number("num_threads", num_threads, 1)
+        self.binarize = check_flag("binarize", binarize)
+        self.num_threads = check_num_threads(num_threads)
         rows, columns = check_size(img_size, "img_size")
         if rows != columns:
             raise InputError(f"img_size is {tuple(img_size)}; expected equal rows and columns, slices become squares.")
@@ -84,9 +82,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         self.name = found.name
         self.split = found.split
         self.img_size = (rows, columns)
-        self.binarize = binarize
         self.device = str(choose_device(device))
-        self.num_threads = num_threads
         self.cases: tuple[EvaluationCase, ...] = found.cases
 
     def __len__(self) -> int:
