@@ -136,13 +136,15 @@ def convert(
             store_path = (
                 staging.out_dir / found.name if staging.out_dir is not None else found.folder
             ) / f"{split}.zarr"
+            published = staging.published(found.name, store_path.name, anew=overwrite)
             lock = StoreLock(store_path)
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
             with contextlib.nullcontext() if dry_run else lock, _write_errors_told(store_path):
                 store = _open_existing(store_path, overwrite)
-                settings = CaseSettings(found.prompts, level or _level_of(store))
+                earlier = store if store is not None else published  # what it has decided is kept
+                settings = CaseSettings(found.prompts, level or _level_of(earlier))
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
-                run = DatasetRun(target, found.cases, options, pool, store)
+                run = DatasetRun(target, found.cases, options, pool, store, earlier)
                 report = run()
                 if report is not None and not dry_run:
                     staging.send(found.name, store_path, anew=overwrite)

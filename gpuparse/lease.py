@@ -52,12 +52,18 @@ class Lease:
 
     def __enter__(self) -> Lease:
         try:
-            self._version = self.place.write_new(self._content())
-        except FileExistsError as error:
-            self._take_over(error)
+            self._enter()
+        except FileNotFoundError:  # given back between two requests
+            self._enter()
         if not any(self._version):
             _LOG.warning("%s: this storage tells no versions, so nothing keeps two runs apart.", self.place)
         return self
+
+    def _enter(self) -> None:
+        try:
+            self._version = self.place.write_new(self._content())
+        except FileExistsError as error:
+            self._take_over(error)
 
     def _holder(self) -> tuple[str, float, ObjectVersion]:
         """Whose the lock is, until when, and the version of its object. What a dead process holds is over."""
@@ -100,10 +106,14 @@ class Lease:
         try:
             self._version = self.place.write_over(self._content(), self._version)
         except StorageError as error:
-            owner, self._until, version = self._holder()
+            try:
+                owner, until, version = self._holder()
+            except FileNotFoundError:  # whoever took it over has given it back
+                owner, until, version = "", 0.0, ObjectVersion()
             if owner == self._owner:  # the answer got lost; or the request, and the next call makes it again
-                self._version = version
+                self._until, self._version = until, version
                 return
+            self._until = 0.0  # also for the next call
             raise StoreWriteError(
                 f"'{self._store}': this run paused for so long that another may be writing the store ({error}). "
                 "Nothing was published; run the command again."

@@ -127,15 +127,14 @@ class NpzFile:
         return values.reshape(member.shape, order="F" if member.fortran_order else "C")
 
     def _inflate(self, info: zipfile.ZipInfo) -> bytes | bytearray | memoryview:
+        """All bytes of a member that `header` was read of."""
         plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
         if not plain or not isinstance(self._raw, bytes):
             return self._archive.read(info)
         start = info.header_offset
-        signature, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(self._raw, start)
-        start += _LOCAL_HEADER.size
-        if signature != b"PK\x03\x04" or self._raw[start : start + name_bytes] != info.orig_filename.encode():
-            raise DamagedError(f"the header before {info.filename} is not that of its entry")
-        start += name_bytes + extra_bytes
+        # zipfile has compared this header with its entry: `header` has opened the member.
+        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(self._raw, start)
+        start += _LOCAL_HEADER.size + name_bytes + extra_bytes
         packed = memoryview(self._raw)[start : start + info.compress_size]
         if info.compress_type == zipfile.ZIP_STORED:
             data: bytes | bytearray | memoryview = packed

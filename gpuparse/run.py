@@ -51,6 +51,7 @@ class DatasetRun:
         options: How to go about it.
         pool: What converts.
         store: The store as it is, also where it is to be replaced; None if there is none.
+        earlier: The one whose validation part is kept: the same, or where there is none, that at the URL it goes to.
         results: What became of each source so far.
         failures: Those that failed, and why.
     """
@@ -60,6 +61,7 @@ class DatasetRun:
     options: RunOptions
     pool: TaskPool
     store: Store | None
+    earlier: Store | None
     results: list[CaseResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -99,7 +101,7 @@ class DatasetRun:
         extended = None if self.options.overwrite else self.store
         folders = _folders_of(extended)
         names = sorted({case.name for case in self.cases}.union(folders))
-        val_cases = choose_val_cases(self.target, names, self.store)
+        val_cases = choose_val_cases(self.target, names, self.earlier)
         done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None

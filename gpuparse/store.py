@@ -348,7 +348,7 @@ def read_store(path: Place) -> Store:
     if not isinstance(attributes, dict):
         raise StoreFormatError(
             f"'{path}' is a Zarr group but no gpuparse store (no 'gpuparse' attributes). "
-            "Make one with `gpuparse convert DATA_DIR`."
+            "Make one with `gpuparse convert DATA_DIR`; --overwrite puts it in the place of this one."
         )
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:

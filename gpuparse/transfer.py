@@ -130,11 +130,12 @@ def upload_store(store: Store, target: RemotePath, *, anew: bool = False) -> Tra
     Args:
         store: The local store.
         target: The remote one, such as `s3://bucket/DATASET1/train.zarr`.
-        anew: Send everything, also what is there: its size is all that is known of it.
+        anew: Send everything, also what is there: its size is all that is known of it. Replace whatever is there.
 
     Raises:
         StorageError: Storage fails; the remote store is as it was, and what was sent is kept for the next run.
-        StoreWriteError: Another run is writing it.
+        StoreWriteError: Another run is writing it; or it has cases that the local one has not, and not `anew`.
+        StoreFormatError: It is no store of this version, and not `anew`.
     """
     with Lease(target) as lease:
         return _Upload(store, target, lease, anew).run()
@@ -150,7 +151,7 @@ class _Upload:
 
     def run(self) -> TransferReport:
         """Sends what is missing, publishes it, and removes what is no longer used."""
-        old = self._published()
+        old = self._replaced()
         folders = [self._send_case(self._store.case_path(number), case.name)
                    for number, case in enumerate(self._store.cases)]  # fmt: skip
         index = self._send_index(folders)
@@ -166,16 +167,26 @@ class _Upload:
             self._remove_all_but(kept)
         return TransferReport(self._num_objects, self._num_bytes, self._num_kept)
 
-    def _published(self) -> set[str] | None:
+    def _replaced(self) -> set[str] | None:
         """The folders that the remote store's index in force uses, and its own; None if there is no store."""
-        if _NODE not in self._there:
-            return None
         try:
-            store = read_store(self._target)
-            return {f"cases/{case.folder}" for case in store.cases} | {str(store.attributes["index"])}
+            store = _published(self._target)
+            if store is None:
+                return None
+            cases = store.cases
         except StoreFormatError as error:
-            _LOG.warning("%s is replaced: %s", self._target, error)
+            if not self._anew:
+                raise
+            _LOG.warning("'%s' is replaced: %s", self._target, error)
             return set()
+        lost = sorted({case.name for case in cases} - {case.name for case in self._store.cases})
+        if lost and not self._anew:
+            raise StoreWriteError(
+                f"'{self._target}' has {len(lost)} cases that the store in the work folder has not "
+                f"({', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}). Name the work folder that it was sent "
+                "from (--work-dir), which has them, or bring back their sources. --overwrite drops them."
+            )
+        return {f"cases/{case.folder}" for case in cases} | {str(store.attributes["index"])}
 
     def _send_case(self, folder: Path, name: str) -> str:
         """Sends a case unless it is there; returns its folder's name, which stands for its content."""
@@ -240,6 +251,15 @@ class _Upload:
             _LOG.warning("%s: what is no longer used was not all removed: %s", self._target, error)
 
 
+def _published(target: RemotePath) -> Store | None:
+    """The store that readers see at a URL; None where there is none."""
+    try:
+        (target / _NODE).read_bytes()
+    except FileNotFoundError:
+        return None
+    return read_store(target)
+
+
 class Staging:
     """The local side of a conversion from or to URLs; of one without URLs, the folders as they are.
 
@@ -284,6 +304,30 @@ class Staging:
         if self._source is not None:
             download_sources(self._source, self._data_dir, split=split, datasets=datasets)
         return self._data_dir
+
+    def published(self, dataset: str, store_name: str, *, anew: bool) -> Store | None:
+        """The store at the URL that a conversion would send its own to; None if stores stay here, or there is none.
+
+        Args:
+            dataset: The dataset.
+            store_name: The name of its store.
+            anew: Whatever is there is to be replaced; what cannot be read as a store is none.
+
+        Raises:
+            StoreFormatError: What is there is no store of this version, or damaged, and not `anew`.
+            StorageError: Storage fails.
+        """
+        if self._target is None:
+            return None
+        try:
+            store = _published(self._target / dataset / store_name)
+            if store is not None:
+                _ = store.cases, store.slices
+            return store
+        except StoreFormatError:
+            if anew:
+                return None
+            raise
 
     def send(self, dataset: str, store_path: Path, *, anew: bool) -> None:
         """Sends a store and the report beside it, if stores go to a URL; see `upload_store`."""

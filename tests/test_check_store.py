@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import struct
 import sys
@@ -139,6 +141,16 @@ def test_a_shard_of_another_size(store_path, damage):
     report = gpuparse.check(store_path)
     assert codes(report) == ["GP204"]
     assert str(len(content)) in found(report, "GP204")
+
+
+def test_a_shard_that_cannot_be_read(store_path, monkeypatch):
+    def failing(path, _dtype):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(np, "fromfile", failing)
+    report = gpuparse.check(store_path)
+    assert codes(report) == ["GP204"] * 4  # image and labels of two cases
+    assert "[Errno 5] Input/output error" in report.findings[0].found
 
 
 def test_a_shard_cut_short_is_noticed_without_a_recorded_size(store_path):

@@ -321,6 +321,10 @@ def test_a_disk_that_is_full(stores, tmp_path, monkeypatch):
     with pytest.raises(StoreWriteError, match=r"No space left on device.*Name a folder with room"):
         export_store(stores / "CELLS", tmp_path)
     monkeypatch.undo()
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr("gpuparse.export.replace_folder", full)
+        with pytest.raises(StoreWriteError, match=r"CELLS.*No space left on device.*Name a folder with room"):
+            export_store(stores / "CELLS", tmp_path)
     assert len(export_store(stores / "CELLS", tmp_path).cases) == 1
     monkeypatch.setattr("gpuparse.export.np.savez_compressed", lambda file, **_: full(file, None))
     with pytest.raises(StoreWriteError, match="No space left on device"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -57,6 +59,15 @@ def test_pairs_of_labels_that_are_nothing_but_ids(note_words):
 def test_labels_with_gaps_between_their_voxels_are_refused():
     with pytest.raises(KernelError, match="not C-contiguous"):
         label_pairs(np.zeros((4, 4, 8), np.uint8)[:, :, ::2], (0,))
+
+
+def test_labels_with_too_many_ids_for_memory_are_named(monkeypatch):
+    def find_nothing(*_):
+        return None  # a null pointer
+
+    monkeypatch.setattr("gpuparse.kernels.host_library", lambda: SimpleNamespace(gpuparse_find_pairs=find_nothing))
+    with pytest.raises(MemoryError, match=r"no memory for the ids in the slices of labels of shape \(2, 3, 4\)"):
+        label_pairs(np.zeros((2, 3, 4), np.uint8), (0,))
 
 
 def test_runs_of_slices_and_what_the_reference_zeroes():

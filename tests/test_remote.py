@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,19 @@ def test_a_fault_is_tried_again_with_growing_pauses_until_it_is_an_error(server,
         place.read_bytes()
     assert len(server.requests) == 8
     assert len(pauses) == 6
+
+
+@pytest.mark.parametrize("num_bytes", [None, 4, 6])
+def test_an_answer_of_another_length_is_a_fault(options, monkeypatch, num_bytes):
+    """Lengths that HTTP tells are checked by obstore; this is for what it hands out."""
+    stop = 6 if num_bytes is None else 7
+    meta = {"size": 9, "e_tag": "x", "version": None}
+    answer = SimpleNamespace(range=(2, stop), meta=meta, bytes=lambda: b"01234")
+    obstore = SimpleNamespace(get=lambda *_, **__: answer)
+    monkeypatch.setattr(remote.RemoteSite, "attempt", lambda _site, _url, _what, call: call(obstore, None))
+    place = remote.RemotePath(remote.RemoteSite("s3://bucket", options), "four")
+    with pytest.raises(OSError, match=f"the answer has 5 bytes; expected {num_bytes or 4}"):
+        place._get({}, num_bytes)
 
 
 def test_what_the_server_refuses_is_not_tried_again(server, options):

@@ -225,6 +225,10 @@ def test_a_missing_or_damaged_index_is_named(store_path):
     shutil.rmtree(index / "case_shape")
     with pytest.raises(StoreFormatError, match=r"column 'case_shape' of the slice index is damaged"):
         assert open_store(store_path).cases
+    node = json.loads((index / "zarr.json").read_text())
+    (index / "zarr.json").write_text(json.dumps({**node, "attributes": []}))
+    with pytest.raises(StoreFormatError, match=rf"no readable slice index .*has no attributes\)\. {REMEDY}"):
+        assert open_store(store_path).cases
     shutil.rmtree(index)
     for read in (lambda s: s.slices, lambda s: s.cases):
         with pytest.raises(StoreFormatError, match=rf"train\.zarr' has no readable slice index .*{REMEDY}"):

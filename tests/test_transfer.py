@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -13,10 +14,10 @@ from typer.testing import CliRunner
 import gpuparse
 from gpuparse import lease
 from gpuparse.cli import app
-from gpuparse.errors import InputError, StorageError, StoreWriteError
+from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWriteError
 from gpuparse.lease import Lease
 from gpuparse.read import ChunkReader, SliceKey
-from gpuparse.remote import RemotePath, RemoteSite
+from gpuparse.remote import ObjectVersion, RemotePath, RemoteSite
 
 pytest.importorskip("object_store", reason="needs moto[server]")
 pytest.importorskip("obstore")
@@ -25,9 +26,8 @@ pytest.importorskip("obstore")
 @pytest.fixture
 def convert(options, tmp_path, data_dir):
     def run(source=None, out="s3://bucket/stores", **arguments):
-        return gpuparse.convert(
-            source or data_dir, out_dir=out, work_dir=tmp_path / "work", **{"remote": options, **arguments}
-        )
+        usual = {"work_dir": tmp_path / "work", "remote": options}
+        return gpuparse.convert(source or data_dir, out_dir=out, **usual | arguments)
 
     return run
 
@@ -167,7 +167,7 @@ def test_sources_at_a_url_are_fetched_and_only_what_changed_again(server, option
     assert report.datasets[0].num_kept == 2  # a case whose source is gone stays, as it does locally
 
 
-def test_one_run_at_a_time_and_a_dead_one_gives_way(server, options, convert, write_case, monkeypatch):
+def test_one_run_at_a_time_and_a_dead_one_gives_way(server, options, convert, write_case, monkeypatch, caplog):
     write_case(*volume(1))
     place = RemotePath(RemoteSite("s3://bucket/stores/DATA", options), "train.zarr")
     with Lease(place):
@@ -179,10 +179,31 @@ def test_one_run_at_a_time_and_a_dead_one_gives_way(server, options, convert, wr
         monkeypatch.setattr(lease.time, "time", lambda: late)
         convert()  # its time is over
         assert far_store(options).cases
-        with Lease(place) as other, pytest.raises(StoreWriteError, match=r"paused for so long that another may be"):
-            dead.renew()
-        assert other is not dead
-        dead._etag = ""  # gone for good
+        for holder in (Lease(place), contextlib.nullcontext()):  # one holds it now; one has given it back
+            with holder, pytest.raises(StoreWriteError, match=r"paused for so long that another may be"):
+                dead.renew()
+        other = Lease(place)
+        other.__enter__()
+    # The end of a run that has lost its lock leaves it to the one that has it.
+    assert ".lock was left behind: 's3://bucket/stores/DATA/train.zarr': this run paused for so long" in caplog.text
+    assert "process" in json.loads(server.get("stores/DATA/train.zarr/.lock"))["owner"]
+    other.__exit__(None, None, None)
+    assert not [key for key in server.list_keys() if key.endswith(".lock")]
+
+
+def test_a_lock_that_is_given_back_while_it_is_looked_at_is_taken(server, options, monkeypatch):
+    place = RemotePath(RemoteSite("s3://bucket/stores", options), "train.zarr")
+    server.put("stores/train.zarr/.lock", b'{"owner": "quick", "until_seconds": 9e9}')
+    read_whole = RemotePath.read_whole
+
+    def too_late(self):
+        server.delete("stores/train.zarr/.lock")
+        return read_whole(self)
+
+    monkeypatch.setattr(RemotePath, "read_whole", too_late)
+    with Lease(place):
+        assert b"quick" not in server.get("stores/train.zarr/.lock")
+    assert server.list_keys() == []
 
 
 def test_a_lock_that_says_nothing_is_taken_over(server, options, convert, write_case):
@@ -265,3 +286,127 @@ def test_a_dead_lock_that_another_run_takes_first_is_left_to_it(server, options,
     ):
         pass
     assert b"quick" in server.get("stores/train.zarr/.lock")
+
+
+def test_storage_without_versions_is_warned_of_and_a_dead_lock_there_gives_way(server, options, monkeypatch, caplog):
+    place = RemotePath(RemoteSite("s3://bucket/stores", options), "train.zarr")
+    read_whole, write_new = RemotePath.read_whole, RemotePath.write_new
+
+    def unversioned(self):
+        return read_whole(self)._replace(etag="", generation="")
+
+    def write_unversioned(self, data):
+        write_new(self, data)
+        return ObjectVersion()
+
+    monkeypatch.setattr(RemotePath, "read_whole", unversioned)
+    monkeypatch.setattr(RemotePath, "write_new", write_unversioned)
+    server.put("stores/train.zarr/.lock", b'{"owner": "dead", "until_seconds": 0}')
+    for _ in range(2):  # a dead one's lock is there, and none is
+        caplog.clear()
+        with Lease(place) as held:
+            assert b"process" in server.get("stores/train.zarr/.lock")
+            held.renew()
+        assert "train.zarr/.lock: this storage tells no versions, so nothing keeps two runs apart." in caplog.text
+        assert server.list_keys() == []
+
+
+def test_an_answer_that_got_lost_does_not_make_a_run_wait_for_itself(server, options, monkeypatch):
+    place = RemotePath(RemoteSite("s3://bucket/stores", options), "train.zarr")
+    write_new = RemotePath.write_new
+
+    def write_twice(self, data):
+        write_new(self, data)
+        return write_new(self, data)
+
+    monkeypatch.setattr(RemotePath, "write_new", write_twice)
+    with Lease(place) as held:
+        monkeypatch.setattr(lease, "LEASE_SECONDS", -1)  # so that it is renewed, which needs the object's version
+        held.renew()
+    assert server.list_keys() == []
+
+
+@pytest.mark.parametrize("damage", ["another's", "another version", "no index"])
+def test_what_is_no_store_there_is_replaced_only_if_asked(
+    server, options, convert, write_case, tmp_path, caplog, damage
+):
+    write_case(*volume(1), name="a")
+    if damage == "another's":
+        server.put("stores/DATA/train.zarr/zarr.json", b'{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    else:
+        convert()
+        root = json.loads(server.get("stores/DATA/train.zarr/zarr.json"))
+        root["attributes"]["gpuparse"].update({"format_version": 1} if damage != "no index" else {"index": "index/x"})
+        server.put("stores/DATA/train.zarr/zarr.json", json.dumps(root).encode())
+    message = {
+        "another's": r"is a Zarr group but no gpuparse store .*--overwrite puts it in the place",
+        "another version": r"'train.zarr' has format_version 1; this gpuparse reads 2",
+        "no index": "has no readable slice index",
+    }[damage]
+    there = {key: server.get(key) for key in server.list_keys()}
+    for dry_run in (True, False):
+        with pytest.raises(StoreFormatError, match=message):
+            convert(work_dir=tmp_path / "new", dry_run=dry_run)
+    assert {key: server.get(key) for key in server.list_keys()} == there
+    assert not list((tmp_path / "new").glob("stores-*"))  # refused before anything was converted
+    report = convert(overwrite=True)
+    assert "'s3://bucket/stores/DATA/train.zarr' is replaced: " in caplog.text
+    assert_same_voxels(far_store(options), gpuparse.open_store(report.datasets[0].store_path))
+
+
+def test_a_new_work_dir_without_the_old_sources_drops_no_case(server, options, convert, write_case, tmp_path):
+    paths = [write_case(*volume(ord(name)), name=name) for name in "abcdefgh"]
+    convert()
+    for path in paths[:7]:
+        path.unlink()
+    root = server.get("stores/DATA/train.zarr/zarr.json")
+    with pytest.raises(
+        StoreWriteError,
+        match=r"train\.zarr' has 7 cases that the store in the work folder has not \(a, b, c, d, e, \.\.\.\)\. Name",
+    ):
+        convert(work_dir=tmp_path / "new")
+    assert server.get("stores/DATA/train.zarr/zarr.json") == root
+    convert()  # the old one has them all
+    assert len(far_store(options).cases) == 8
+    convert(work_dir=tmp_path / "new", overwrite=True)
+    assert [case.name for case in far_store(options).cases] == ["h"]
+
+
+def test_a_new_work_dir_keeps_the_validation_part_and_the_level(options, convert, write_case, tmp_path):
+    for name in "abcdefgh":
+        write_case(*volume(ord(name)), name=name)
+    convert(val_split=gpuparse.ValSplit(0.4, seed=3), level="high")
+
+    def decided():
+        store = far_store(options)
+        for_validation = store.slices.case[store.slices.split == 1]
+        return {store.cases[case].name for case in for_validation}, store.attributes["settings"]["level"]
+
+    before = decided()
+    assert len(before[0]) == 3
+    write_case(*volume(1), name="0")  # chosen afresh, the part would be another one
+    for overwrite in (False, True):
+        convert(work_dir=tmp_path / f"new-{overwrite}", overwrite=overwrite)
+        names, level = decided()
+        assert names >= before[0]
+        assert level == "high"
+
+
+def test_what_cannot_be_removed_there_is_told_and_the_store_stands(
+    server, options, convert, write_case, caplog, monkeypatch
+):
+    for seed in range(2):
+        write_case(*volume(seed), name="a")
+        convert()
+    write_case(*volume(2), name="a")  # the case's first version would go now
+    remove = RemotePath.remove
+
+    def refuse_cases(self):
+        if "/cases/" in str(self):
+            raise StorageError("refused")
+        remove(self)
+
+    monkeypatch.setattr(RemotePath, "remove", refuse_cases)
+    report = convert()
+    assert "train.zarr: what is no longer used was not all removed: refused" in caplog.text
+    assert_same_voxels(far_store(options), gpuparse.open_store(report.datasets[0].store_path))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gpuparse.errors import GpuparseError, VolumeFormatError
-from gpuparse.volume import check_name, read_volume
+from gpuparse.volume import check_name, declared_bytes, read_arrays, read_volume
 
 SHAPE = (3, 4, 5)
 
@@ -319,3 +321,16 @@ def test_names_that_belong_to_zarr_are_refused(name):
 def test_a_cases_name_is_checked_before_its_file_is_opened(tmp_path):
     with pytest.raises(VolumeFormatError, match=r"a\.\.b\.npz: case name 'a\.\.b' cannot be used"):
         read_volume(tmp_path / "a..b.npz")
+
+
+@pytest.mark.parametrize("read", [read_volume, declared_bytes, lambda path: read_arrays(path, ["imgs"])])
+def test_a_file_that_goes_or_fails_is_named(write_case, image, monkeypatch, read):
+    path = write_case(image)
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("pathlib.Path.open", failing)
+    monkeypatch.setattr("pathlib.Path.read_bytes", failing)
+    with pytest.raises(VolumeFormatError, match=rf"^{path}: cannot be read: \[Errno 5\] Input/output error$"):
+        read(path)
