@@ -260,6 +260,14 @@ def _published(target: RemotePath) -> Store | None:
     return read_store(target)
 
 
+def _send_report(path: Path, target: RemotePath, store_name: str) -> None:
+    """Sends the report on one store; what is there on others of the dataset stays."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # TypeError: it is no object
+        entries = {**json.loads(target.read_bytes()), store_name: entries[store_name]}
+    target.write(json.dumps(entries).encode())
+
+
 class Staging:
     """The local side of a conversion from or to URLs; of one without URLs, the folders as they are.
 
@@ -335,7 +343,7 @@ class Staging:
             folder = self._target / dataset
             upload_store(open_store(store_path), folder / store_path.name, anew=anew)
             with contextlib.suppress(FileNotFoundError):  # it could not be written, which was said
-                (folder / REPORT_FILE).write((store_path.parent / REPORT_FILE).read_bytes())
+                _send_report(store_path.with_name(REPORT_FILE), folder / REPORT_FILE, store_path.name)
 
 
 def _staged(

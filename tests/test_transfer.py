@@ -372,6 +372,19 @@ def test_a_new_work_dir_without_the_old_sources_drops_no_case(server, options, c
     assert [case.name for case in far_store(options).cases] == ["h"]
 
 
+@pytest.mark.parametrize("garbage", [None, b"", b"[1, 2]", b"\xff"])
+def test_the_report_of_another_store_stays(server, convert, write_case, tmp_path, garbage):
+    write_case(*volume(1), name="a")
+    write_case(*volume(2), name="b", split="val")
+    convert()
+    if garbage is not None:
+        server.put("stores/DATA/report.json", garbage)
+    convert(work_dir=tmp_path / "new", split="val")
+    report = json.loads(server.get("stores/DATA/report.json"))
+    assert sorted(report) == (["train.zarr", "val.zarr"] if garbage is None else ["val.zarr"])
+    assert [file["state"] for entry in report.values() for file in entry["files"]] == ["written"] * len(report)
+
+
 def test_a_new_work_dir_keeps_the_validation_part_and_the_level(options, convert, write_case, tmp_path):
     for name in "abcdefgh":
         write_case(*volume(ord(name)), name=name)
