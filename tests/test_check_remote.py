@@ -158,6 +158,15 @@ def test_a_store_at_a_url_is_repaired_by_sending_it_anew(server, options, data, 
         server.delete(key)
     gpuparse.convert(data, **arguments)
     assert codes(gpuparse.check("s3://bucket/stores", remote=options)) == []
+    (key,) = [key for key in server.list_keys("stores/DATA/train.zarr/index/") if key.endswith("/case_shape/c/0/0")]
+    server.put(key, server.get(key)[:-1])
+    report = gpuparse.check("s3://bucket/stores", remote=options)
+    assert "GP202" in codes(report)
+    assert repair(report).left == (
+        ("s3://bucket/stores/DATA/train.zarr", "it is remote: run the conversion to this URL again with --overwrite."),
+    )
+    gpuparse.convert(data, **arguments, overwrite=True)
+    assert codes(gpuparse.check("s3://bucket/stores", remote=options)) == []
 
 
 def test_the_command_checks_urls_in_processes(server, data, monkeypatch):

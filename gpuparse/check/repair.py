@@ -81,14 +81,11 @@ def repair(
         try:
             if "GP201" in lost:
                 left.append((dataset.path, "its attributes are damaged: convert the dataset again with --overwrite."))
-            elif (lost or broken) and is_url(dataset.path):
-                left += [
-                    (
-                        path,
-                        "it is remote: remove it there, and run the conversion to this URL again, which sends it anew.",
-                    )
-                    for path in broken.values() or [dataset.path]
-                ]
+            elif lost and is_url(dataset.path):
+                left.append((dataset.path, "it is remote: run the conversion to this URL again with --overwrite."))
+            elif broken and is_url(dataset.path):
+                remedy = "it is remote: remove it there, and run the conversion to this URL again, which sends it anew."
+                left += [(path, remedy) for path in broken.values()]
             elif lost or broken:
                 done, not_done = _Repair(dataset.path, source, limit, num_jobs).run(broken)
                 repaired += done
