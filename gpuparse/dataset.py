@@ -142,6 +142,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self._epoch, self._has_warned = torch.zeros(2, dtype=torch.int64).share_memory_().split(1)  # type: ignore[no-untyped-call]
         self._reader = ChunkReader()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for shared in (self._epoch, self._has_warned):  # a copy's, too; what came from another process is already
+            shared.share_memory_()
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from gpuparse.dataset import SliceDataset
 from gpuparse.errors import InputError
 from gpuparse.order import Draws
+from gpuparse.plan import draw_below
 from gpuparse.render import Samples
 from gpuparse.sampling import draw_among
 
@@ -132,6 +133,7 @@ class FlatDataset:
             raise InputError(f"the datasets have img_size {sorted(sizes)}; expected one size for all.")
         self.size: tuple[int, int] = sizes.pop() if sizes else (512, 512)
         self._foreground: dict[int, npt.NDArray[np.int64]] = {}
+        self._members: dict[int, npt.NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return self._root.length
@@ -160,6 +162,23 @@ class FlatDataset:
                 mine = blocks == block
                 numbers[mine] = draw_among(words[mine], members, draws.spans[block], numbers[mine])
         return self._root.locate(numbers)[1]
+
+    def replacements(self, numbers: npt.NDArray[np.int64], words: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Others for some samples, each from the same dataset: labels keep their shape, and a mixture its shares.
+
+        Args:
+            numbers: (n,) the samples.
+            words: (n,) a random number for each.
+        """
+        owners, _ = self._root.locate(numbers)
+        found = np.empty_like(numbers)
+        for part in np.unique(owners).tolist():
+            mine = owners == part
+            if part not in self._members:
+                self._members[part] = np.concatenate([numbers[parts == part] for numbers, parts, _ in self._walk()])
+            members = self._members[part]
+            found[mine] = members[draw_below(words[mine], len(members))]
+        return found
 
     def _numbers_with_a_class(self, part: int) -> npt.NDArray[np.int64]:
         """A part's samples in this list that show a class, ascending; found once, where they are asked for."""

@@ -74,8 +74,8 @@ class DataLoader:
             "host", compressed chunks in the operating system's page cache, one copy for all ranks of a machine; None,
             what the system does by itself.
         cache_gib: Its size: "device" per rank, "host" per machine. Needed with `cache`.
-        on_error: What happens when a slice cannot be read: "raise", or "skip", which puts another in its place, the
-            same one whatever the number of ranks. `report()` lists them.
+        on_error: What happens when a slice cannot be read: "raise", or "skip", which puts another of the same
+            dataset in its place, the same one whatever the number of ranks. `report()` lists them.
         max_failures: Different slices that may be skipped on a rank.
         log_every: Batches between two reports in the log (logger `gpuparse`, level INFO); 0 for none.
         torch_options: Arguments of torch's DataLoader that are left in a configuration: those about worker processes

@@ -27,7 +27,7 @@ from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, Order
 from gpuparse.pack import PackedBatch, pack
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
-from gpuparse.plan import EpochPlan, draw_below, sample_streams
+from gpuparse.plan import EpochPlan, sample_streams
 from gpuparse.read import ChunkReader
 from gpuparse.render import Samples, render_on_host
 from gpuparse.report import FailureLog, Probes, SliceFailure
@@ -303,14 +303,14 @@ class Supply:
         error: SliceReadError,
         attempt: int,
     ) -> Draws:
-        """Other samples for those that failed: a function of seed, epoch, position and attempt alone."""
+        """Others of the same datasets for those that failed: a function of seed, epoch, position and attempt alone."""
         failed = np.array(sorted(error.failed), np.int64)
         for i in failed.tolist():
             name = samples.keys[i].describe()
             self.failures.add(SliceFailure(name, error.failed[i], epoch, int(positions[i])))
         words = sample_streams(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, attempt + 1)
         numbers = draws.numbers.copy()
-        numbers[failed] = draw_below(words[:, attempt], len(self.flat))
+        numbers[failed] = self.flat.replacements(numbers[failed], words[:, attempt])
         return replace(draws, numbers=numbers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 
@@ -126,8 +127,10 @@ def test_worker_processes_make_the_same_items(ct, context):
     assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
 
 
-def test_set_epoch_reaches_persistent_workers(ct):
+@pytest.mark.parametrize("copied", [False, True])
+def test_set_epoch_reaches_persistent_workers(ct, copied):
     dataset = SliceDataset(ct.root_dir)
+    dataset = copy.deepcopy(dataset) if copied else dataset
     loader = torch.utils.data.DataLoader(
         Subset(dataset, [1, 2]), batch_size=None, num_workers=1, persistent_workers=True
     )

@@ -175,6 +175,7 @@ def test_only_slices_that_cannot_be_read_are_replaced(intact, replaced, bad_file
             if original[0] in bad_files:
                 num_replaced += 1
                 assert sample[0] not in bad_files
+                assert sample[0].startswith("case_") == original[0].startswith("case_")  # of the same dataset
             else:
                 assert sample == original
     assert num_replaced >= 6
@@ -315,6 +316,16 @@ def test_a_lost_file_is_named_or_replaced(sample_stores, tmp_path_factory, array
     loader = DataLoader(dataset, batch_size=8, on_error="skip", **OPTIONS)
     assert sum(len(batch["text"]) for batch in loader) == len(dataset)
     assert {re.search(r"case '(\w+)'", f.name)[1] for f in loader.report().failures} == {"case_002"}
+
+
+def test_replacements_fit_labels_of_another_shape_behind_them(damaged, sample_stores):
+    """Batches of datasets whose labels differ may follow one another, as those of validation do."""
+    wider = SliceDataset(sample_stores["SAMPLE_CELLS"].parent, img_size=SIZE, num_prompts=6)
+    bad, good = Subset(damaged, range(20, 60)), Subset(wider, range(40))
+    for seed in range(4):
+        loader = DataLoader(ConcatDataset([bad, good]), 4, on_error="skip", **{**OPTIONS, "seed": seed})
+        assert [batch["labels"].shape[1] for batch in loader] == [4] * 10 + [6] * 10
+        assert loader.report().failures
 
 
 # Threads and operators.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import re
 import sys
 import types
@@ -304,7 +306,7 @@ def test_the_callback_logs_the_report_every_few_steps(data, every, options, line
 
 
 def test_the_callback_refuses_other_loaders_and_steps_below_1(data):
-    with pytest.raises(InputError, match="log_every_n_steps is 0; expected at least 1, or None"):
+    with pytest.raises(InputError, match="log_every_n_steps is 0; expected a whole number of at least 1"):
         LoaderReportCallback(0)
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[LoaderReportCallback()])
     with pytest.raises(InputError, match=r"training loader is DataLoader; expected gpuparse\.DataLoader"):
@@ -352,6 +354,44 @@ def test_options_are_kept_as_they_were_given(data):
     assert dict(datamodule.options) == OPTIONS
     with pytest.raises(TypeError):
         datamodule.options["batch_size"] = 5
+    for copied in (copy.deepcopy(datamodule), pickle.loads(pickle.dumps(datamodule))):  # as ddp_spawn sends it
+        assert dict(copied.options) == OPTIONS
+        assert len(copied.train_dataloader()) == len(datamodule.train_dataloader())
+
+
+@pytest.mark.parametrize("options", [[1, 2], "ab", 3])
+def test_options_are_a_mapping(options):
+    with pytest.raises(
+        InputError, match=r"eval_options is .*; expected keyword arguments of gpuparse\.DataLoader, in a"
+    ):
+        GpuparseDataModule(eval_options=options)
+
+
+def test_printing_makes_no_batch(data, monkeypatch):
+    monkeypatch.setattr(gpuparse.DataLoader, "__iter__", None)
+    datamodule = GpuparseDataModule(data["train"], tuple(data["val"]), options={"batch_size": 2})
+    assert str(datamodule) == (
+        f"GpuparseDataModule(train=[{data['train']!r}], val={data['val']!r}, options={{'batch_size': 2}}, "
+        "eval_options={})"
+    )
+
+
+@pytest.mark.parametrize("convert", ["none", "partial", "all", "object"])
+def test_hydra_makes_it_with_any_kind_of_lists(sample_stores, convert):
+    hydra = pytest.importorskip("hydra")
+    dataset = {"_target_": "gpuparse.SliceDataset", "img_size": [32, 32]}
+    folders = [str(sample_stores[name].parent) for name in ("SAMPLE_CT", "SAMPLE_CELLS")]
+    config = {
+        "_target_": "gpuparse.integrations.lightning.GpuparseDataModule",
+        "_convert_": convert,
+        "val": [{**dataset, "root_dir": folder} for folder in folders],
+        "test": [{**dataset, "root_dir": folders[0], "_partial_": True}],
+        "options": {"batch_size": 3},
+    }
+    datamodule = hydra.utils.instantiate(config)
+    assert [loader.dataset.name for loader in datamodule.val_dataloader()] == ["SAMPLE_CT", "SAMPLE_CELLS"]
+    assert [loader.dataset.name for loader in datamodule.test_dataloader()] == ["SAMPLE_CT"]
+    assert datamodule.options == {"batch_size": 3}
 
 
 @pytest.mark.parametrize(("train", "count"), [(None, 0), (["a", "b"], 2)])

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import Dataset
 
+from gpuparse.arguments import whole_number
 from gpuparse.errors import InputError, MissingDependencyError
 from gpuparse.evaluation.volumes import VolumeDataset
 from gpuparse.loader import DataLoader
@@ -77,7 +78,7 @@ class GpuparseDataModule(_LightningDataModule):
         eval_options: Further ones for validation and test; they go before `options`.
 
     Raises:
-        InputError: An option is not one of the loader's, or data are neither datasets nor functions.
+        InputError: Options are no mapping, one is not the loader's, or data are neither datasets nor functions.
 
     Example:
         >>> datamodule = GpuparseDataModule(
@@ -98,12 +99,28 @@ class GpuparseDataModule(_LightningDataModule):
         eval_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.options = _check_options("options", options)
-        self.eval_options = _check_options("eval_options", eval_options)
+        self._options = _check_options("options", options)
+        self._eval_options = _check_options("eval_options", eval_options)
         given = {"train": train, "val": val, "test": test}
         self._sources = {part: _as_list(part, sources) for part, sources in given.items()}
         self._datasets: dict[str, list[Dataset[Any]]] = {}
         self._place = _Place()
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of all loaders; they cannot change."""
+        return MappingProxyType(self._options)
+
+    @property
+    def eval_options(self) -> Mapping[str, Any]:
+        """Further options of the loaders for validation and test; they cannot change."""
+        return MappingProxyType(self._eval_options)
+
+    def __repr__(self) -> str:
+        data = ", ".join(f"{part}={sources!r}" for part, sources in self._sources.items() if sources)
+        return f"GpuparseDataModule({data}, options={self._options!r}, eval_options={self._eval_options!r})"
+
+    __str__ = __repr__  # Lightning's own would run the loaders to see how long they are
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, for a checkpoint; nothing where there is no training."""
@@ -172,15 +189,13 @@ class LoaderReportCallback(_Callback):
         log_every_n_steps: Optimizer steps from one log to the next; None takes the trainer's `log_every_n_steps`.
 
     Raises:
-        InputError: `log_every_n_steps` is below 1.
+        InputError: `log_every_n_steps` is no whole number of 1 or more.
     """
 
     def __init__(self, log_every_n_steps: int | None = None) -> None:
-        if log_every_n_steps is not None and log_every_n_steps < 1:
-            raise InputError(
-                f"log_every_n_steps is {log_every_n_steps}; expected at least 1, or None for the trainer's own."
-            )
-        self.log_every_n_steps = log_every_n_steps
+        self.log_every_n_steps = (
+            None if log_every_n_steps is None else whole_number("log_every_n_steps", log_every_n_steps, 1)
+        )
         self._last_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -344,7 +359,7 @@ class _EvaluationLoader(DataLoader):
 def _as_list(part: str, sources: Source | Sequence[Source] | None) -> list[Source]:
     if sources is None:
         return []
-    found: list[Any] = list(sources) if isinstance(sources, list | tuple) else [sources]
+    found: list[Any] = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     for source in found:
         if not isinstance(source, Dataset) and not callable(source):
             raise InputError(
@@ -354,8 +369,10 @@ def _as_list(part: str, sources: Source | Sequence[Source] | None) -> list[Sourc
     return found
 
 
-def _check_options(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """A copy that cannot change, of options that the loader has."""
+def _check_options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of options that the loader has."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"{name} is {options!r}; expected keyword arguments of gpuparse.DataLoader, in a mapping.")
     parameters = inspect.signature(DataLoader.__init__).parameters.values()
     known = [p.name for p in parameters if p.name not in _TAKEN and p.kind is not p.VAR_KEYWORD]
     given = dict(options or {})
@@ -366,4 +383,4 @@ def _check_options(name: str, options: Mapping[str, Any] | None) -> Mapping[str,
             f"rank and world_size, which Lightning sets: {', '.join(known)}."
         )
     check_torch_options(unknown, known)
-    return MappingProxyType(given)
+    return given
