@@ -58,8 +58,14 @@ class CaseSettings:
         }
 
     def describe_same_slices(self, recorded: dict[str, Any]) -> bool:
-        """Whether a case written under `recorded` settings means the same, though it may be compressed otherwise."""
-        return {**recorded, "level": self.level} == self.to_json()
+        """Whether a case written under `recorded` settings means the same, though it may be compressed otherwise.
+
+        Classes may have been added since: every id in it was one of those that there were.
+        """
+        now = self.to_json()
+        if not self.prompts.instance_label and set(recorded["class_ids"]) <= set(now["class_ids"]):
+            recorded = {**recorded, "class_ids": now["class_ids"]}
+        return {**recorded, "level": self.level} == now
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from gpuparse.collect import collect
 from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
+from gpuparse.folders import remove_discarded
 from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
 from gpuparse.memory import GIB, default_memory_bytes, gib_to_bytes
@@ -140,6 +141,8 @@ def convert(
             lock = StoreLock(store_path)
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
             with contextlib.nullcontext() if dry_run else lock, _write_errors_told(store_path):
+                if not dry_run:
+                    remove_discarded(store_path.parent, store_path.name)  # a run may have ended while it replaced it
                 store = _open_existing(store_path, overwrite)
                 earlier = store if store is not None else published  # what it has decided is kept
                 settings = CaseSettings(found.prompts, level or _level_of(earlier))

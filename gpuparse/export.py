@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 import uuid
@@ -22,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.catalogue import find_stores
-from gpuparse.encode import encode
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
@@ -30,6 +28,7 @@ from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
 from gpuparse.places import open_place
 from gpuparse.prompts import parse_class_prompts
+from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, view_suffix, write_slices
 from gpuparse.store import Store, open_store
 from gpuparse.urls import check_local
 from gpuparse.volume import read_arrays
@@ -38,12 +37,8 @@ from gpuparse.workers import Died, Task, WorkerPool
 __all__ = ["CaseExport", "ExportReport", "export_store"]
 
 ExportFormat = Literal["png", "npz"]
-SIZE = (512, 512)
 _FORMATS = ("png", "npz")
-_SLICES_AT_ONCE = 16
-_PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}  # Z_RLE, as cv2: it suits slices, and is the fastest
-_WORK_BYTES = _SLICES_AT_ONCE * 8 * SIZE[0] * SIZE[1]
-_MAX_BYTE_ID = 255
+_WORK_BYTES = SLICES_AT_ONCE * 8 * SIZE[0] * SIZE[1]
 _MAX_NAMED = 5
 
 
@@ -123,6 +118,7 @@ def export_store(
     if out_dir is not None:
         check_local(out_dir, "out_dir")
     location = _location(path)
+    _opened.cache_clear()  # the store may have changed since it was exported last
     store = open_store(location)
     if out_dir is None and store.is_remote:
         raise InputError(f"'{location}' is a URL; name the local folder for the files in out_dir (--out).")
@@ -242,7 +238,7 @@ class _PngExport:
             replace_text(settings, self._settings)
 
     def _places(self, axis: int, part: str) -> tuple[Path, Path, Path]:
-        folder = self.target / f"processed{_view(axis)}"
+        folder = self.target / f"processed{view_suffix(axis)}"
         return folder / f"{part}.json", folder / part, folder / f"{part}_mask"
 
     def _done_path(self, number: int) -> Path:
@@ -260,7 +256,7 @@ class _PngExport:
     def write(location: str, number: int, part: str, work: Path, done_path: Path) -> GpuparseError | Literal["written"]:
         """Makes a case's files; runs in a worker."""
         try:
-            summary = _write_pngs(_opened(location), number, part, work)
+            summary = write_slices(_opened(location), number, part, work)
             replace_text(done_path, json.dumps(summary))
         except GpuparseError as error:
             return error
@@ -284,7 +280,12 @@ class _PngExport:
         prompts = self.store.attributes["class_prompts"]
         replace_text(self.work / "publishing", "")
         folders = []
-        for part in sorted(set(self.parts.values())):
+        own = set(self.parts.values())
+        # With all cases written, what an earlier export made of a part that is no more holds cases of the others.
+        ended = (
+            {self.store.split, "val"} - own if self.overwrite and len(self.parts) == len(self.store.cases) else set()
+        )
+        for part in sorted(own | ended):
             views: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
             for number in sorted(n for n, own in self.parts.items() if own == part):
                 for axis, entries in self._summary(number)["views"].items():
@@ -294,75 +295,19 @@ class _PngExport:
                 if self.overwrite:
                     listing.unlink(missing_ok=True)  # it must not list what is about to go
                 for place in places:
-                    made = self.work / f"processed{_view(axis)}" / place.name
+                    made = self.work / f"processed{view_suffix(axis)}" / place.name
                     if made.is_dir():
                         place.parent.mkdir(parents=True, exist_ok=True)
                         replace_folder(made, place)
                     elif self.overwrite and not entries:
                         discard_folder(place)
-                if entries or axis == 0:  # the reference always has that one
+                if entries or (axis == 0 and part in own):  # the reference always has that one
                     for place in (listing.parent, *places):
                         place.mkdir(parents=True, exist_ok=True)
                     replace_text(listing, json.dumps({"class_prompts": prompts, "annotations": entries}, indent=4))
                     folders.append(listing.parent)
         discard_folder(self.work)
         return list(dict.fromkeys(folders))
-
-
-def _view(axis: int) -> str:
-    return f"_view{axis}" if axis else ""
-
-
-def _write_pngs(store: Store, number: int, part: str, work: Path) -> dict[str, Any]:
-    """Makes the PNG files of a case, and what the JSON files are to say of them."""
-    case, info = StoredCase(store, number), store.cases[number]
-    image, ids = case.image(), case.labels()
-    labels = ids.astype(np.uint8)  # as the reference, before it resamples
-    views: dict[int, list[dict[str, Any]]] = {}
-    num_cut = 0
-    for axis in info.axes:
-        folder = work / f"processed{_view(axis)}"
-        for name in (part, f"{part}_mask"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        if ids.dtype != np.uint8:
-            others = tuple(i for i in range(3) if i != axis)
-            num_cut += int((ids.max(axis=others) > _MAX_BYTE_ID).sum())
-        entries = views.setdefault(axis, [])
-        for start in range(0, info.shape[axis], _SLICES_AT_ONCE):
-            positions = range(start, min(start + _SLICES_AT_ONCE, info.shape[axis]))
-            encoded = encode(
-                image, labels, positions=positions, axis=axis, size=SIZE, recipe="reference", num_threads=1
-            )
-            masks: Any = encoded.mask
-            for position, channels, mask in zip(positions, encoded.image, masks, strict=True):
-                name = f"{info.name}{_view(axis)}_{position:03d}.png"
-                # cv2 reads the colours of a file backwards: this is how it gets slice, before, after.
-                _write_png(folder / part / name, np.ascontiguousarray(channels[::-1].transpose(1, 2, 0)))
-                _write_png(folder / f"{part}_mask" / name, mask)
-                entries.append(_annotation(store, name, part, mask))
-    return {"views": views, "num_cut": num_cut}
-
-
-def _annotation(store: Store, name: str, part: str, mask: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    instance_label = store.prompts.instance_label
-    found = np.unique(mask)
-    # The reference drops the lowest id for the background, whether it is or not.
-    class_ids = [1] * bool(found[-1]) if instance_label else [int(i) for i in found[1:]]
-    return {
-        "mask_file": name,
-        "file_name": name,
-        "split": part,
-        "class_ids": class_ids,
-        "instance_label": instance_label,
-    }
-
-
-def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", **_PNG_OPTIONS)
-    path.write_bytes(buffer.getbuffer())
 
 
 class _NpzExport:
@@ -378,9 +323,19 @@ class _NpzExport:
         """Refuses prompts that are other ones, and removes what runs that were killed left.
 
         Raises:
-            InputError: class_prompts.json has another entry for the dataset, or cannot be read.
+            InputError: class_prompts.json has another entry for the dataset, or cannot be read; or a case is there in
+                another part.
         """
         self._prompts()
+        if not self._is_home:  # there, cases of both parts have their sources in one folder
+            for part in {self.store.split, "val"}:
+                for number, own in self.parts.items():
+                    path = self.target / part / f"{self.store.cases[number].name}.npz"
+                    if part != own and path.exists():
+                        raise InputError(
+                            f"'{path}' is of another export: this case belongs to {own}. Remove it, or name another "
+                            "folder with --out."
+                        )
         for part in set(self.parts.values()):
             for leftover in (self.target / part).glob(".*.new"):
                 leftover.unlink(missing_ok=True)
@@ -460,7 +415,10 @@ class _NpzExport:
                 f"'{path}' holds a {type(entries).__name__}; expected an object with an entry per dataset."
             )
         entry = entries.get(self.store.name)
-        is_other = entry is not None and parse_class_prompts(entry, f"{path}: {self.store.name}") != self.store.prompts
+        found, own = self.store.prompts, self.store.prompts
+        if entry is not None:
+            found = parse_class_prompts(entry, f"{path}: {self.store.name}")
+        is_other = found != own or [*found.classes] != [*own.classes]  # the first class stands for all instances
         if is_other and (self._is_home or not self.overwrite):
             remedy = "Name" if self._is_home else "Pass --overwrite to replace them, or name"
             raise InputError(

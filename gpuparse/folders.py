@@ -25,7 +25,7 @@ def replace_folder(source: Path, target: Path) -> None:
     elif _exchange(source, target):
         discard_folder(source)  # it holds the old content now
     else:  # a file system that cannot exchange: for a moment, nothing is at `target`
-        old = _discarded_name(target)
+        old = _other_name(target, "old")
         os.rename(target, old)
         os.rename(source, target)
         shutil.rmtree(old, ignore_errors=True)
@@ -33,12 +33,12 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def discard_folder(folder: Path) -> None:
     """Removes a folder that may not be there. It loses its name first: half of it is never met under that name."""
-    old = _discarded_name(folder)
+    gone = _other_name(folder, "gone")
     try:
-        os.rename(folder, old)
+        os.rename(folder, gone)
     except FileNotFoundError:
         return
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_discarded(parent: Path, name: str) -> None:
@@ -49,6 +49,8 @@ def remove_discarded(parent: Path, name: str) -> None:
         name: Its name, or `*` for every name.
     """
     target = parent / name
+    for gone in parent.glob(f".{name}.*.gone"):  # perhaps half removed: it never gets its name back
+        shutil.rmtree(gone, ignore_errors=True)
     for old in sorted(parent.glob(f".{name}.*.old")):
         if name != "*" and not target.exists():
             os.rename(old, target)  # the run ended between the two renames of a replacement
@@ -70,8 +72,8 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _discarded_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+def _other_name(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{suffix}")
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -84,8 +84,9 @@ def publish(target: PublishTarget, store: Store | None, cases: list[CaseRecord],
     }
     if store is None or not _is_published(store, attributes, cases, val_cases):
         old_folders = set() if store is None else {case.folder for case in store.cases}
-        taken = _folder_names(target.store_path) if store is None else {case.name for case in store.cases}
-        folders = [_settle(case, root_path, taken, is_new=store is None) for case in cases]
+        # What is new in the place of another store may have the name of something that was in it, now or long ago.
+        is_settled = store is not None or not target.store_path.exists()
+        folders = [_settle(case, root_path, is_settled=is_settled) for case in cases]
         columns = _slice_columns(cases, target.split, val_cases.chosen)
         index = f"index/{uuid.uuid4().hex[:12]}"
         incoming = work_path / "incoming" / Path(index).name
@@ -100,7 +101,7 @@ def publish(target: PublishTarget, store: Store | None, cases: list[CaseRecord],
         replace_text(root_path / "zarr.json", json.dumps({**group, "attributes": {"gpuparse": attributes}}))
         # What was in force until now stays: a training run may be reading it.
         _keep_only(root_path / "cases", old_folders.union(folders))
-        _keep_only(root_path / "index", _usable_indexes(root_path / "index", old_folders.union(folders)))
+        _keep_only(root_path / "index", _usable_indexes(root_path / index, old_folders.union(folders)))
     if store is None:
         discard_folder(work_path / "incoming")
         replace_folder(work_path, target.store_path)
@@ -117,7 +118,9 @@ def _is_published(
         # The order of the classes means something: the first stands for all instances, and validation asks in it.
         and list(store.attributes["class_prompts"]) == list(attributes["class_prompts"])
         and [store.path / "cases" / case.folder for case in store.cases] == [Path(case.place) for case in cases]
-        and all(val_cases.chosen[name] == value for name, value in _val_cases_of(store).items())
+        and all(
+            (store.split == "val" or val_cases.chosen[name]) == value for name, value in _val_cases_of(store).items()
+        )
     )
 
 
@@ -126,25 +129,23 @@ def _val_cases_of(store: Store) -> dict[str, bool]:
     return {case.name: number in chosen for number, case in enumerate(store.cases)}
 
 
-def _settle(case: CaseRecord, root_path: Path, taken: set[str], *, is_new: bool) -> str:
+def _settle(case: CaseRecord, root_path: Path, *, is_settled: bool) -> str:
     """Moves a case into the store if it is not there yet; returns its folder's name.
 
     A folder's name is used once, also where a new store takes the place of another: whoever opened that long ago finds
     the folder gone, not another's voxels in it.
+
+    Args:
+        case: The case.
+        root_path: The store, or what will be it.
+        is_settled: Whether a case that lies there already has a name that never stood for other content.
     """
     place = Path(case.place)
-    if place.parent == root_path / "cases" and not (is_new and place.name in taken):
+    if is_settled and place.parent == root_path / "cases":
         return place.name
-    folder = case.name if case.name not in taken else f"{case.name}.{uuid.uuid4().hex[:8]}"
-    replace_folder(place, root_path / "cases" / folder)
+    folder = f"{case.name}.{uuid.uuid4().hex[:8]}"
+    os.rename(place, root_path / "cases" / folder)
     return folder
-
-
-def _folder_names(store_path: Path) -> set[str]:
-    """The folders of the cases of what lies in a store's place, if anything does."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return {entry.name for entry in os.scandir(store_path / "cases")}
-    return set()
 
 
 def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: list[str], folders: list[str]) -> None:
@@ -154,11 +155,11 @@ def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: lis
         write_column(path / name, values)
 
 
-def _usable_indexes(parent: Path, folders: set[str]) -> set[str]:
-    """The newest indexes that name none but `folders`: whoever has opened the store by one of them can go on."""
-    newest = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime_ns, reverse=True)
-    usable = []
-    for path in newest:
+def _usable_indexes(in_force: Path, folders: set[str]) -> set[str]:
+    """The index in force, and the newest that name none but `folders`: whoever opened the store by one can go on."""
+    others = [path for path in in_force.parent.iterdir() if path.is_dir() and path != in_force]
+    usable = [in_force.name]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
             usable += [path.name] if folders.issuperset(attributes["case_folders"]) else []

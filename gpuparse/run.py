@@ -14,7 +14,8 @@ from gpuparse.case import CaseRecord, convert_case, kept_case, stored_case
 from gpuparse.conversion_report import REPORT_FILE, CaseResult, CaseState, DatasetReport, Failure, write_report
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
 from gpuparse.folders import discard_folder, remove_discarded
-from gpuparse.publish import PublishTarget, choose_val_cases, publish
+from gpuparse.prompts import PROMPTS_FILE
+from gpuparse.publish import PublishTarget, ValCases, choose_val_cases, publish
 from gpuparse.source import SourceCase
 from gpuparse.store import Store
 from gpuparse.workers import Died, Task, TaskPool
@@ -69,17 +70,22 @@ class DatasetRun:
         """Converts; returns None where there was nothing to make a store of.
 
         Raises:
-            VolumeFormatError: A source is bad and `on_error` is `stop`.
+            InputError: The split's file or expression does not fit the names; nothing has been written.
+            VolumeFormatError: A source is bad, or a case of the store no longer fits, and `on_error` is `stop`.
             StoreWriteError: A case could not be written.
             OSError: The store could not be written.
         """
         start = time.perf_counter()
         report: DatasetReport | None = None
+        # A case without a source stays: the store may be all that is left of it.
+        folders = _folders_of(None if self.options.overwrite else self.store)
+        names = sorted({case.name for case in self.cases}.union(folders))
+        val_cases = choose_val_cases(self.target, names, self.earlier)
         if self.options.dry_run:
-            return self._rehearse(start)
+            return self._rehearse(start, folders)
         self._clean()
         try:
-            report = self._convert(start)
+            report = self._convert(start, folders, val_cases)
         finally:  # whatever fails here on a full or lost disk, what ended the run is the error to show
             with contextlib.suppress(OSError):
                 if report is None and self.options.overwrite:  # no later run would use what this one wrote
@@ -95,18 +101,18 @@ class DatasetRun:
                     _LOG.warning("%s was not written: %s", self.target.store_path.with_name(REPORT_FILE), error)
         return report
 
-    def _convert(self, start: float) -> DatasetReport | None:
+    def _convert(self, start: float, folders: dict[str, Path], val_cases: ValCases) -> DatasetReport | None:
         for folder in (self.target.work_path, self.target.work_path / "incoming", self.target.work_path / "cases"):
             folder.mkdir(exist_ok=True)
-        extended = None if self.options.overwrite else self.store
-        folders = _folders_of(extended)
-        names = sorted({case.name for case in self.cases}.union(folders))
-        val_cases = choose_val_cases(self.target, names, self.earlier)
+        sources = {case.name for case in self.cases}
+        orphans = self._orphans(folders, sources)
         done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        orphans = self._orphans(folders, {case.name for case in done})
+        failed = {name: folders[name] for name in sources.difference(case.name for case in done).intersection(folders)}
+        orphans += self._orphans(failed, set())
         done += orphans
+        extended = None if self.options.overwrite else self.store
         publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)
         num_kept = sum(case.kept for case in done)
         return DatasetReport(
@@ -115,7 +121,7 @@ class DatasetRun:
             num_written=len(done) - num_kept,
             num_kept=num_kept,
             num_val=sum(val_cases.chosen[case.name] for case in done),
-            without_source=tuple(case.name for case in orphans),
+            without_source=tuple(sorted(case.name for case in orphans)),
             num_slices=sum(case.num_slices for case in done),
             source_bytes=sum(case.source_bytes for case in done),
             raw_bytes=sum(case.raw_bytes for case in done),
@@ -123,8 +129,7 @@ class DatasetRun:
             seconds=time.perf_counter() - start,
         )
 
-    def _rehearse(self, start: float) -> DatasetReport | None:
-        folders = _folders_of(None if self.options.overwrite else self.store)
+    def _rehearse(self, start: float, folders: dict[str, Path]) -> DatasetReport | None:
         kept = self._kept(folders)
         usable = set()
         for case in self.cases:
@@ -138,7 +143,7 @@ class DatasetRun:
             self._tell(case, state)
             if state != "failed":
                 usable.add(case.name)
-        orphans = [name for name in sorted(set(folders) - usable) if stored_case(folders[name], self.target.settings)]
+        orphans = [case.name for case in self._orphans(folders, usable)]
         states = [result.state for result in self.results]
         return DatasetReport(
             name=self.target.name,
@@ -241,15 +246,15 @@ class DatasetRun:
             case = stored_case(folders[name], self.target.settings)
             if case is not None:
                 kept.append(case)
-            else:
-                self.failures.append(
-                    Failure(
-                        folders[name],
-                        f"{folders[name]}: written with other settings, and there is no source to write it again; it "
-                        "left the index. Bring back the source, or the class ids and instance_label it was written "
-                        "with.",
-                    )
-                )
+                continue
+            reason = (
+                f"{folders[name]}: it was written with class ids that {PROMPTS_FILE} no longer has, or with another "
+                "instance_label, or is damaged, and there is no source to write it again. Bring back its source, or "
+                "the prompts; --on-error skip and --overwrite drop it."
+            )
+            self.failures.append(Failure(folders[name], reason))
+            if self.options.on_error == "stop" and not self.options.dry_run:
+                raise VolumeFormatError(reason)
         return kept
 
     def _clean(self) -> None:
@@ -263,9 +268,11 @@ class DatasetRun:
             remove_discarded(root, "*")
             remove_discarded(root / "cases", "*")
             remove_discarded(root / "index", "*")
-        for folder in (store_path.parent, *(root / part for root in (work_path, store_path) for part in ("", "cases"))):
+        parts = (root / part for root in (work_path, store_path) for part in ("", "cases", "index"))
+        for folder in (store_path.parent, *parts):
             for leftover in folder.glob(".*.new"):
-                leftover.unlink(missing_ok=True)
+                if not leftover.is_dir():
+                    leftover.unlink(missing_ok=True)
 
 
 def _folders_of(store: Store | None) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpuparse.errors import VolumeFormatError
-from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_regular, declared_bytes, read_volume
+from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_name, check_regular, declared_bytes, read_volume
 
 __all__ = ["NpzReader", "Reader", "SourceCase", "file_bytes", "find_npz_cases"]
 
@@ -92,6 +92,7 @@ class SourceCase:
         Raises:
             VolumeFormatError: By what the headers say, it is unusable.
         """
+        check_name(self.name, f"{self.path}: case name")
         for path in self.paths:
             check_regular(path)
         return self.reader.declared_bytes(self)

@@ -107,14 +107,15 @@ def assign_splits(
         wanted = min(max(wanted, 1), len(everything) - 1)  # neither part is ever empty; one group is for training
     # Ranked by a hash of their own, so that the choice depends on no order of files.
     open_groups = sorted(everything - set(decided), key=lambda group: (_rank(split.seed, group), group))
-    if split.fraction > 0 and len(everything) == 1:
-        _LOG.warning(
-            "%s: no case is set apart for validation: its %d cases are one group, %r. Look at group_regex "
-            "(--group-regex), or name the cases in a file (--split-file).",
-            dataset, len(groups), next(iter(everything)),
-        )  # fmt: skip
     missing = max(0, wanted - sum(decided.values()))
     chosen = {group for group, value in decided.items() if value} | set(open_groups[:missing])
+    if split.fraction > 0 and len(everything) == 1:
+        _LOG.warning(
+            "%s: %s: its %d cases are one group, %r. Look at group_regex (--group-regex), or name the cases in a file "
+            "(--split-file).",
+            dataset, "no case is left for training" if chosen else "no case is set apart for validation",
+            len(groups), next(iter(everything)),
+        )  # fmt: skip
     return {name: group in chosen for name, group in groups.items()}
 
 

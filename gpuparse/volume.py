@@ -30,6 +30,7 @@ MAX_SIDE = 2**31 - 1
 MAX_VOLUME_BYTES = 16 << 30
 """What image and labels of one case may take by default, uncompressed."""
 _SMALL_BYTES = 1 << 20
+_MAX_NAME_BYTES = 200  # of 255: folders get longer names for a while
 _RELEASE_HINT = "BiomedParse expects npz files with imgs (z,y,x), gts (z,y,x) and spacing (x,y,z)"
 
 
@@ -64,8 +65,8 @@ def check_name(name: str, what: str) -> str:
         what: How the error shall call it, for example `case name`.
 
     Raises:
-        VolumeFormatError: The name is empty, holds a slash, a backslash, `..` or a control character, or starts with
-            characters that Zarr reserves.
+        VolumeFormatError: The name is empty or long, holds a slash, a backslash, `..` or a control character, or starts
+            with characters that Zarr reserves.
     """
     usable = isinstance(name, str) and name.isprintable() and name not in ("", ".")
     if not usable or any(part in name for part in ("..", "/", "\\")):
@@ -75,6 +76,10 @@ def check_name(name: str, what: str) -> str:
         )
     if name.startswith("__") or name == "zarr.json":
         raise VolumeFormatError(f"{what} {name!r} cannot be used: the name is Zarr's own. Rename it.")
+    if (num_bytes := len(os.fsencode(name))) > _MAX_NAME_BYTES:
+        raise VolumeFormatError(
+            f"{what} {name!r} cannot be used: it has {num_bytes} bytes; expected at most {_MAX_NAME_BYTES}. Rename it."
+        )
     return name
 
 

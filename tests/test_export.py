@@ -27,7 +27,7 @@ SIZE = 64
 def small():
     """Smaller files than the reference's, where they are made in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpuparse.export.SIZE", (SIZE, SIZE))
+        patch.setattr("gpuparse.slices_png.SIZE", (SIZE, SIZE))
         yield
 
 
@@ -132,7 +132,7 @@ def test_the_report_counts_cases_and_slices(exported):
 
 @pytest.mark.parametrize("dataset", ["AMOS", "BRATS", "CAMUS"])
 def test_real_slices_are_those_that_the_reference_made(golden_dir, volumes_dir, tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr("gpuparse.export.SIZE", (512, 512))
+    monkeypatch.setattr("gpuparse.slices_png.SIZE", (512, 512))
     gpuparse.convert(volumes_dir, datasets=[dataset], out_dir=tmp_path / "stores")
     export_store(tmp_path / "stores" / dataset, tmp_path)
     with np.load(golden_dir / f"{dataset}.npz", allow_pickle=False) as golden:
@@ -175,7 +175,7 @@ def test_the_references_dataset_trains_on_it(exported):
 
 def test_jobs_make_no_difference(stores, tmp_path, monkeypatch):
     """In other processes, files have their full size."""
-    monkeypatch.setattr("gpuparse.export.SIZE", (512, 512))
+    monkeypatch.setattr("gpuparse.slices_png.SIZE", (512, 512))
     monkeypatch.setattr("gpuparse.workers.WorkerPool.runs_here", lambda self, num_tasks: self.num_jobs == 1)
     for num_jobs in (1, 2):
         export_store(stores / "CELLS" / "train.zarr", tmp_path / str(num_jobs), num_jobs=num_jobs)
@@ -317,7 +317,7 @@ def test_a_disk_that_is_full(stores, tmp_path, monkeypatch):
     def full(path, pixels):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpuparse.export._write_png", full)
+    monkeypatch.setattr("gpuparse.slices_png._write_png", full)
     with pytest.raises(StoreWriteError, match=r"No space left on device.*Name a folder with room"):
         export_store(stores / "CELLS", tmp_path)
     monkeypatch.undo()

@@ -66,6 +66,7 @@ LAYERS = [
     ["sheet"],
     ["preview"],
     ["integrations", "conf"],
+    ["slices_png"],
     ["demo", "doctor", "export"],
     ["bench"],
     ["cli"],

@@ -319,7 +319,7 @@ def test_export_reads_a_remote_store(server, sample_stores, tmp_path, monkeypatc
 
     with pytest.raises(InputError, match=r"'s3://bucket/data/SAMPLE_CT/train\.zarr' is a URL; name the local folder"):
         export_store("s3://bucket/data/SAMPLE_CT")
-    monkeypatch.setattr("gpuparse.export.SIZE", (32, 32))
+    monkeypatch.setattr("gpuparse.slices_png.SIZE", (32, 32))
     for kind in ("png", "npz"):
         export_store("s3://bucket/data/SAMPLE_CT", tmp_path / "far", format=kind)
         export_store(sample_stores["SAMPLE_CT"], tmp_path / "near", format=kind)

@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpuparse.arrays import LEVELS
 from gpuparse.check.case import CaseTask, check_case
 from gpuparse.check.findings import CheckReport, Place
 from gpuparse.check.store import opened_store
+from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.memory import GIB, gib_to_bytes
@@ -134,7 +136,7 @@ class _Repair:
             if broken:
                 self._convert_cases(data_dir, [Path(paths[name]) for name in sources])
                 return [paths[name] for name in sources], left
-            self._convert_store(data_dir)
+            self._convert(data_dir, self.num_jobs, overwrite=True)
             return [str(self.store.path)], left
 
     def _all_cases(self) -> dict[str, str]:
@@ -167,28 +169,28 @@ class _Repair:
         try:
             for folder in folders:
                 _unsettle(folder / "zarr.json", saved)
-            self._convert(data_dir, self.store.path.parent.parent, len(folders))
+            self._convert(data_dir, len(folders), overwrite=False)
         except BaseException:
             for path, content in saved.items():
                 _replace(path, content)
             raise
 
-    def _convert_store(self, data_dir: Path) -> None:
-        """Makes the store anew beside the damaged one and puts it in its place."""
-        path = self.store.path
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".repair-") as temporary:
-            self._convert(data_dir, Path(temporary), self.num_jobs)
-            os.rename(path, Path(temporary, "damaged"))
-            os.rename(Path(temporary, self.store.name, path.name), path)
-
-    def _convert(self, data_dir: Path, out_dir: Path, max_jobs: int) -> None:
+    def _convert(self, data_dir: Path, max_jobs: int, *, overwrite: bool) -> None:
+        level = self.store.attributes.get("settings", {}).get("level")
+        report = self.store.path.with_name(REPORT_FILE)
+        said = report.read_bytes() if report.is_file() else None
         try:
             convert(
-                data_dir, out_dir=out_dir, split=self.store.split, num_jobs=min(self.num_jobs, max_jobs),
+                data_dir, out_dir=self.store.path.parent.parent, split=self.store.split, overwrite=overwrite,
+                level=level if level in LEVELS else None, num_jobs=min(self.num_jobs, max_jobs),
                 max_volume_gib=self.limit / GIB,
             )  # fmt: skip
         finally:
             opened_store.cache_clear()
+            if said is not None:  # of the dataset's own files, not of links to some of them
+                _replace(report, said)
+            else:
+                report.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ def count_voxels(
     ]
     total: Counter[int] = Counter()
     num_ids = num_done = 0
+    _opened.cache_clear()  # the store may have changed since it was counted last
     with WorkerPool(num_jobs, None) as pool:
         tasks = [Task((str(store.place), remote if store.is_remote else None, part)) for part in parts]
         for part, result in zip(parts, pool.run(_count, tasks, here=pool.runs_here(len(parts))), strict=True):
