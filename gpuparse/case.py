@@ -207,7 +207,7 @@ def _kept_in(case: SourceCase, folder: Path, settings: CaseSettings, may_hash: b
         return None
     try:
         stamp, source = case.stamp(), summary["source"]
-        if summary["settings"] != settings.to_json() or source.get("reader", {}) != case.reader.settings:
+        if summary["settings"]["level"] != settings.level or source.get("reader", {}) != case.reader.settings:
             return None
         if summary["name"] != case.name or stamp["bytes"] != source["bytes"]:
             return None

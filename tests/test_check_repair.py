@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -131,13 +132,34 @@ def break_index(store_path: Path) -> None:
 
 
 def test_a_damaged_index_is_made_anew(make_store, data_dir):
-    store_path = make_store()
-    undamaged, cases = voxels(store_path), open_store(store_path).cases
+    store_path = make_store(level="high")
+    undamaged, before = voxels(store_path), open_store(store_path)
+    folders = {case.folder for case in before.cases}
+    report = store_path.with_name("report.json").read_bytes()
     break_index(store_path)
     outcome = repair(gpuparse.check(store_path), source=data_dir)
     assert outcome.repaired == (str(store_path),)
     assert codes(gpuparse.check(store_path)) == []
-    assert (voxels(store_path), open_store(store_path).cases) == (undamaged, cases)
+    after = open_store(store_path)
+    assert [dataclasses.replace(case, folder="") for case in after.cases] == [
+        dataclasses.replace(case, folder="") for case in before.cases
+    ]
+    assert voxels(store_path) == undamaged
+    assert folders.isdisjoint(case.folder for case in after.cases)  # whoever has it open reads no others
+    assert after.attributes["settings"] == before.attributes["settings"]
+    assert store_path.with_name("report.json").read_bytes() == report
+
+
+def test_a_case_that_could_not_stay_stops_the_repair_of_others(make_store, data_dir):
+    store_path = make_store()
+    for name in ("a", "b"):
+        (store_path / "cases" / name / "zarr.json").write_text("garbage")
+    (data_dir / "DATA" / "train" / "a.npz").unlink()
+    before = all_bytes(store_path)
+    outcome = repair(gpuparse.check(store_path), source=data_dir)
+    assert outcome.repaired == ()
+    assert "a.npz is not in" in outcome.left[0][1] or "cases/a: it was written with" in outcome.left[0][1]
+    assert all_bytes(store_path) == before
 
 
 @pytest.mark.parametrize("hindrance", ["validation part", "source gone", "root", "renamed"])

@@ -95,12 +95,12 @@ def test_cases_that_lost_their_source_are_named(two_cases, data_dir, tmp_path):
     assert (report.datasets[0].without_source, report.datasets[0].num_cases) == ((), 1)
 
 
-def test_a_case_without_source_that_fits_no_more_is_reported(two_cases, data_dir):
+def test_a_case_without_source_that_fits_no_more_is_reported_and_may_be_left_out(two_cases, data_dir):
     (data_dir / "DATA/train/b.npz").unlink()
     (data_dir / "class_prompts.json").write_text(json.dumps({"DATA": {"1": ["one"], "instance_label": 0}}))
-    report = gpuparse.convert(data_dir)
+    report = gpuparse.convert(data_dir, on_error="skip")
     assert [c.name for c in open_store(two_cases.path).cases] == ["a"]
-    assert "written with other settings, and there is no source to write it again" in report.failures[0].reason
+    assert "class ids that class_prompts.json no longer has" in report.failures[0].reason
 
 
 def test_touched_sources_are_read_side_by_side_to_find_out(write_case, data_dir):
@@ -198,7 +198,9 @@ def test_a_relative_folder_stays_relative_and_keeps_its_cases(two_cases, data_di
     assert files_below(two_cases.path) == before  # nothing has changed, so nothing was published
     write_case(np.zeros((2, 8, 8)), name="c")
     assert states_of("data")[0] == {"a": "kept", "b": "kept", "c": "written"}
-    assert [case.folder for case in open_store("data/DATA/train.zarr").cases] == ["a", "b", "c"]
+    folders = [case.folder for case in open_store("data/DATA/train.zarr").cases]
+    assert folders[:2] == ["a", "b"]
+    assert re.fullmatch(r"c\.[0-9a-f]{8}", folders[2])  # a `c` may have been there long ago
     assert str(tmp_path) not in (data_dir / "DATA/report.json").read_text()
     assert gpuparse.info("data").stores[0].path == "data/DATA/train.zarr"
 
