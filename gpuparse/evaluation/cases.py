@@ -16,17 +16,16 @@ import numpy.typing as npt
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
 from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
+from gpuparse.evaluation.entries import Entries, PromptSource
 from gpuparse.npz import NpzFile
 from gpuparse.places import Place, open_place
-from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
 from gpuparse.remote import RemoteOptions, RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, read_store, split_code
 from gpuparse.urls import is_url
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
 
 __all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]
-
-PromptSource = str | os.PathLike[str] | Mapping[str, Any] | None
 
 _SPLITS = ("train", "val", "test")  # the usual ones; there may be others
 _DEFAULT_SPLIT = "test"
@@ -289,7 +288,7 @@ def find_cases(
         raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
     dataset_dir = Path(os.path.abspath(folder)).parent
     called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
-    entries = _Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
+    entries = Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
     images = sorted(folder.glob("*.npz"))
     labels_dir = _labels_folder(folder)
     if labels_dir is None and not _holds_labels(images[0]):
@@ -465,32 +464,3 @@ def _holds_labels(path: Path) -> bool:
             return "gts" in NpzFile(file).keys
     except (OSError, zipfile.BadZipFile):
         return True  # reading the case will say what is wrong with the file
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """Prompts by dataset, or by what the names of cases begin with."""
-
-    data: Mapping[str, Any]
-    where: str
-    called: tuple[str, ...]  # what the dataset is called: as the user said, and as its folder is
-
-    @classmethod
-    def load(cls, source: PromptSource, called: tuple[str, ...], places: Sequence[Path]) -> _Entries:
-        if isinstance(source, Mapping):
-            data = {called[0]: source} if "instance_label" in source else {str(k): v for k, v in source.items()}
-            return cls(data, "prompts", called)
-        path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
-        return cls(load_class_prompts(path), str(path), called)
-
-    def of_case(self, case: str) -> tuple[ClassPrompts, str | None]:
-        """The case's classes, and the entry's key where it was found by the case's name."""
-        of_dataset = [name for name in self.called if name in self.data]
-        fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
-        key = of_dataset[0] if of_dataset else max(fitting, key=len, default=None)
-        if key is None:
-            raise InputError(
-                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; "
-                f"it has {', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
-            )
-        return parse_class_prompts(self.data[key], f"{self.where}, {key!r}"), None if of_dataset else key

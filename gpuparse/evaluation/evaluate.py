@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from gpuparse.arguments import whole_number
 from gpuparse.errors import GpuparseError, InputError
-from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
+from gpuparse.evaluation.cases import CaseSet, EvaluationCase, find_case_sets
+from gpuparse.evaluation.entries import PromptSource
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
