@@ -236,6 +236,16 @@ def test_the_plot_shows_every_case_of_every_class(folders, tmp_path):
         save_plot(report, tmp_path / "plot.jpg")
 
 
+def test_a_report_is_saved_under_any_kind_of_name(folders, tmp_path):
+    report = evaluate(*folders[:2])
+    report.save(str(tmp_path / "s.csv"))
+    report.save(tmp_path / "s.json")
+    assert (tmp_path / "s.csv").read_text() == report.to_csv()
+    assert json.loads((tmp_path / "s.json").read_text()) == report.to_json()
+    with pytest.raises(InputError, match=r"path is None; expected the name of a file"):
+        report.save(None)
+
+
 def test_prompts_are_drawn_as_they_are_and_not_as_formulas(folders, tmp_path):
     pred, data, _ = folders
     prompts = {"ORGANS": {"1": "liver $x_{ and $5", "2": "$a$", "instance_label": 0}}
