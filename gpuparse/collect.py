@@ -17,7 +17,7 @@ from gpuparse.foreign import ForeignFormat, find_cases, find_files, find_folders
 from gpuparse.pairs import FolderLayout
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.proposal import write_proposal
-from gpuparse.source import NpzReader, SourceCase, file_bytes, find_npz_cases
+from gpuparse.source import NpzReader, SourceCase, file_bytes, find_npz_cases, has_npz
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
 
 __all__ = ["Collected", "case_sizes", "collect", "detect_format", "find_datasets"]
@@ -145,7 +145,7 @@ def _folders(data_dir: Path, split: str, foreign: ForeignFormat | None) -> dict[
         return find_folders(data_dir, foreign, split)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
-    return {p.name: p for p in sorted(data_dir.iterdir()) if p.is_dir() and any((p / split).glob("*.npz"))}
+    return {p.name: p for p in sorted(data_dir.iterdir()) if p.is_dir() and has_npz(p / split)}
 
 
 def _chosen(
@@ -177,7 +177,7 @@ def _chosen(
         )
     if not names:
         remedy = f"Expected DATASETn/{split}/*.npz; other formats are named with --format."
-        if any((data_dir / split).glob("*.npz")):
+        if has_npz(data_dir / split):
             alone = f"--dataset {data_dir.resolve().name}"
             remedy = f"It is a dataset itself: name the folder that it is in, with {alone} for it alone."
         raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. {remedy}")

@@ -15,7 +15,16 @@ from typing import Any, Protocol
 from gpuparse.errors import VolumeFormatError
 from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_name, check_regular, declared_bytes, read_volume
 
-__all__ = ["NpzReader", "Reader", "SourceCase", "file_bytes", "find_npz_cases"]
+__all__ = [
+    "NpzReader",
+    "Reader",
+    "SourceCase",
+    "file_bytes",
+    "find_npz_cases",
+    "has_npz",
+    "is_npz_name",
+    "npz_names",
+]
 
 _HASH_PIECE_BYTES = 1 << 22
 
@@ -150,9 +159,27 @@ class NpzReader:
 
 def find_npz_cases(folder: Path, reader: Reader) -> tuple[SourceCase, ...]:
     """The npz files of a folder as cases, by name."""
+    return tuple(SourceCase(path.stem, (path,), reader) for path in (folder / name for name in npz_names(folder)))
+
+
+def is_npz_name(name: str) -> bool:
+    """Whether a file of that name is a case: hidden ones, such as macOS puts into archives (`._x.npz`), are none."""
+    return name.endswith(".npz") and not name.startswith(".")
+
+
+def npz_names(folder: Path) -> list[str]:
+    """Names of the npz files of a folder, sorted, hidden ones left out.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
     # Names are sorted, not paths: of 10^5 files that is seconds.
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".npz"))
-    return tuple(SourceCase(path.stem, (path,), reader) for path in (folder / name for name in names))
+    return sorted(filter(is_npz_name, os.listdir(folder)))
+
+
+def has_npz(folder: Path) -> bool:
+    """Whether there are npz files in a folder that may not exist, hidden ones not counted."""
+    return any(is_npz_name(path.name) for path in folder.glob("*.npz"))
 
 
 def file_bytes(path: Path) -> int:

@@ -189,7 +189,7 @@ def test_a_split_cannot_leave_the_folder(data_dir, tmp_path, split):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["a..b", "..", "__init__", "a\\b", "new\nline", "zarr.json"])
+@pytest.mark.parametrize("name", ["a..b", "__init__", "a\\b", "new\nline", "zarr.json"])
 def test_a_file_name_that_is_no_case_name_is_refused(data_dir, tmp_path, name):
     write_prompts(data_dir)
     bad_file(data_dir, (save, "", ""), name=name)

@@ -245,6 +245,13 @@ def test_a_folder_that_cannot_be_read_is_a_finding_or_refused(write_case, data_d
         gpuparse.check(data_dir)
 
 
+def test_hidden_files_are_no_cases(write_case, data_dir):
+    path = write_case(good_image(), good_labels())
+    path.with_name("._case.npz").write_bytes(b"\0\5\x16\7 what macOS keeps of a file")
+    for place in (data_dir, path.parent):
+        assert gpuparse.check(place).findings == gpuparse.check(path).findings
+
+
 def test_datasets_and_codes_can_be_chosen(write_case, data_dir):
     write_case(good_image(), good_labels(), dataset="A")
     write_case(good_image(seed=1), dataset="B")

@@ -234,6 +234,18 @@ def test_datasets_are_converted_by_name_or_all_that_have_volumes(write_case, dat
     assert open_store(val.store_path).slices.split.tolist() == [1, 1, 1]
 
 
+def test_hidden_files_are_no_cases(write_case, data_dir):
+    path = write_case(np.zeros((3, 8, 8), np.uint8), dataset="A")
+    (data_dir / "B/train").mkdir(parents=True)
+    for folder in (path.parent, data_dir / "B/train"):
+        (folder / "._case.npz").write_bytes(b"\0\5\x16\7 what macOS keeps of a file")
+    assert find_datasets(data_dir) == ["A"]
+    (report,) = gpuparse.convert(data_dir).datasets
+    assert [case.name for case in open_store(report.store_path).cases] == ["case"]
+    with pytest.raises(InputError, match=r"B: no folder in it has npz files in train/\. Expected DATASETn"):
+        gpuparse.convert(data_dir / "B")
+
+
 def test_two_processes_write_the_same_store_as_one(write_case, data_dir, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(5):

@@ -203,8 +203,9 @@ def test_what_cannot_be_evaluated_is_refused(folders, tmp_path):
         evaluate(pred, None)
     with pytest.raises(InputError, match=r"options is \{'min_iou': 1\}; expected gpuparse\.evaluation\.MetricOptions"):
         evaluate(pred, data, options={"min_iou": 1})
-    with pytest.raises(InputError, match=r"datasets is 'ORGANS'; expected a list of names"):
-        evaluate(pred, data, datasets="ORGANS")
+    for datasets, shown in (("ORGANS", "'ORGANS'"), (5, "5"), ([5], r"\[5\]"), ([["ORGANS"]], r"\[\['ORGANS'\]\]")):
+        with pytest.raises(InputError, match=rf"datasets is {shown}; expected a list of names"):
+            evaluate(pred, data, datasets=datasets)
     write_nifti(pred / "ORGANS/a.nii", np.zeros((3, 12, 10), np.uint8), (1, 1, 1))
     with pytest.raises(InputError, match=r"several predictions for case 'a': a\.npz, a\.nii\. Keep one"):
         evaluate(pred, data)
@@ -233,6 +234,16 @@ def test_the_plot_shows_every_case_of_every_class(folders, tmp_path):
         assert (tmp_path / f"plot{suffix}").read_bytes().startswith(magic)
     with pytest.raises(InputError, match=r"plot\.jpg: expected a name that ends in \.png, \.pdf, \.svg"):
         save_plot(report, tmp_path / "plot.jpg")
+
+
+def test_a_report_is_saved_under_any_kind_of_name(folders, tmp_path):
+    report = evaluate(*folders[:2])
+    report.save(str(tmp_path / "s.csv"))
+    report.save(tmp_path / "s.json")
+    assert (tmp_path / "s.csv").read_text() == report.to_csv()
+    assert json.loads((tmp_path / "s.json").read_text()) == report.to_json()
+    with pytest.raises(InputError, match=r"path is None; expected the name of a file"):
+        report.save(None)
 
 
 def test_prompts_are_drawn_as_they_are_and_not_as_formulas(folders, tmp_path):

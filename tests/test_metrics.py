@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gpuparse.errors import InputError, MissingDependencyError
-from gpuparse.evaluation import MetricOptions, score_case
+from gpuparse.evaluation import EvaluationReport, MetricOptions, score_case
 from gpuparse.evaluation.metrics import count_instances
 from gpuparse.prompts import parse_class_prompts
 
@@ -170,6 +172,22 @@ def test_components_are_the_instances_as_in_the_reference():
     many[..., ::2] = 1
     assert count_instances(many, many).f1 == 1.0  # more than 255 components
     assert count_instances(many, many).num_predicted == 600
+
+
+def test_byte_order_does_not_matter():
+    labels = np.zeros((2, 4, 6), np.uint16)
+    labels[:, :, :2], labels[:, :, 4:] = 300, 70
+    foreign = labels.astype(">u2")
+    assert count_instances(foreign, foreign) == count_instances(labels, labels)
+    assert count_instances(foreign, (labels > 0).astype(">i4")).f1 == 1.0
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2), np.int64(1), 1])
+def test_numbers_of_any_kind_are_kept_as_pythons(number):
+    options = MetricOptions(tolerance_mm=number, min_iou=number)
+    assert [type(options.tolerance_mm), type(options.min_iou)] == [float, float]
+    assert json.loads(json.dumps(EvaluationReport(options, (), {}).to_json()))["options"] == {
+        "tolerance_mm": float(number), "min_iou": float(number), "instances": "components"}  # fmt: skip
 
 
 def test_instance_cases_have_f1_and_the_foregrounds_dice():

@@ -74,8 +74,12 @@ def test_what_cannot_be_restored_is_refused():
     with pytest.raises(InputError, match=r"prediction is list of shape \(\)"):
         restore([[1]], geometry)
     thing = type("Thing", (), {"shape": (4, 8, 8)})()
-    with pytest.raises(InputError, match=r"prediction is Thing; expected a torch tensor, numpy or CuPy array"):
+    with pytest.raises(InputError, match=r"prediction is Thing \(no tensor\); expected a dense torch tensor, numpy or"):
         restore(thing, geometry)
+    with pytest.raises(InputError, match=r"prediction is Tensor \(torch\.sparse_coo\); expected a dense torch tensor"):
+        restore(torch.zeros(4, 8, 8).to_sparse(), geometry)
+    with pytest.raises(InputError, match=r"prediction is a masked array, .* Pass prediction\.filled\(0\)"):
+        restore(np.ma.masked_less(np.ones((4, 8, 8)), 0), geometry)
     with pytest.raises(InputError, match=r"no 'axis' among pad_width, padded_size; expected an item"):
         restore(np.zeros((4, 8, 8)), {k: v for k, v in item.items() if k != "axis"})
     with pytest.raises(InputError, match=r"meta is None; expected an item of VolumeDataset, or the geometry of one"):
@@ -86,6 +90,9 @@ def test_what_cannot_be_restored_is_refused():
         restore(np.zeros((4, 8, 8)), {**item, "padded_size": torch.tensor([6, 6])})
     with pytest.raises(InputError, match=r"padded_size is 6\.5; expected 1 whole number"):
         restore(np.zeros((4, 8, 8)), {**item, "padded_size": 6.5})
+    for padding, shown in ((None, "None"), ([[0, 0], [0], [0, 1]], r"\[\[0, 0\], \[0\], \[0, 1\]\]")):
+        with pytest.raises(InputError, match=rf"pad_width is {shown}; expected 6 whole numbers, those of one volume"):
+            restore(np.zeros((4, 8, 8)), {**item, "pad_width": padding})
     for padding in ([[0, 0], [3, 3], [0, 0]], [[0, 0], [-1, 0], [0, 0]], [[1, 0], [0, 0], [0, 0]]):
         with pytest.raises(InputError, match=r"pad_width is \[.*\] at padded_size 6; expected"):
             restore(np.zeros((4, 8, 8)), {**item, "pad_width": padding})

@@ -383,6 +383,33 @@ def test_test_sets_of_a_folder(tmp_path):
         find_case_sets(tmp_path / "nowhere")
 
 
+def test_hidden_files_are_no_cases_and_no_stores(tmp_path):
+    for masks in ("test_mask", None):
+        name = "PAIRS" if masks else "ALONE"
+        write_set(tmp_path / name, masks=masks, prompts=None)
+        (tmp_path / name / "test/._a.npz").write_bytes(b"\0\5\x16\7 what macOS keeps of a file")
+        assert [case.name for case in find_cases(tmp_path / name, prompts=PROMPTS).cases] == ["a", "b"]
+    (tmp_path / "._fold1.zarr").touch()
+    (tmp_path / "NONE/test").mkdir(parents=True)
+    (tmp_path / "NONE/test/._a.npz").touch()
+    assert [s.name for s in find_case_sets(tmp_path, prompts=PROMPTS)] == ["ALONE", "PAIRS"]
+
+
+def test_two_stores_of_one_dataset_side_by_side_are_not_mixed(tmp_path):
+    for fold in ("fold1", "fold2"):
+        write_set(tmp_path / fold / "D", masks=None, cases=(fold,))
+        gpuparse.convert(tmp_path / fold, out_dir=tmp_path / fold / "out", split="test")
+        shutil.copytree(tmp_path / fold / "out/D/test.zarr", tmp_path / f"both/{fold}.zarr")
+        shutil.copytree(tmp_path / fold / "out/D/test.zarr", tmp_path / f"apart/{fold}/test.zarr")
+    with pytest.raises(InputError, match=r"both: fold1\.zarr and fold2\.zarr are both dataset 'D'.* Name one of the "):
+        find_case_sets(tmp_path / "both")
+    (one,) = find_case_sets(tmp_path / "both", datasets=["fold2.zarr"])
+    assert (one.name, [case.name for case in one.cases]) == ("D", ["fold2"])
+    assert [c.name for c in find_case_sets(tmp_path / "both/fold1.zarr")[0].cases] == ["fold1"]
+    sets = find_case_sets(tmp_path / "apart")  # as the message proposes
+    assert [(s.name, [case.name for case in s.cases]) for s in sets] == [("fold1", ["fold1"]), ("fold2", ["fold2"])]
+
+
 def test_hydra_makes_a_list_of_test_sets_by_the_references_arguments(tmp_path):
     hydra = pytest.importorskip("hydra")
     for name in ("ONE", "TWO"):

@@ -13,6 +13,7 @@ import torch
 import zarr
 from ome_zarr_models.v05 import Image, ImageLabel
 from oracle import files_below
+from scipy.spatial.transform import Rotation
 
 import gpuparse
 from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
@@ -58,6 +59,39 @@ def test_nifti_with_an_affine_of_its_own_is_turned_back_when_read(tmp_path):
     assert np.allclose(nibabel.load(path).affine, affine)
     assert np.allclose(nibabel.load(path).header.get_qform(), affine, atol=1e-5)
     assert np.array_equal(read_prediction(path), IDS.transpose(0, 2, 1)[:, ::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(40000, 1, 1), (1, 1, 40000), (2, 33000, 1)])
+def test_long_volumes_become_nifti_2(tmp_path, shape):
+    ids = np.arange(np.prod(shape), dtype=np.uint32).reshape(shape)
+    path = write_nifti(tmp_path / "case.nii.gz", ids, (1, 2, 3))
+    image = nibabel.load(path)
+    assert isinstance(image, nibabel.Nifti2Image)
+    assert image.shape == shape[::-1]
+    assert np.array_equal(read_prediction(path), ids)
+
+
+@pytest.mark.parametrize("degrees", [45, 45 - 1e-7, 45 + 3e-8, 44.9, 135])
+@pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (2, 1.3, 0.7)])
+@pytest.mark.parametrize("axis", "xyz")
+def test_nifti_of_volumes_between_two_orientations_is_read_as_written(tmp_path, axis, spacing_mm, degrees):
+    affine = np.eye(4)
+    rotation = Rotation.from_euler(axis, degrees, degrees=True).as_matrix()
+    affine[:3, :3] = rotation @ np.diag([-1, -1, 1]) @ np.diag(spacing_mm[::-1])
+    path = write_nifti(tmp_path / "case.nii", IDS, spacing_mm, affine)
+    image = nibabel.load(path)
+    assert np.allclose(image.get_sform(), affine)
+    assert np.allclose(image.get_qform(), affine)
+    assert isinstance(image, nibabel.Nifti1Image) or degrees != 44.9
+    assert int(image.header["qform_code"]) == 1 or degrees != 44.9
+    assert np.array_equal(read_prediction(path, affine), IDS)
+
+
+def test_a_prediction_that_does_not_say_how_it_lies_is_refused(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(IDS.T.astype(np.uint8), None), tmp_path / "case.nii")
+    with pytest.raises(VolumeFormatError, match=r"case\.nii: neither .* told apart\. Write predictions w") as error:
+        read_prediction(tmp_path / "case.nii")
+    assert "orientation" not in str(error.value)  # which evaluation has no argument for
 
 
 @pytest.fixture
@@ -134,15 +168,26 @@ def test_what_is_no_prediction_is_refused_and_nothing_is_left(tmp_path, store):
         write_npz(tmp_path / "case.npz", IDS + 0.5)
     with pytest.raises(InputError, match=r"spacing_mm is \(1, 1, 0\); expected three millimetre values \(z, y, x\)"):
         write_nifti(tmp_path / "case.nii", IDS, (1, 1, 0))
-    with pytest.raises(InputError, match=r"the affine has shape \(4, 4\) and voxels of \(1\.0, 1\.0, 1\.0\) mm"):
+    with pytest.raises(InputError, match=r"the affine has voxels of \(1\.0, 1\.0, 1\.0\) mm .*; expected spacing_mm"):
         write_nifti(tmp_path / "case.nii", IDS, (5, 1, 1), np.eye(4))
-    with pytest.raises(InputError, match=r"the affine has shape \(3, 3\)"):
-        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), np.eye(3))
+    nowhere, projected, flat = np.eye(4), np.eye(4), np.eye(4)
+    nowhere[0, 3], projected[3, 0], flat[:3, :3] = np.inf, 1, np.diag([1, 1, 0]) + np.eye(3, k=1)
+    for affine in (np.eye(3), "LPS", nowhere, nowhere * np.nan, projected, projected.T * 2, flat, np.eye(4) * (1 + 0j)):
+        with pytest.raises(InputError, match=r"case\.nii: affine_ras_mm is .*; expected \(4, 4\) real numbers that"):
+            write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), affine)
+    with pytest.raises(InputError, match=r"affine_ras_mm is \[\[-1e-50, .*; expected \(4, 4\) real numbers that give"):
+        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1e-50))
     for spacing_mm, shown in ((None, "None"), (1.0, r"1\.0"), ("abc", "'abc'"), ((1, 1), r"\(1, 1\)")):
         with pytest.raises(InputError, match=rf"spacing_mm is {shown}; expected three millimetre values \(z, y, x\)"):
             write_nifti(tmp_path / "case.nii", IDS, spacing_mm)
-    with pytest.raises(InputError, match=r"the affine has shape \(0,\)"):
-        write_nifti(tmp_path / "case.nii", IDS, (1, 1, 1), "LPS")
+    for ids, shown in (([[[1, 2], [3]]], "list"), (torch.ones(2, 3, 4).to_sparse(), "Tensor"), ({}, "dict")):
+        with pytest.raises(InputError, match=rf"case\.npz: prediction is {shown}; expected ids .* an array or a dense"):
+            write_npz(tmp_path / "case.npz", ids)
+    with pytest.raises(InputError, match=r"prediction is a masked array; expected ids .* Pass prediction\.filled\(0\)"):
+        write_npz(tmp_path / "case.npz", np.ma.masked_less(IDS, 5))
+    for path, shown in ((None, "None"), (5, "5"), (b"x.npz", r"b'x\.npz'")):
+        with pytest.raises(InputError, match=rf"path is {shown}; expected the name of a file"):
+            write_npz(path, IDS)
     assert not list(tmp_path.glob("*case*"))
     before = files_below(store.path)
     with pytest.raises(InputError, match=r"cannot add label image 'x' to case 'c': it has 2 cases and none of that"):

@@ -14,6 +14,7 @@ from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.remote import RemoteOptions, RemotePath
+from gpuparse.source import is_npz_name
 from gpuparse.urls import is_url
 
 __all__ = ["Target", "find_targets"]
@@ -148,7 +149,7 @@ def _absolute(path: Place) -> Place:
 
 
 def _npz_files(folder: Place, names: Sequence[str]) -> tuple[Place, ...]:
-    return tuple(folder / name for name in names if name.endswith(".npz"))
+    return tuple(folder / name for name in names if is_npz_name(name))
 
 
 def _is_store(path: Place) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,17 +16,17 @@ import numpy.typing as npt
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
 from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
+from gpuparse.evaluation.entries import Entries, PromptSource
 from gpuparse.npz import NpzFile
 from gpuparse.places import Place, open_place
-from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
+from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
 from gpuparse.remote import RemoteOptions, RemotePath
+from gpuparse.source import has_npz, npz_names
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, read_store, split_code
 from gpuparse.urls import is_url
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
 
 __all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]
-
-PromptSource = str | os.PathLike[str] | Mapping[str, Any] | None
 
 _SPLITS = ("train", "val", "test")  # the usual ones; there may be others
 _DEFAULT_SPLIT = "test"
@@ -289,8 +289,8 @@ def find_cases(
         raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
     dataset_dir = Path(os.path.abspath(folder)).parent
     called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
-    entries = _Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
-    images = sorted(folder.glob("*.npz"))
+    entries = Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
+    images = [folder / name for name in npz_names(folder)]
     labels_dir = _labels_folder(folder)
     if labels_dir is None and not _holds_labels(images[0]):
         raise InputError(
@@ -330,11 +330,12 @@ def find_case_sets(
         remote: How a URL is read; None takes the defaults.
 
     Raises:
-        InputError: There is none, or one asked for is not there.
+        InputError: There is none, one asked for is not there, or two have one name.
         StorageError: Remote storage fails.
     """
     _check_arguments(data_dir=data_dir, split=split, prompts=prompts)
-    if isinstance(datasets, str):
+    is_list = isinstance(datasets, Collection) and not isinstance(datasets, str)
+    if datasets is not None and not (is_list and all(isinstance(name, str) for name in datasets)):
         raise InputError(f"datasets is {datasets!r}; expected a list of names.")
     root = open_place(data_dir, remote) if is_url(data_dir) or remote is not None else Path(data_dir)
     if isinstance(root, Path) and not root.is_dir():
@@ -346,7 +347,8 @@ def find_case_sets(
             )
         return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
     split = split or _DEFAULT_SPLIT
-    folders = sorted(root.iterdir()) if isinstance(root, Path) else [root / name for name in _list_folders(root)]
+    names = os.listdir(root) if isinstance(root, Path) else _list_folders(root)
+    folders = [root / name for name in sorted(names) if not name.startswith(".")]
     found = {path.name: path for path in folders if _has_cases(path, split) and not _is_other_split(path, split)}
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
@@ -355,7 +357,22 @@ def find_case_sets(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
             f"{', '.join(found) or 'none'}. Choose another split (--split), or for each of them {_LAYOUTS}."
         )
-    return tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
+    sets = tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
+    _check_names_differ(root, chosen, sets)
+    return sets
+
+
+def _check_names_differ(root: Place, chosen: Sequence[str], sets: Sequence[CaseSet]) -> None:
+    """Stores side by side are called as their datasets, and may be of one: parts of a cross-validation, for example."""
+    known: dict[str, str] = {}
+    for folder, case_set in zip(chosen, sets, strict=True):
+        other = known.setdefault(case_set.name, folder)
+        if other != folder:
+            raise InputError(
+                f"{root}: {other} and {folder} are both dataset {case_set.name!r}, and predictions and scores are told "
+                f"apart by that name alone. Name one of the two, {root / other}, or move each to a folder of its own, "
+                f"NAME/{case_set.split}.zarr, by which it is called then."
+            )
 
 
 def _list_folders(root: Place) -> list[str]:
@@ -382,7 +399,7 @@ def _has_cases(root: Place, split: str | None) -> bool:
 
 
 def _images_folder(root: Path, split: str | None) -> Path | None:
-    return next((f for f in (root, root / (split or _DEFAULT_SPLIT), root / "imgs") if any(f.glob("*.npz"))), None)
+    return next((f for f in (root, root / (split or _DEFAULT_SPLIT), root / "imgs") if has_npz(f)), None)
 
 
 def _is_other_split(folder: Place, split: str) -> bool:
@@ -395,7 +412,7 @@ def _is_other_split(folder: Place, split: str) -> bool:
     name = folder.name
     for suffix in _MASK_SUFFIXES:
         name = name.removesuffix(suffix)
-    return name in _SPLITS and isinstance(folder, Path) and any(folder.glob("*.npz"))
+    return name in _SPLITS and isinstance(folder, Path) and has_npz(folder)
 
 
 def _find_store(root: Place, split: str | None) -> Place | None:
@@ -465,32 +482,3 @@ def _holds_labels(path: Path) -> bool:
             return "gts" in NpzFile(file).keys
     except (OSError, zipfile.BadZipFile):
         return True  # reading the case will say what is wrong with the file
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """Prompts by dataset, or by what the names of cases begin with."""
-
-    data: Mapping[str, Any]
-    where: str
-    called: tuple[str, ...]  # what the dataset is called: as the user said, and as its folder is
-
-    @classmethod
-    def load(cls, source: PromptSource, called: tuple[str, ...], places: Sequence[Path]) -> _Entries:
-        if isinstance(source, Mapping):
-            data = {called[0]: source} if "instance_label" in source else {str(k): v for k, v in source.items()}
-            return cls(data, "prompts", called)
-        path = Path(source) if source is not None else next((p for p in places if p.is_file()), places[-1])
-        return cls(load_class_prompts(path), str(path), called)
-
-    def of_case(self, case: str) -> tuple[ClassPrompts, str | None]:
-        """The case's classes, and the entry's key where it was found by the case's name."""
-        of_dataset = [name for name in self.called if name in self.data]
-        fitting = [key for key in self.data if case == key or case.startswith(f"{key}_")]
-        key = of_dataset[0] if of_dataset else max(fitting, key=len, default=None)
-        if key is None:
-            raise InputError(
-                f"{self.where}: no entry for dataset {self.called[0]!r}, nor one that case {case!r} begins with; "
-                f"it has {', '.join(self.data) or 'none'}. Add one, or pass the file that has it (prompts, --prompts)."
-            )
-        return parse_class_prompts(self.data[key], f"{self.where}, {key!r}"), None if of_dataset else key

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arguments import whole_number
-from gpuparse.errors import GpuparseError, InputError
-from gpuparse.evaluation.cases import CaseSet, EvaluationCase, PromptSource, find_case_sets
+from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
+from gpuparse.evaluation.cases import CaseSet, EvaluationCase, find_case_sets
+from gpuparse.evaluation.entries import PromptSource
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.report import EvaluationReport
 from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
@@ -202,7 +203,13 @@ def read_prediction(
     """
     if path.suffix == ".npz":
         return as_narrow_labels(path, read_arrays(path, ["segs"])["segs"], "segs")
-    scan = reorient(read_nifti(path), "LPS" if affine_ras_mm is None else orientation_of(affine_ras_mm))
+    scan = read_nifti(path)
+    if scan.lost is not None:
+        raise VolumeFormatError(
+            f"{path}: {scan.lost}, so left and right cannot be told apart. Write predictions with "
+            "gpuparse.evaluation.write_nifti, or copy sform and qform from the image that they are of."
+        )
+    scan = reorient(scan, "LPS" if affine_ras_mm is None else orientation_of(affine_ras_mm))
     slope, intercept = scan.rescale
     values = scan.values.T if scan.rescale == (1.0, 0.0) else scan.values.T * slope + intercept
     return as_narrow_labels(path, values, "prediction")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuparse.arguments import whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.views import view_geometry
 
@@ -92,7 +93,8 @@ def _numbers(item: Mapping[str, Any], key: str, count: int) -> list[int]:
         )
     value = item[key]
     nested = value.tolist() if hasattr(value, "tolist") else value  # a tensor may be on a GPU
-    flat = np.asarray(nested).reshape(-1)
-    if flat.size != count or flat.dtype.kind not in "iu":
-        raise InputError(f"{key} is {nested}; expected {count} whole number{'s' * (count > 1)}, those of one volume.")
+    expected = f"{count} whole number{'s' * (count > 1)}, those of one volume"
+    flat = whole_numbers(key, nested, expected).reshape(-1)
+    if flat.size != count:
+        raise InputError(f"{key} is {nested}; expected {expected}.")
     return [int(n) for n in flat]

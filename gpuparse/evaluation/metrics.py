@@ -34,6 +34,8 @@ class MetricOptions:
             one id that touch with a face; parts that do not touch are instances of their own, and a prediction with one
             value beside 0 is taken apart likewise. `ids` takes each id as one instance, in labels and prediction.
 
+    Numbers of numpy become Python's.
+
     Raises:
         InputError: A value is out of range.
     """
@@ -49,6 +51,8 @@ class MetricOptions:
             raise InputError(f"min_iou is {self.min_iou!r}; expected above 0, at most 1.")
         if self.instances not in ("components", "ids"):
             raise InputError(f"instances is {self.instances!r}; expected 'components' (default) or 'ids'.")
+        for name in ("tolerance_mm", "min_iou"):  # as JSON has them
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,8 @@ def _components(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Voxels of one id that touch with a face."""
     import cc3d
 
-    writable = np.require(ids, requirements=("C", "W"))  # cc3d takes no other, though it only reads
+    # cc3d takes no others, though it only reads.
+    writable = np.require(ids, ids.dtype.newbyteorder("="), ("C", "W"))
     components: npt.NDArray[Any] = cc3d.connected_components(writable, connectivity=6)
     return components
 

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions
-from gpuparse.evaluation.write import replace_file
+from gpuparse.evaluation.write import as_path, replace_file
 
 __all__ = ["ClassSummary", "DatasetSummary", "EvaluationReport", "METRICS", "Statistic"]
 
@@ -157,8 +157,13 @@ class EvaluationReport:
         nulled: dict[str, Any] = _nan_to_none(data)
         return nulled
 
-    def save(self, path: Path) -> None:
-        """Writes the report, whole or not at all: as JSON where the name ends in .json, else as CSV."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report, whole or not at all: as JSON where the name ends in .json, else as CSV.
+
+        Raises:
+            InputError: It cannot be written there.
+        """
+        path = as_path(path)
         text = json.dumps(self.to_json(), indent=1) + "\n" if path.suffix == ".json" else self.to_csv()
         replace_file(path, text.encode())
 

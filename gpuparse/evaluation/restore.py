@@ -31,7 +31,7 @@ def restore(prediction: Any, meta: PreparedGeometry | Mapping[str, Any]) -> Any:
         (z, y, x), or (num_prompts, z, y, x), at native size; contiguous, of the same type, dtype and device.
 
     Raises:
-        InputError: `prediction` has another rank or is not square, or `meta` lacks what is needed.
+        InputError: `prediction` has another rank or is not square or has a mask, or `meta` lacks what is needed.
 
     >>> import numpy as np
     >>> restore(np.zeros((19, 512, 512), np.uint8), PreparedGeometry.of_shape((19, 551, 669))).shape
@@ -44,6 +44,8 @@ def restore(prediction: Any, meta: PreparedGeometry | Mapping[str, Any]) -> Any:
             f"prediction is {type(prediction).__name__} of shape {shape}; expected (slices, size, size) or "
             "(prompts, slices, size, size), without the batch axis."
         )
+    if isinstance(prediction, np.ma.MaskedArray):
+        raise InputError("prediction is a masked array, whose mask would be lost. Pass prediction.filled(0).")
     nearest = nearest_table(int(shape[-1]), geometry.padded_size)
     (above, below), (left, right) = geometry.pad_width[1:]
     rows = nearest[above : geometry.padded_size - below]
@@ -57,8 +59,9 @@ def restore(prediction: Any, meta: PreparedGeometry | Mapping[str, Any]) -> Any:
             return _gather(cupy, prediction, cupy.asarray(rows), cupy.asarray(columns), geometry.axis)
     import torch
 
-    if not isinstance(prediction, torch.Tensor):
-        raise InputError(f"prediction is {type(prediction).__name__}; expected a torch tensor, numpy or CuPy array.")
+    if not isinstance(prediction, torch.Tensor) or prediction.layout != torch.strided:
+        kind = f"{type(prediction).__name__} ({getattr(prediction, 'layout', 'no tensor')})"
+        raise InputError(f"prediction is {kind}; expected a dense torch tensor, numpy or CuPy array.")
     taken = prediction
     for axis, index in ((-2, rows), (-1, columns)):
         taken = taken.index_select(axis, torch.tensor(index, device=prediction.device))

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import reprlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,16 @@ from gpuparse.arrays import serial_blosc, write_group, write_voxels
 from gpuparse.errors import InputError, StoreWriteError
 from gpuparse.folders import replace_folder
 from gpuparse.optional import import_optional
+from gpuparse.scan import orientation_of
 from gpuparse.store import LABELS_PATH, Store, shard_shape
 from gpuparse.volume import as_narrow_labels, check_name
 
-__all__ = ["check_can_write", "replace_file", "write_label_image", "write_nifti", "write_npz"]
+__all__ = ["as_path", "check_can_write", "replace_file", "write_label_image", "write_nifti", "write_npz"]
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+_MAX_NIFTI1_SIDE = 32767  # its header has 16 bits for each
+_LEAST_VOLUME = 1e-6  # of a voxel, relative to its sides: what the reader asks for
 
 
 def write_npz(path: str | os.PathLike[str], prediction: Any) -> Path:
@@ -67,10 +72,13 @@ def write_nifti(
             SimpleITK would write them), from the origin.
 
     Returns:
-        The path. sform and qform are both set.
+        The path. sform and qform are both set; where axes lie at 45 degrees, so that rounding lets the two name
+        different orientations, the sform alone. The file is NIfTI-1, or NIfTI-2 where that cannot hold it: more than
+        32767 voxels along an axis, or an orientation that changes when the affine is rounded to float32.
 
     Raises:
-        InputError: The prediction is no volume of ids, the affine does not fit the spacing, or the name ends otherwise.
+        InputError: The prediction is no volume of ids, the affine is none or does not fit the spacing, or the name ends
+            otherwise.
         MissingDependencyError: nibabel is not installed.
     """
     path = _named(path, ".nii.gz", ".nii")
@@ -78,20 +86,23 @@ def write_nifti(
     spacing = _as_floats(spacing_mm)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise InputError(f"{path}: spacing_mm is {spacing_mm!r}; expected three millimetre values (z, y, x).")
-    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
-    if affine_ras_mm is not None:
-        affine = _as_floats(affine_ras_mm)
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)[::-1] if affine.shape == (4, 4) else np.zeros(3)
-        if not np.allclose(sizes, spacing, rtol=1e-3):
-            raise InputError(
-                f"{path}: the affine has shape {affine.shape} and voxels of {tuple(sizes.tolist())} mm (z, y, x); "
-                f"expected (4, 4) and spacing_mm, {tuple(spacing.tolist())}."
-            )
+    lps = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
+    affine = _as_affine(path, lps if affine_ras_mm is None else affine_ras_mm)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
+    if not np.allclose(sizes, spacing, rtol=1e-3):
+        raise InputError(
+            f"{path}: the affine has voxels of {tuple(sizes.tolist())} mm (z, y, x); expected spacing_mm, "
+            f"{tuple(spacing.tolist())}."
+        )
     nibabel = import_optional("nibabel", "to write NIfTI", "formats")
-    image = nibabel.Nifti1Image(ids.T, affine)
+    rounded = affine.astype(np.float32).astype(np.float64)
+    fits = max(ids.shape) <= _MAX_NIFTI1_SIDE and orientation_of(rounded) == orientation_of(affine)
+    image = (nibabel.Nifti1Image if fits else nibabel.Nifti2Image)(ids.T, affine)
     image.header.set_xyzt_units("mm")
     for set_form in (image.set_sform, image.set_qform):
         set_form(affine, code="scanner")
+    if orientation_of(image.get_qform()) != orientation_of(image.get_sform()):
+        image.set_qform(affine, code="unknown")  # readers that see two orientations trust neither
     with _replacing(path) as temporary:
         nibabel.save(image, temporary)
     return path
@@ -200,8 +211,19 @@ def _beside(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """The file that a user names.
+
+    Raises:
+        InputError: It is no name.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {path!r}; expected the name of a file.")
+    return Path(path)
+
+
 def _named(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    named = Path(path)
+    named = as_path(path)
     if not any(named.name.endswith(s) and len(named.name) > len(s) for s in suffixes):
         raise InputError(
             f"{named}: expected a name that ends in {' or '.join(suffixes)}, such as case_001{suffixes[0]}."
@@ -210,21 +232,48 @@ def _named(path: str | os.PathLike[str], *suffixes: str) -> Path:
 
 
 def _as_floats(values: Any) -> npt.NDArray[np.float64]:
-    """An array of numbers; an empty one where they are none."""
+    """An array of real numbers; an empty one where they are none."""
     try:
-        return np.asarray(values, np.float64)
+        array = np.asarray(values)
+        return np.empty(0) if array.dtype.kind == "c" else array.astype(np.float64)
     except (TypeError, ValueError):
         return np.empty(0)
 
 
+def _as_affine(where: Path, values: Any) -> npt.NDArray[np.float64]:
+    """An affine that can be read back from a file, whose numbers are float32."""
+    affine = _as_floats(values)
+    with np.errstate(over="ignore"):
+        stored = affine.astype(np.float32).astype(np.float64)
+    usable = stored.shape == (4, 4) and np.isfinite(stored).all() and stored[3].tolist() == [0, 0, 0, 1]
+    if usable:
+        volume_mm3 = abs(np.linalg.det(stored[:3, :3]))
+        usable = volume_mm3 > _LEAST_VOLUME * np.prod(np.linalg.norm(stored[:3, :3], axis=0))
+    if not usable:
+        raise InputError(
+            f"{where}: affine_ras_mm is {reprlib.repr(affine.tolist() or values)}; expected (4, 4) real numbers that "
+            "give voxels a volume and a place, with a last row of 0, 0, 0, 1."
+        )
+    return affine
+
+
 def _as_ids(where: Path, prediction: Any) -> Ids:
-    if hasattr(prediction, "detach"):  # a tensor
-        prediction = prediction.detach().cpu()
-        if prediction.is_floating_point() and prediction.element_size() < 4:  # numpy has no bfloat16
-            prediction = prediction.float()
-    elif hasattr(prediction, "get") and not isinstance(prediction, np.ndarray):  # a CuPy array
-        prediction = prediction.get()
-    prediction = np.asarray(prediction)
+    if isinstance(prediction, np.ma.MaskedArray):
+        raise InputError(f"{where}: prediction is a masked array; expected ids (z, y, x). Pass prediction.filled(0).")
+    given = prediction
+    try:
+        if hasattr(prediction, "detach"):  # a tensor
+            prediction = prediction.detach().cpu()
+            if prediction.is_floating_point() and prediction.element_size() < 4:  # numpy has no bfloat16
+                prediction = prediction.float()
+        elif hasattr(prediction, "get") and not isinstance(prediction, np.ndarray):  # a CuPy array
+            prediction = prediction.get()
+        prediction = np.asarray(prediction)
+    except (TypeError, ValueError) as error:  # rows of different lengths, a sparse tensor
+        raise InputError(
+            f"{where}: prediction is {type(given).__name__}; expected ids (z, y, x), an array or a dense tensor "
+            f"({error})."
+        ) from error
     if prediction.ndim != 3 or prediction.size == 0 or prediction.dtype.kind not in "buif":
         raise InputError(
             f"{where}: prediction is {prediction.dtype} of shape {prediction.shape}; expected ids (z, y, x). "
