@@ -247,14 +247,14 @@ class DatasetRun:
             if case is not None:
                 kept.append(case)
                 continue
-            reason = (
+            error = VolumeFormatError(
                 f"{folders[name]}: it was written with class ids that {PROMPTS_FILE} no longer has, or with another "
                 "instance_label, or is damaged, and there is no source to write it again. Bring back its source, or "
                 "the prompts; --on-error skip and --overwrite drop it."
             )
-            self.failures.append(Failure(folders[name], reason))
+            self.failures.append(Failure(folders[name], str(error)))
             if self.options.on_error == "stop" and not self.options.dry_run:
-                raise VolumeFormatError(reason)
+                raise error
         return kept
 
     def _clean(self) -> None:
