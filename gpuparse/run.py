@@ -104,13 +104,12 @@ class DatasetRun:
     def _convert(self, start: float, folders: dict[str, Path], val_cases: ValCases) -> DatasetReport | None:
         for folder in (self.target.work_path, self.target.work_path / "incoming", self.target.work_path / "cases"):
             folder.mkdir(exist_ok=True)
-        sources = {case.name for case in self.cases}
-        orphans = self._orphans(folders, sources)
+        if self.options.on_error == "stop":  # ended by one that fits no more before any work is done
+            self._orphans(folders, {case.name for case in self.cases})
         done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        failed = {name: folders[name] for name in sources.difference(case.name for case in done).intersection(folders)}
-        orphans += self._orphans(failed, set())
+        orphans = self._orphans(folders, {case.name for case in done})
         done += orphans
         extended = None if self.options.overwrite else self.store
         publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)
@@ -121,7 +120,7 @@ class DatasetRun:
             num_written=len(done) - num_kept,
             num_kept=num_kept,
             num_val=sum(val_cases.chosen[case.name] for case in done),
-            without_source=tuple(sorted(case.name for case in orphans)),
+            without_source=tuple(case.name for case in orphans),
             num_slices=sum(case.num_slices for case in done),
             source_bytes=sum(case.source_bytes for case in done),
             raw_bytes=sum(case.raw_bytes for case in done),
