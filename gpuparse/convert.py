@@ -144,7 +144,7 @@ def convert(
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
             with contextlib.nullcontext() if dry_run else lock, _write_errors_told(store_path):
                 store = _open_existing(store_path, overwrite)
-                # What is at the URL has decided, unless that is what this folder sent before it went on.
+                # What others published at the URL decides; what was sent from here may be older than the store here.
                 is_own = store is not None and (published is None or staging.is_own(published, store_path))
                 earlier = store if is_own else published
                 settings = CaseSettings(found.prompts, level or _level_of(earlier))
