@@ -20,7 +20,7 @@ from gpuparse.proposal import write_proposal
 from gpuparse.source import NpzReader, SourceCase, file_bytes, find_npz_cases, has_npz
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
 
-__all__ = ["Collected", "case_sizes", "collect", "detect_format", "find_datasets"]
+__all__ = ["Collected", "case_sizes", "collect", "dataset_names", "detect_format", "find_datasets"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,19 @@ def collect(
     ]
 
 
+def dataset_names(datasets: Iterable[str]) -> list[str]:
+    """The names of datasets that somebody asks for, each once.
+
+    Raises:
+        InputError: It is no list, or holds what is no name.
+    """
+    if isinstance(datasets, str):
+        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
+    if not isinstance(datasets, Iterable):
+        raise InputError(f"datasets is {datasets!r}; expected a list of names, or None for all.")
+    return list(dict.fromkeys(check_name(name, "dataset name") for name in datasets))
+
+
 @contextlib.contextmanager
 def _read_errors_told(data_dir: str | os.PathLike[str]) -> Iterator[None]:
     try:
@@ -152,14 +165,11 @@ def _chosen(
     data_dir: Path, datasets: Sequence[str] | None, split: str, foreign: ForeignFormat | None
 ) -> dict[str, Path]:
     check_name(split, "split")
-    if isinstance(datasets, str):
-        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
-    if datasets is not None and not isinstance(datasets, Iterable):
-        raise InputError(f"datasets is {datasets!r}; expected a list of names, or None for all.")
+    datasets = None if datasets is None else dataset_names(datasets)
     found = _folders(data_dir, split, foreign)
     if foreign is not None and datasets is not None:  # a folder of datasets may itself look like one
         found |= {name: data_dir / name for name in datasets if name not in found and (data_dir / name).is_dir()}
-    names = list(dict.fromkeys(datasets)) if datasets is not None else list(found)
+    names = datasets if datasets is not None else list(found)
     for name in names:
         check_name(name, f"{data_dir}: dataset name")
     absent = [name for name in names if name not in found]

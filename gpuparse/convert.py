@@ -17,7 +17,7 @@ from gpuparse.arguments import whole_number
 from gpuparse.arrays import LEVELS, Level
 from gpuparse.case import CaseSettings
 from gpuparse.cluster import DaskPool
-from gpuparse.collect import collect
+from gpuparse.collect import collect, dataset_names
 from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
@@ -32,7 +32,7 @@ from gpuparse.splits import ValSplit
 from gpuparse.store import Store, read_store
 from gpuparse.transfer import Staging
 from gpuparse.urls import is_url
-from gpuparse.volume import MAX_VOLUME_BYTES
+from gpuparse.volume import MAX_VOLUME_BYTES, check_name
 from gpuparse.workers import TaskPool, WorkerPool
 
 __all__ = ["CaseResult", "ConversionReport", "DatasetReport", "Failure", "convert"]
@@ -116,7 +116,10 @@ def convert(
     num_jobs = whole_number("num_jobs", num_jobs, 1)
     memory_bytes = None if memory_gib is None else gib_to_bytes("memory_gib", memory_gib)
     max_bytes = gib_to_bytes("max_volume_gib", max_volume_gib)
-    for what, value, kind in (("val_split", val_split, ValSplit), ("foreign", foreign, ForeignFormat)):
+    datasets = None if datasets is None else dataset_names(datasets)
+    check_name(split, "split")
+    for what, value, kind in (("val_split", val_split, ValSplit), ("foreign", foreign, ForeignFormat),
+                              ("remote", remote, RemoteOptions)):  # fmt: skip
         if value is not None and not isinstance(value, kind):
             raise InputError(f"{what} is {value!r}; expected gpuparse.{kind.__name__}(...) or None.")
     if val_split is not None and split != "train":
@@ -144,7 +147,9 @@ def convert(
                 if not dry_run:
                     remove_discarded(store_path.parent, store_path.name)  # a run may have ended while it replaced it
                 store = _open_existing(store_path, overwrite)
-                earlier = store if store is not None else published  # what it has decided is kept
+                # What others published at the URL decides; what was sent from here may be older than the store here.
+                is_own = store is not None and (published is None or staging.is_own(published, store_path))
+                earlier = store if is_own else published
                 settings = CaseSettings(found.prompts, level or _level_of(earlier))
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
                 run = DatasetRun(target, found.cases, options, pool, store, earlier)

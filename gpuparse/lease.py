@@ -7,6 +7,7 @@ conditional put, which only one of several can win. So is one that a process of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -43,10 +44,11 @@ class Lease:
         self._owner = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
         self._process = _process()
         self._version = ObjectVersion()
-        self._until = 0.0
+        self._until = self._renew_at_seconds = 0.0
 
     def _content(self) -> bytes:
         self._until = time.time() + LEASE_SECONDS
+        self._renew_at_seconds = time.monotonic() + LEASE_SECONDS / 2
         content = {"owner": self._owner, "until_seconds": self._until, "process": self._process}
         return json.dumps(content).encode()
 
@@ -90,6 +92,11 @@ class Lease:
             data = self._content()
             self._version = self.place.write_over(data, version) if any(version) else self._rewrite(data)
         except StorageError as lost:
+            with contextlib.suppress(StorageError, FileNotFoundError):
+                holder, _, version = self._holder()
+                if holder == self._owner:  # the answer got lost
+                    self._version = version
+                    return
             raise StoreWriteError(
                 f"'{self._store}': the lock of a run that died ({owner}) cannot be taken over: {lost} If no other "
                 f"conversion is running, remove '{self.place}'."
@@ -101,7 +108,9 @@ class Lease:
 
     def renew(self) -> None:
         """Makes it hold for a while longer, if half of its time has passed."""
-        if not any(self._version) or time.time() < self._until - LEASE_SECONDS / 2:
+        # Two clocks: one may be set back, the other stands still while the machine sleeps.
+        is_due = time.time() >= self._until - LEASE_SECONDS / 2 or time.monotonic() >= self._renew_at_seconds
+        if not any(self._version) or not is_due:
             return
         try:
             self._version = self.place.write_over(self._content(), self._version)
@@ -111,6 +120,8 @@ class Lease:
             except FileNotFoundError:  # whoever took it over has given it back
                 owner, until, version = "", 0.0, ObjectVersion()
             if owner == self._owner:  # the answer got lost; or the request, and the next call makes it again
+                if until != self._until:
+                    self._renew_at_seconds = 0.0
                 self._until, self._version = until, version
                 return
             self._until = 0.0  # also for the next call
@@ -123,9 +134,14 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.renew()  # only what is still one's own is removed
-            self.place.remove()
-        except (StoreWriteError, StorageError, FileNotFoundError) as problem:
+            owner = self._holder()[0]
+            if owner == self._owner:
+                self.place.remove()
+            else:
+                _LOG.warning("%s was left to another run, which has taken it over (%s).", self.place, owner)
+        except FileNotFoundError:  # whoever took it over has given it back
+            pass
+        except StorageError as problem:
             _LOG.warning("%s was left behind: %s", self.place, problem)
 
 

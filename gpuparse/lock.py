@@ -30,15 +30,18 @@ class StoreLock:
     Args:
         store_path: The store; it need not exist.
         holder: What another process does that holds it, in words.
+        option: The option that names another place.
 
     Raises:
         StoreWriteError: On entry: another process holds it, or its folder cannot be written.
     """
 
-    def __init__(self, store_path: Path, holder: str = "conversion is writing this store") -> None:
+    def __init__(
+        self, store_path: Path, holder: str = "conversion is writing this store", option: str = "--out"
+    ) -> None:
         self.path = store_path.with_name(f".{store_path.name}.lock")
         self._store_path = store_path
-        self._what = holder
+        self._what, self._option = holder, option
         self._handle = -1
         self._new_folder = False
 
@@ -51,13 +54,13 @@ class StoreLock:
                 if time.monotonic() > deadline:
                     raise StoreWriteError(
                         f"{self._store_path}: another {self._what} ({self._holder()}). "
-                        "Wait for it to end, or write elsewhere with --out."
+                        f"Wait for it to end, or write elsewhere with {self._option}."
                     )
                 time.sleep(0.02)
         except OSError as error:
             if isinstance(error, StoreWriteError):
                 raise
-            told = describe_write_error(error, self.path.parent)
+            told = describe_write_error(error, self.path.parent, option=self._option)
             raise StoreWriteError(f"{self._store_path}: cannot be written: {told}.") from error
         return self
 

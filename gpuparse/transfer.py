@@ -1,4 +1,4 @@
-"""Transfer: sources from a URL to a local folder, and stores from a local folder to a URL.
+"""Transfer: stores from a local folder to a URL, and the local side of a conversion from or to URLs.
 
 Object storage renames nothing. A case goes to a folder whose name says what it holds, its `zarr.json` last; the index
 that names these folders goes to one of its own; the root's `zarr.json`, which names the index, comes at the very end
@@ -14,114 +14,30 @@ import hashlib
 import json
 import logging
 import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from gpuparse.conversion_report import REPORT_FILE
-from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWriteError
+from gpuparse.fetch import download_sources, in_parallel
+from gpuparse.folders import replace_text
 from gpuparse.lease import Lease
-from gpuparse.prompts import PROMPTS_FILE
-from gpuparse.remote import ObjectInfo, RemoteOptions, RemotePath, RemoteSite
+from gpuparse.remote import Fetched, RemoteOptions, RemotePath, RemoteSite
 from gpuparse.store import Store, open_store, read_store
 from gpuparse.urls import check_local, check_url, is_url
 
-__all__ = ["Staging", "TransferReport", "download_sources", "upload_store"]
+__all__ = ["Staging", "upload_store"]
 
-_PIECE_BYTES = 32 << 20
-_RENEW_SECONDS = 30.0
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME"),
+}
 _LOG = logging.getLogger("gpuparse")
 _NODE = "zarr.json"
 _GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
 
 
-@dataclass(frozen=True)
-class TransferReport:
-    """What was sent or fetched.
-
-    Attributes:
-        num_objects: Objects or files.
-        num_bytes: Their bytes.
-        num_kept: Those that were there already.
-    """
-
-    num_objects: int
-    num_bytes: int
-    num_kept: int
-
-
-def download_sources(
-    source: RemotePath, folder: Path, *, split: str | None = None, datasets: Sequence[str] | None = None
-) -> TransferReport:
-    """Makes a folder the image of a URL: fetches what is new or has changed, removes what is gone there.
-
-    Args:
-        source: Holds `class_prompts.json` and datasets.
-        folder: Where to; nothing else may lie in it.
-        split: Fetch `<dataset>/<split>/*.npz` only; None fetches everything.
-        datasets: Fetch these only; None fetches all.
-
-    Raises:
-        InputError: There is nothing to fetch.
-        StorageError: Storage fails, or an object's key leads out of the folder; what was fetched is kept.
-        StoreWriteError: The folder cannot be written.
-    """
-    wanted = {key: info for key, info in source.list_objects().items() if _is_wanted(key, split, datasets)}
-    if not wanted:
-        what = f"DATASETn/{split}/*.npz" if split is not None else "files"
-        raise InputError(f"'{source}' has no {what}. Check the URL, --split and --dataset.")
-    missing = {key: info for key, info in wanted.items() if not _is_same(folder / key, info)}
-    try:
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
-                path.unlink()
-        calls = [functools.partial(_download, source / key, info, folder / key) for key, info in missing.items()]
-        _in_parallel(source, calls)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        told = describe_write_error(error, folder, option="--work-dir")
-        raise StoreWriteError(f"{folder}: cannot be written: {told}.") from error
-    return TransferReport(len(missing), sum(info.num_bytes for info in missing.values()), len(wanted) - len(missing))
-
-
-def _is_wanted(key: str, split: str | None, datasets: Sequence[str] | None) -> bool:
-    parts = key.split("/")
-    if key == PROMPTS_FILE:
-        return True
-    if datasets is not None and parts[0] not in datasets:
-        return False
-    return split is None or (len(parts) == 3 and parts[1] == split and key.endswith(".npz"))
-
-
-def _is_same(path: Path, info: ObjectInfo) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return stat.st_size == info.num_bytes and stat.st_mtime_ns == int(info.modified_seconds * 1e9)
-
-
-def _download(place: RemotePath, info: ObjectInfo, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
-        with temporary.open("wb") as file:
-            for offset in range(0, info.num_bytes, _PIECE_BYTES):
-                num_bytes = min(_PIECE_BYTES, info.num_bytes - offset)
-                file.write(place.read_range(offset, num_bytes, info.etag or "").data)
-        time_ns = int(info.modified_seconds * 1e9)
-        os.utime(temporary, ns=(time_ns, time_ns))  # a later run knows by it that nothing has changed
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def upload_store(store: Store, target: RemotePath, *, anew: bool = False) -> TransferReport:
+def upload_store(store: Store, target: RemotePath, seen: bytes | None, *, anew: bool = False) -> str:
     """Makes a remote store hold what a local one holds: until the last object, readers see it as it was.
 
     Cases that the remote store has are not sent again. What neither the new index nor the one before it names is
@@ -130,15 +46,20 @@ def upload_store(store: Store, target: RemotePath, *, anew: bool = False) -> Tra
     Args:
         store: The local store.
         target: The remote one, such as `s3://bucket/DATASET1/train.zarr`.
+        seen: The remote root's `zarr.json` by which the local store was made; None where there was none.
         anew: Send everything, also what is there: its size is all that is known of it. Replace whatever is there.
+
+    Returns:
+        The index that the remote store has now, such as `index/0123456789ab`.
 
     Raises:
         StorageError: Storage fails; the remote store is as it was, and what was sent is kept for the next run.
-        StoreWriteError: Another run is writing it; or it has cases that the local one has not, and not `anew`.
+        StoreWriteError: Another run is writing it, or has published it meanwhile; or it has cases that the local one
+            has not, and not `anew`.
         StoreFormatError: It is no store of this version, and not `anew`.
     """
     with Lease(target) as lease:
-        return _Upload(store, target, lease, anew).run()
+        return _Upload(store, target, lease, anew).run(seen)
 
 
 class _Upload:
@@ -146,11 +67,16 @@ class _Upload:
 
     def __init__(self, store: Store, target: RemotePath, lease: Lease, anew: bool) -> None:
         self._store, self._target, self._lease, self._anew = store, target, lease, anew
+        self._root = _read_root(target)  # only this one is replaced
         self._there = target.list_objects()
-        self._num_objects = self._num_bytes = self._num_kept = 0
 
-    def run(self) -> TransferReport:
+    def run(self, seen: bytes | None) -> str:
         """Sends what is missing, publishes it, and removes what is no longer used."""
+        found = None if self._root is None else bytes(self._root.data)
+        if found != seen:
+            if not self._anew:
+                raise self._published_meanwhile()
+            _LOG.warning("'%s' was published meanwhile by another run, and is replaced.", self._target)
         old = self._replaced()
         folders = [self._send_case(self._store.case_path(number), case.name)
                    for number, case in enumerate(self._store.cases)]  # fmt: skip
@@ -158,21 +84,48 @@ class _Upload:
         root = json.loads((self._store.path / _NODE).read_text(encoding="utf-8"))
         root["attributes"]["gpuparse"]["index"] = index
         content = json.dumps(root).encode()
-        if old is None or content != (self._target / _NODE).read_bytes():
+        if content != found:
             for group in ("cases", "index"):
                 self._send(f"{group}/{_NODE}", _GROUP)
             self._lease.renew()
-            (self._target / _NODE).write(content)
+            self._publish(content)
             kept = {f"cases/{folder}" for folder in folders} | {index} | (old or set())
             self._remove_all_but(kept)
-        return TransferReport(self._num_objects, self._num_bytes, self._num_kept)
+        return index
+
+    def _publish(self, content: bytes) -> None:
+        """Writes the root, if it still is the one that was there: a run that paused here may have lost its lease."""
+        root = self._target / _NODE
+        try:
+            if self._root is None:
+                root.write_new(content)
+            elif any(self._root.version):
+                root.write_over(content, self._root.version)
+            else:  # this storage tells no versions
+                root.write(content)
+        except (FileExistsError, StorageError) as error:
+            try:
+                found = _read_root(self._target)
+            except StorageError:
+                raise error from None
+            if found is not None and bytes(found.data) == content:  # the answer got lost
+                return
+            if (found and found.version) == (self._root and self._root.version):
+                raise
+            raise self._published_meanwhile() from error
+
+    def _published_meanwhile(self) -> StoreWriteError:
+        return StoreWriteError(
+            f"'{self._target}' was published meanwhile by another run, and is left as that run made it. Run the "
+            "command again: it goes on from there."
+        )
 
     def _replaced(self) -> set[str] | None:
         """The folders that the remote store's index in force uses, and its own; None if there is no store."""
         try:
-            store = _published(self._target)
-            if store is None:
+            if self._root is None:
                 return None
+            store = read_store(self._target)
             cases = store.cases
         except StoreFormatError as error:
             if not self._anew:
@@ -216,28 +169,17 @@ class _Upload:
 
     def _send_files(self, files: dict[str, Path]) -> None:
         """Files whose key says what they hold: one of the same size need not be sent again."""
-        new = {}
-        for key, path in files.items():
-            if self._is_there(key, path.stat().st_size):
-                self._num_kept += 1
-            else:
-                new[key] = path
+        new = {key: path for key, path in files.items() if not self._is_there(key, path.stat().st_size)}
         self._lease.renew()
         calls = [functools.partial((self._target / key).write, path) for key, path in new.items()]
-        _in_parallel(self._target, calls, self._lease.renew)
-        self._num_objects += len(new)
-        self._num_bytes += sum(path.stat().st_size for path in new.values())
+        in_parallel(self._target, calls, self._lease.renew)
 
     def _is_there(self, key: str, num_bytes: int) -> bool:
         return not self._anew and key in self._there and self._there[key].num_bytes == num_bytes
 
     def _send(self, key: str, data: bytes) -> None:
-        if self._is_there(key, len(data)):
-            self._num_kept += 1
-            return
-        (self._target / key).write(data)
-        self._num_objects += 1
-        self._num_bytes += len(data)
+        if not self._is_there(key, len(data)):
+            (self._target / key).write(data)
 
     def _remove_all_but(self, folders: set[str]) -> None:
         def is_left_over(key: str) -> bool:
@@ -245,19 +187,18 @@ class _Upload:
             return len(parts) > 2 and parts[0] in ("cases", "index") and "/".join(parts[:2]) not in folders
 
         try:
-            _in_parallel(self._target, [(self._target / key).remove for key in self._there if is_left_over(key)],
+            in_parallel(self._target, [(self._target / key).remove for key in self._there if is_left_over(key)],
                          self._lease.renew)  # fmt: skip
         except StorageError as error:
             _LOG.warning("%s: what is no longer used was not all removed: %s", self._target, error)
 
 
-def _published(target: RemotePath) -> Store | None:
-    """The store that readers see at a URL; None where there is none."""
+def _read_root(target: RemotePath) -> Fetched | None:
+    """The root's `zarr.json` at a URL, with its version; None where there is none."""
     try:
-        (target / _NODE).read_bytes()
+        return (target / _NODE).read_whole()
     except FileNotFoundError:
         return None
-    return read_store(target)
 
 
 def _send_report(path: Path, target: RemotePath, store_name: str) -> None:
@@ -275,7 +216,8 @@ class Staging:
         out_dir: Where stores are written, a local folder; None writes them beside the sources.
 
     Raises:
-        InputError: There is no folder to work in, no place for the stores, or a URL that is none or holds secrets.
+        InputError: There is no folder to work in, no place for the stores, or a URL that is none, holds secrets or
+            takes no stores.
     """
 
     def __init__(
@@ -289,10 +231,16 @@ class Staging:
         self._data_dir = Path(data_dir)
         self._source: RemotePath | None = None
         self._target: RemotePath | None = None
+        self._seen: dict[RemotePath, bytes] = {}
         options = remote or RemoteOptions()
         urls = [os.fspath(path) for path in (data_dir, out_dir) if path is not None and is_url(path)]
         for url in urls:
             check_url(url)
+        if out_dir is not None and is_url(out_dir) and os.fspath(out_dir).startswith(("http:", "https:")):
+            raise InputError(
+                f"out_dir is '{os.fspath(out_dir)}', a web server, which takes no stores; expected a folder, or a URL "
+                "of an object store such as s3://bucket/stores."
+            )
         if work_dir is not None:
             check_local(work_dir, "work_dir")
         if urls and work_dir is None:
@@ -303,7 +251,9 @@ class Staging:
         if is_url(data_dir):
             if out_dir is None:
                 raise InputError(f"the sources are at '{urls[0]}', and out_dir is not given. Name a place with --out.")
-            self._source, self._data_dir = _staged(urls[0], work_dir, "sources", options)
+            self._source, folder = _staged(urls[0], work_dir, "sources", options)
+            # A dataset at a URL is called as the URL is, and in its folder is room for notes.
+            self._data_dir = folder / (self._source.name if self._source.name.strip(".") else "data")
         if out_dir is not None and is_url(out_dir):
             self._target, self.out_dir = _staged(urls[-1], work_dir, "stores", options)
 
@@ -316,6 +266,8 @@ class Staging:
     def published(self, dataset: str, store_name: str, *, anew: bool) -> Store | None:
         """The store at the URL that a conversion would send its own to; None if stores stay here, or there is none.
 
+        `send` refuses to replace another than this one.
+
         Args:
             dataset: The dataset.
             store_name: The name of its store.
@@ -327,52 +279,68 @@ class Staging:
         """
         if self._target is None:
             return None
+        place = self._target / dataset / store_name
+        root = _read_root(place)
+        if root is None:
+            return None
+        self._seen[place] = bytes(root.data)
         try:
-            store = _published(self._target / dataset / store_name)
-            if store is not None:
-                _ = store.cases, store.slices
+            store = read_store(place)
+            _ = store.cases, store.slices
             return store
         except StoreFormatError:
             if anew:
                 return None
             raise
 
+    def is_own(self, published: Store, store_path: Path) -> bool:
+        """Whether a store at the URL is as `send` left it: nobody has published there since.
+
+        Args:
+            published: The store at the URL.
+            store_path: The local one.
+        """
+        try:
+            return bool(_note(store_path).read_text(encoding="utf-8") == published.attributes["index"])
+        except (OSError, ValueError):
+            return False
+
     def send(self, dataset: str, store_path: Path, *, anew: bool) -> None:
         """Sends a store and the report beside it, if stores go to a URL; see `upload_store`."""
         if self._target is not None:
             folder = self._target / dataset
-            upload_store(open_store(store_path), folder / store_path.name, anew=anew)
+            place = folder / store_path.name
+            index = upload_store(open_store(store_path), place, self._seen.get(place), anew=anew)
+            replace_text(_note(store_path), index)
             with contextlib.suppress(FileNotFoundError):  # it could not be written, which was said
                 _send_report(store_path.with_name(REPORT_FILE), folder / REPORT_FILE, store_path.name)
+
+
+def _note(store_path: Path) -> Path:
+    """Names the index at the URL by which a store was sent there last."""
+    return store_path.with_name(f".{store_path.name}.sent")
 
 
 def _staged(
     url: str, work_dir: str | os.PathLike[str] | None, what: str, options: RemoteOptions
 ) -> tuple[RemotePath, Path]:
-    """A URL, and a folder for it alone: another URL's files would be taken for leftovers."""
+    """A URL, and a folder for it alone: another URL's files would be taken for leftovers, and another server's too."""
     url = url.rstrip("/")
-    folder = Path(work_dir or ".") / f"{what}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    server = _server(url, options)
+    name = f"{url} {server}" if server else url
+    folder = Path(work_dir or ".") / f"{what}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return RemotePath(RemoteSite(url, options)), folder
+
+
+def _server(url: str, options: RemoteOptions) -> str:
+    """The endpoint or the account that the URL leaves open, as the options or the environment have it."""
+    named = {key.lower(): str(value) for key, value in options.config.items()}
+    given = [named[key] for key in sorted(named) if "endpoint" in key or "account_name" in key]
+    scheme = url.partition("://")[0]
+    kind = "s3" if scheme in ("s3", "s3a") else "az" if scheme in ("az", "azure", "adl", "abfs", "abfss") else ""
+    found = given or [os.environ[name] for name in _ENDPOINTS.get(kind, ()) if os.environ.get(name)][:1]
+    return " ".join(value.rstrip("/") for value in found)
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
-
-
-def _in_parallel(
-    place: RemotePath, calls: Iterable[Callable[[], Any]], renew: Callable[[], None] | None = None
-) -> None:
-    """Makes calls side by side; the first error ends it, and calls not begun by then are not made."""
-    futures = [place.site.executor.submit(call) for call in calls]
-    try:
-        left = set(futures)
-        while left:
-            done, left = wait(left, timeout=_RENEW_SECONDS, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if renew is not None:
-                renew()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)

@@ -27,6 +27,7 @@ class Door(BaseHTTPRequestHandler):
     """Hands requests on to the server behind, or does what `fault` says: one of FAULTS."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes, and the second would wait for an acknowledgement
 
     def handle_one(self) -> None:
         door: FaultyStore = self.server.owner

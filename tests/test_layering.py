@@ -31,7 +31,7 @@ LAYERS = [
     ["views"],
     ["layout"],
     ["presence", "store", "lease"],
-    ["catalogue"],
+    ["catalogue", "fetch"],
     ["transfer"],
     ["case", "splits"],
     ["publish"],
