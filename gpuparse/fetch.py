@@ -21,6 +21,7 @@ from gpuparse.lock import StoreLock
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.proposal import PROPOSAL_FILE
 from gpuparse.remote import ObjectInfo, RemotePath, import_obstore
+from gpuparse.source import is_npz_name
 
 __all__ = ["TransferReport", "download_sources", "in_parallel"]
 
@@ -125,7 +126,7 @@ def _is_wanted(key: str, split: str | None, datasets: Sequence[str] | None) -> b
         return True
     if datasets is not None and parts[0] not in datasets:
         return False
-    return split is None or (len(parts) == 3 and parts[1] == split and key.endswith(".npz"))
+    return split is None or (len(parts) == 3 and parts[1] == split and is_npz_name(parts[-1]))
 
 
 def _remove_leftovers(
