@@ -355,7 +355,10 @@ def find_case_sets(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
             f"{', '.join(found) or 'none'}. Choose another split (--split), or for each of them {_LAYOUTS}."
         )
-    return tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
+    if not isinstance(root, Path):  # the text of a URL, read again, may name another: a%20b
+        stores = [(_find_store(found[name], split) or root, found[name]) for name in chosen]
+        return tuple(_cases_of_store(store, folder, split, None, prompts) for store, folder in stores)
+    return tuple(find_cases(str(found[name]), split=split, prompts=prompts) for name in chosen)
 
 
 def _list_folders(root: Place) -> list[str]:
