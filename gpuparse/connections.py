@@ -151,9 +151,9 @@ def _executor(num_connections: int) -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """The threads of obstore are gone in a forked process, and a request there would wait for them forever."""
-    global _forked, _lock
+    global _forked
+    # Where a thread was making the first connection, nobody will ever release the lock here: it is not taken again.
     _forked = _forked or _lock.locked() or _made_client.cache_info().currsize > 0
-    _lock = threading.Lock()  # whoever held it is gone
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -61,7 +61,7 @@ def test_a_fork_while_connections_are_made_is_noticed(options):
 
 
 def test_what_interrupts_ends_requests_and_begins_no_other(server, options, monkeypatch):
-    options = dataclasses.replace(options, num_attempts=9, backoff_seconds=1000.0, num_connections=1)
+    options = dataclasses.replace(options, num_attempts=3, backoff_seconds=1000.0, num_connections=1)
     site = RemoteSite("s3://bucket", options)
     server.always["/first"] = "500"
 
@@ -74,7 +74,7 @@ def test_what_interrupts_ends_requests_and_begins_no_other(server, options, monk
     with pytest.raises(KeyboardInterrupt):
         side_by_side([(site, (RemotePath(site) / name).read_bytes) for name in ("first", "second")])
     # The one thread is free: it waits for no pause, and never asks for the second.
-    assert site.executor.submit(lambda: 5).result(60) == 5
+    assert site.executor.submit(lambda: 5).result(14) == 5
     assert [path for _, path, _ in server.requests] == ["/bucket/first"]
 
 
