@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpuparse.augment import augment
     from gpuparse.check import CheckReport, check
+    from gpuparse.connections import RemoteOptions
     from gpuparse.convert import ConversionReport, convert
     from gpuparse.dataset import SliceDataset
     from gpuparse.encode import encode
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from gpuparse.info import InfoReport, info
     from gpuparse.loader import DataLoader
     from gpuparse.pairs import FolderLayout
-    from gpuparse.remote import RemoteOptions
     from gpuparse.sampling import Augmentation, sample_params
     from gpuparse.splits import ValSplit
     from gpuparse.store import Store, open_store
@@ -40,7 +40,7 @@ _HOMES = {
     "ForeignFormat": "gpuparse.foreign",
     "GpuparseError": "gpuparse.errors",
     "InfoReport": "gpuparse.info",
-    "RemoteOptions": "gpuparse.remote",
+    "RemoteOptions": "gpuparse.connections",
     "SliceDataset": "gpuparse.dataset",
     "Store": "gpuparse.store",
     "ValSplit": "gpuparse.splits",

@@ -13,18 +13,18 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
 from gpuparse.layout import ArrayLayout
+from gpuparse.places import Place
 from gpuparse.read import ALIGNMENT_BYTES, ChunkExtent, aligned
 
 __all__ = ["CacheStatus", "ChunkCache", "PageCacheBudget"]
 
-_ChunkKey = tuple[Path, int]  # an array's folder, which all layouts of it share, and the chunk's number
+_ChunkKey = tuple[int, int]  # the number of an array's folder, which all layouts of it share, and the chunk's
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CacheStatus:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Stretch:
     offset: int
     num_bytes: int
 
@@ -96,7 +96,8 @@ class ChunkCache:
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        self._places: OrderedDict[_ChunkKey, _Place] = OrderedDict()
+        self._places: OrderedDict[_ChunkKey, _Stretch] = OrderedDict()
+        self._folders: dict[Place, int] = {}
         self._free = _FreeList(self.capacity_bytes)
         self._unmade: deque[list[_ChunkKey]] = deque()
         self._used_bytes = 0
@@ -144,8 +145,9 @@ class ChunkCache:
             InputError: The batch alone does not fit.
         """
         owners = [arrays[a] for a in chunk_array.tolist()]
-        keys = [(owner.path, number) for owner, number in zip(owners, chunk_number.tolist(), strict=True)]
         with self._lock:
+            folders = [self._folders.setdefault(array.place, len(self._folders)) for array in arrays]
+            keys = [(folders[a], n) for a, n in zip(chunk_array.tolist(), chunk_number.tolist(), strict=True)]
             resident = np.array([key in self._places for key in keys], bool)
             kept = {key for key, is_there in zip(keys, resident.tolist(), strict=True) if is_there}
             for key in keys:
@@ -180,7 +182,7 @@ class ChunkCache:
         """How full it is."""
         return CacheStatus(self.capacity_bytes, self._used_bytes, len(self._places), self._num_evicted)
 
-    def _find_room(self, num_bytes: int, kept: set[_ChunkKey]) -> _Place:
+    def _find_room(self, num_bytes: int, kept: set[_ChunkKey]) -> _Stretch:
         while (offset := self._free.take(num_bytes)) is None:
             oldest = next(iter(self._places), None)
             if oldest is None or oldest in kept:
@@ -191,7 +193,7 @@ class ChunkCache:
             self._remove(oldest)
             self._num_evicted += 1
         self._used_bytes += num_bytes
-        return _Place(offset, num_bytes)
+        return _Stretch(offset, num_bytes)
 
     def _remove(self, key: _ChunkKey) -> None:
         place = self._places.pop(key)

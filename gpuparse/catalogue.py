@@ -24,8 +24,8 @@ def find_stores(
     """Finds the stores behind a path; none is opened.
 
     Args:
-        path: A store, a dataset's folder with `<split>.zarr` in it, or a folder of such folders. On a web server, which
-            lists nothing: a store, or what holds a `train.zarr`, `val.zarr` or `test.zarr`.
+        path: A store, a dataset's folder with `<split>.zarr` in it, or a folder of such folders. Where nothing can be
+            listed, as on a web server: a store, or what holds a `train.zarr`, `val.zarr` or `test.zarr`.
         datasets: Of a folder of datasets, the folders to look at; None takes all.
         remote: How a URL is read; None takes the defaults.
 
@@ -67,18 +67,18 @@ def _stores_in(folder: Path) -> list[Path]:
 
 
 def _remote_stores(root: RemotePath) -> Mapping[str, Sequence[Place]]:
-    """Datasets and their stores. Only where the usual names are not there is anything listed."""
+    """Datasets and their stores. Only where nothing can be listed are the usual names asked for."""
     if root.name.endswith(".zarr"):
         return {root.parent.name: [root]}
-    usual = [root / name for name in sorted(_NAMES) if (root / name).is_dir()]
-    if usual:
-        return {root.name: usual}
     try:
         folders = root.list_folder()[0]
         if here := _stores_at(root, folders):
             return {root.name: here}
         found = {name: _stores_at(root / name, (root / name).list_folder()[0]) for name in folders}
-    except StorageError as error:
+    except (StorageError, FileNotFoundError) as error:  # web servers know of no folders
+        usual = [root / name for name in sorted(_NAMES) if (root / name).is_dir()]
+        if usual:
+            return {root.name: usual}
         raise StorageError(
             f"'{root}': no {' or '.join(_NAMES)} there, and it cannot be seen what is ({error}). Name a store, or the "
             "dataset that holds one."

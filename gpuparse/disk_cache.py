@@ -2,8 +2,8 @@
 
 An object has one sparse file, named by its URL, size and version, with the bytes that were read at their own offsets.
 Nothing records which parts are there: a chunk carries its checksum, and a hole does not match it. So no crash and no
-writer beside another can leave anything that would be believed. Files used longest ago are removed first; whoever has
-one open goes on reading it.
+writer beside another can leave anything that would be believed. Files used longest ago are removed first, and emptied
+before that, since one that is open keeps its bytes on the disk: whoever has it open finds it too short, and fetches.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class DiskCache:
         for _, size, path in sorted(entries, key=lambda entry: entry[0]):
             if used_bytes + num_bytes <= self.capacity_bytes * _KEEP_SHARE:
                 break
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(path, 0)
             path.unlink(missing_ok=True)
             used_bytes -= size
         return used_bytes
@@ -148,6 +150,8 @@ class CachedObject:
             done = 0
             while done < len(data):
                 done += os.pwrite(self.file, data[done:], offset + done)
+            if os.fstat(self.file).st_nlink == 0:  # removed between the two: its bytes are counted no more
+                os.ftruncate(self.file, 0)
 
     def __del__(self) -> None:
         if self.file >= 0:

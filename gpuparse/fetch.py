@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gpuparse.connections import import_obstore
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreWriteError
 from gpuparse.folders import replace_text
 from gpuparse.lock import StoreLock
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.proposal import PROPOSAL_FILE
-from gpuparse.remote import ObjectInfo, RemotePath, import_obstore
+from gpuparse.remote import ObjectInfo, RemotePath
 from gpuparse.source import is_npz_name
 
 __all__ = ["TransferReport", "download_sources", "in_parallel"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpuparse.disk_cache import disk_cache
-from gpuparse.errors import InputError, StoreFormatError
+from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
 from gpuparse.urls import is_url
 
@@ -103,5 +103,18 @@ def check_store_folder(place: Place) -> None:
         raise StoreFormatError(f"'{place}' is no store but holds {', '.join(stores)}. Name '{place / stores[0]}'.")
     if is_there and not place.name.endswith(".zarr"):
         raise StoreFormatError(f"'{place}' is no store: no zarr.json in it. Name a .zarr folder, as conversion makes.")
+    if isinstance(place, RemotePath) and place.name.endswith(".zarr") and _holds_something(place):
+        raise StoreFormatError(
+            f"'{place}' is not whole: it has no zarr.json, which conversion sends last. Where none is running, one was "
+            "interrupted: run it again."
+        )
     if not is_there:
         raise StoreFormatError(f"'{place}' is no folder. Make the store with `gpuparse convert DATA_DIR`.")
+
+
+def _holds_something(place: RemotePath) -> bool:
+    """Whether there are objects below, False where that is not told."""
+    try:
+        return any(place.list_folder())
+    except (StorageError, FileNotFoundError):
+        return False

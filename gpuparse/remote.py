@@ -8,86 +8,28 @@ would depend on the kind of store.
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from gpuparse.errors import InputError, StorageError
-from gpuparse.optional import import_optional
+from gpuparse.connections import RemoteOptions, import_obstore, open_client, reason
+from gpuparse.errors import StorageError
 from gpuparse.urls import check_url
 
-__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite"]
+__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite", "side_by_side"]
 
 Result = TypeVar("Result")
 
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_WEAK = "W/"  # begins a version that a web server does not vouch for byte by byte
 _LONGEST_PAUSE_SECONDS = 30.0
-_REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "UnknownConfigurationKeyError")
+_REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError")
+_NO_SUCH_END = ("status code: 416", "non-partial response")  # what servers say of the end of an empty object
 _NOT_OFFERED = ("status code: 405", "status code: 501")  # what web servers say to a request for a listing
-_REASON_LENGTH = 300
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """How remote storage is used.
-
-    Attributes:
-        num_attempts: How often a request is tried before it counts as failed.
-        timeout_seconds: The longest that one attempt may take, its body included.
-        backoff_seconds: The pause after the first attempt; it doubles with each further one, up to 30 s, and varies by
-            half of itself so that ranks do not come back all at once.
-        num_connections: Requests under way at the same time, in each process.
-        cache_dir: A folder on a local disk that keeps what was read; None keeps nothing.
-        cache_gib: The most that `cache_dir` may hold, for all processes together. Needed with `cache_dir`.
-        config: obstore's options of the store, such as `{"endpoint": "http://localhost:9000"}`; what is not named is
-            taken from the environment, as the vendors' own tools do (AWS_ACCESS_KEY_ID, ...).
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    num_attempts: int = 5
-    timeout_seconds: float = 30.0
-    backoff_seconds: float = 0.5
-    num_connections: int = 16
-    cache_dir: str | None = None
-    cache_gib: float | None = None
-    config: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)  # may hold secrets
-
-    def __post_init__(self) -> None:
-        for name in ("num_attempts", "num_connections"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}; expected a whole number of at least 1.")
-        for name in ("timeout_seconds", "backoff_seconds", "cache_gib"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) and not (name == "cache_gib" and value is None):
-                raise InputError(f"{name} is {value!r}; expected a number.")
-        if not isinstance(self.config, Mapping):
-            raise InputError(f"config is {type(self.config).__name__}; expected obstore's options by name.")
-        if not self.timeout_seconds > 0:
-            raise InputError(f"timeout_seconds is {self.timeout_seconds!r}; expected a number above 0.")
-        if not self.backoff_seconds >= 0:
-            raise InputError(f"backoff_seconds is {self.backoff_seconds!r}; expected a number of at least 0.")
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", os.path.abspath(self.cache_dir))
-            if self.cache_gib is None or not self.cache_gib > 0:
-                raise InputError(f"cache_gib is {self.cache_gib!r}; cache_dir needs its size in GiB, above 0.")
-        elif self.cache_gib is not None:
-            raise InputError(f"cache_gib is {self.cache_gib!r} but cache_dir is None; expected a folder.")
-
-    @property
-    def cache_bytes(self) -> int:
-        """The cache's size in bytes, 0 without one."""
-        return int((self.cache_gib or 0) * 2**30)
 
 
 class Fetched(NamedTuple):
@@ -163,7 +105,7 @@ class RemoteSite:
     @property
     def executor(self) -> ThreadPoolExecutor:
         """Threads for requests side by side, of this process."""
-        return _client(self).executor
+        return open_client(self.url, self.options).executor
 
     def attempt(self, url: str, what: str, call: Callable[[Any, Any], Result]) -> Result:
         """Makes a request, several times if need be.
@@ -179,7 +121,7 @@ class RemoteSite:
             StorageError: The server refuses, or the last attempt failed.
             MissingDependencyError: obstore is not installed.
         """
-        obstore, store = import_obstore(), _client(self).store
+        obstore, store = import_obstore(), open_client(self.url, self.options).store
         known = obstore.exceptions
         refusals = tuple(getattr(known, name) for name in _REFUSALS)
         changed = (known.PreconditionError, known.NotModifiedError)
@@ -188,33 +130,82 @@ class RemoteSite:
             try:
                 return call(obstore, store)
             except (FileNotFoundError, known.NotFoundError) as error:
-                raise FileNotFoundError(f"'{url}' does not exist ({_reason(error)})") from error
+                raise FileNotFoundError(f"'{url}' does not exist ({reason(error)})") from error
             except known.AlreadyExistsError as error:
-                raise FileExistsError(f"'{url}' exists ({_reason(error)})") from error
+                raise FileExistsError(f"'{url}' exists ({reason(error)})") from error
             except changed as error:
                 raise StorageError(
                     f"'{url}' {what}: the object was changed since it was opened. Open the store again."
                 ) from error
             except refusals as error:
                 raise StorageError(
-                    f"'{url}' {what}: the server refuses: {_reason(error)}. Check the URL, the credentials and the "
+                    f"'{url}' {what}: the server refuses: {reason(error)}. Check the URL, the credentials and the "
                     "rights that they give."
                 ) from error
-            except (known.BaseError, OSError) as error:
-                if isinstance(error, known.NotSupportedError) or any(code in str(error) for code in _NOT_OFFERED):
+            except known.InvalidPathError as error:
+                raise StorageError(
+                    f"'{url}' {what}: {reason(error)}. The names in a URL are not empty and neither '.' nor '..': "
+                    "rename or remove the object that has such a one."
+                ) from error
+            except (known.BaseError, OSError, NotImplementedError) as error:
+                absent = isinstance(error, known.NotSupportedError | NotImplementedError)
+                if absent or any(code in str(error) for code in _NOT_OFFERED):
                     raise StorageError(
-                        f"'{url}' {what}: the server does not offer it: {_reason(error)}. Reading takes a server that "
-                        "answers requests for ranges of bytes, listing an object store. Use one, or copy the data here."
+                        f"'{url}' {what}: the server does not offer it: {reason(error)}. Reading takes a server that "
+                        "answers requests for ranges of bytes, listing and writing an object store. "
+                        "Use one, or copy the data here."
                     ) from error
-                if attempt == options.num_attempts:
+                pause = min(_LONGEST_PAUSE_SECONDS, options.backoff_seconds * 2 ** min(attempt - 1, 30))
+                if attempt == options.num_attempts or not _pause(pause * random.uniform(0.5, 1.0)):
                     raise StorageError(
                         f"'{url}' {what}: {attempt} attempts in {time.monotonic() - start:.1f} s failed, the last "
-                        f"one: {_reason(error)}. Check the network and the server, or raise num_attempts and "
+                        f"one: {reason(error)}. Check the network and the server, or raise num_attempts and "
                         "timeout_seconds of RemoteOptions."
                     ) from error
-                pause = min(_LONGEST_PAUSE_SECONDS, options.backoff_seconds * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable: num_attempts is at least 1")
+
+
+_this_thread = threading.local()
+
+
+def _pause(seconds: float) -> bool:
+    """Waits; False where nobody waits for the answer any more."""
+    stop: threading.Event | None = getattr(_this_thread, "stop", None)
+    if stop is not None:
+        return not stop.wait(seconds)
+    time.sleep(seconds)
+    return True
+
+
+def side_by_side(calls: Sequence[tuple[RemoteSite, Callable[[], Result]]]) -> list[Future[Result]]:
+    """Makes calls on the threads of their sites, and returns when all are done; one that failed ends no other.
+
+    What interrupts it, such as Ctrl-C, ends it at once: calls not begun by then are not made, and a request under way
+    is not tried again.
+
+    Raises:
+        StorageError: A site cannot be opened.
+    """
+    stop = threading.Event()
+
+    def make(call: Callable[[], Result]) -> Result:
+        _this_thread.stop = stop
+        try:
+            return call()
+        finally:
+            _this_thread.stop = None
+
+    futures: list[Future[Result]] = []
+    try:
+        for site, call in calls:
+            futures.append(site.executor.submit(make, call))
+        wait(futures)
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        raise
+    return futures
 
 
 @dataclass(frozen=True)
@@ -295,17 +286,19 @@ class RemotePath:
         """The last bytes of an object, or all of a shorter one; raises what `read_bytes` does."""
 
         def get_end(obstore: Any, store: Any) -> Fetched:
+            known = obstore.exceptions
             try:
                 return _fetch(obstore, store, self.key, {"range": {"suffix": num_bytes}})
-            except (
-                obstore.exceptions.NotSupportedError
-            ):  # Azure counts from the start only: the size is asked for first
-                meta = obstore.head(store, self.key)
-                size, etag = meta["size"], meta["e_tag"]
-                if not size:
-                    return Fetched(memoryview(b""), 0, 0, etag or "")
-                options: dict[str, Any] = {"range": (max(0, size - num_bytes), size)}
-                return _fetch(obstore, store, self.key, {**options, "if_match": etag} if etag else options)
+            except (known.NotSupportedError, known.GenericError) as error:
+                if isinstance(error, known.GenericError) and not any(text in str(error) for text in _NO_SUCH_END):
+                    raise
+            # Azure counts from the start only, and an empty object has no end: the size is asked for first.
+            meta = obstore.head(store, self.key)
+            size, etag = meta["size"], meta["e_tag"]
+            if not size:
+                return Fetched(memoryview(b""), 0, 0, etag or "")
+            options: dict[str, Any] = {"range": (max(0, size - num_bytes), size)}
+            return _fetch(obstore, store, self.key, {**options, "if_match": etag} if etag else options)
 
         return self.site.attempt(str(self), "cannot be read", get_end)
 
@@ -394,9 +387,11 @@ class RemotePath:
         return self.site.attempt(str(self), "cannot be listed", list_one)
 
     def _put(self, data: bytes | Path, options: dict[str, Any]) -> ObjectVersion:
-        result = self.site.attempt(
-            str(self), "cannot be written", lambda obstore, store: obstore.put(store, self.key, data, **options)
-        )
+        def put(obstore: Any, store: Any) -> Any:
+            # One part at a time: the limit of time holds for each, and objects go side by side already.
+            return obstore.put(store, self.key, data, max_concurrency=1, **options)
+
+        result = self.site.attempt(str(self), "cannot be written", put)
         return ObjectVersion(result["e_tag"] or "", result["version"] or "")
 
     def _get(self, options: dict[str, Any], num_bytes: int | None) -> Fetched:
@@ -407,85 +402,19 @@ class RemotePath:
 
 def _fetch(obstore: Any, store: Any, key: str, options: Mapping[str, Any], num_bytes: int | None = None) -> Fetched:
     """One request for an object, or for `num_bytes` of it; an answer of another length is an error."""
+    wanted = options.get("if_match", "")
+    if wanted.startswith(_WEAK):  # as a condition it never holds (RFC 9110, 13.1.1), so it is compared here
+        options = {name: value for name, value in options.items() if name != "if_match"}
     result = obstore.get(store, key, options=options)
     (start, stop), meta = result.range, result.meta  # before the body: older versions drop them with it
     data = memoryview(result.bytes())
     if len(data) != stop - start or num_bytes not in (None, len(data)):
         raise OSError(f"the answer has {len(data)} bytes; expected {num_bytes or stop - start}")
-    return Fetched(data, start, meta["size"], meta["e_tag"] or "", meta["version"] or "")
+    etag = meta["e_tag"] or ""
+    if wanted.startswith(_WEAK) and etag and etag.removeprefix(_WEAK) != wanted.removeprefix(_WEAK):
+        raise obstore.exceptions.PreconditionError(f"it is of version {etag}; expected {wanted}")
+    return Fetched(data, start, meta["size"], etag, meta["version"] or "")
 
 
 def _last_names(keys: Iterable[str]) -> list[str]:
     return sorted(key.rpartition("/")[2] for key in keys)
-
-
-class _Client:
-    """A site's connections in this process."""
-
-    def __init__(self, site: RemoteSite) -> None:
-        obstore = import_obstore()
-        options = site.options
-        scheme = site.url.partition("://")[0]
-        endpoint = options.config.get("endpoint") or options.config.get("aws_endpoint")
-        if endpoint is None and scheme in ("s3", "s3a"):
-            endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), None)
-        # Whoever names it wants it; Google's stands within the key of a service account.
-        plain = scheme == "http" or any("http://" in value for value in (endpoint or "", *options.config.values()))
-        arguments: dict[str, Any] = {"config": dict(options.config)} if options.config else {}
-        try:
-            self.store = obstore.store.from_url(
-                site.url,
-                client_options={"timeout": timedelta(seconds=options.timeout_seconds), "allow_http": plain},
-                retry_config={"max_retries": 0},
-                **arguments,
-            )
-        except Exception as error:  # obstore's own, ValueError, TypeError: all say what is wrong with URL and options
-            raise StorageError(
-                f"'{site.url}' cannot be opened: {_reason(error)}. Check the URL and the options of the store."
-            ) from error
-        self.executor = ThreadPoolExecutor(options.num_connections, "gpuparse-remote")
-
-
-_lock = threading.Lock()
-_forked = False
-
-
-def _client(site: RemoteSite) -> _Client:
-    if _forked:
-        raise StorageError(
-            f"'{site.url}' was opened before this process was forked, and connections do not survive that. Start "
-            "worker processes by 'spawn' or 'forkserver' (multiprocessing_context='spawn' of torch's DataLoader), or "
-            "use gpuparse.DataLoader, which reads in threads."
-        )
-    with _lock:
-        return _made_client(site)
-
-
-@functools.lru_cache(maxsize=64)
-def _made_client(site: RemoteSite) -> _Client:
-    return _Client(site)
-
-
-def _after_fork() -> None:
-    """The threads of obstore are gone in a forked process, and a request there would wait for them forever."""
-    global _forked
-    _forked = _forked or _made_client.cache_info().currsize > 0
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def import_obstore() -> Any:
-    """The module obstore.
-
-    Raises:
-        MissingDependencyError: It is not installed.
-    """
-    for name in ("obstore.store", "obstore.exceptions"):
-        import_optional(name, "for URLs", "remote")
-    return import_optional("obstore", "for URLs", "remote")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of obstore's messages; a dump of its inner state follows."""
-    return str(error).partition("\n")[0][:_REASON_LENGTH].rstrip(". ")

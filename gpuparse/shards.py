@@ -7,14 +7,15 @@ cache), or the file does not have the chunk, `fetch_chunks` gets it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import resource
 import struct
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.disk_cache import CachedObject, disk_cache
-from gpuparse.errors import ChunkCorruptError
+from gpuparse.errors import ChunkCorruptError, InputError
 from gpuparse.layout import ArrayLayout
-from gpuparse.remote import RemotePath
+from gpuparse.remote import RemotePath, side_by_side
 
 __all__ = ["DAMAGED", "LocalShard", "Part", "RemoteShard", "Shard", "ShardTable", "fetch_parts"]
 
@@ -91,7 +92,7 @@ class RemoteShard:
         if options.cache_dir is not None:
             with _cache_may_fail(self.path):
                 cache = disk_cache(options.cache_dir, options.cache_bytes)
-                self._cached = cache.open(self.path, self.num_bytes, self.etag)
+                self._cached = cache.open(f"{options.endpoint} {self.path}", self.num_bytes, self.etag)
         self.file = -1 if self._cached is None else self._cached.file
         self.file_path = "" if self._cached is None else str(self._cached.path)
 
@@ -115,7 +116,7 @@ def _cache_may_fail(path: str) -> Iterator[None]:
     """A cache that cannot be written, on a full disk for example, costs speed and nothing else."""
     try:
         yield
-    except OSError as error:
+    except (OSError, InputError) as error:
         _LOG.warning("%s is not kept in the disk cache: %s", path, error)
 
 
@@ -133,18 +134,25 @@ def _parse_index(path: str, raw: bytes, num_chunks: int) -> npt.NDArray[np.uint6
     return np.frombuffer(raw, "<u8", 2 * num_chunks).reshape(num_chunks, 2)
 
 
-class ShardTable:
-    """Shards that stay open with their index in memory, as many as a quarter of the files the process may open.
+_tables: weakref.WeakSet[ShardTable] = weakref.WeakSet()  # those that hold shards
+_tables_lock = threading.Lock()
+_FEWEST_SHARDS = 8  # of a table, however many others there are
+_ShardKey = str | RemotePath  # what no two shards share; a URL alone may be at two endpoints
 
+
+class ShardTable:
+    """Shards that stay open with their index in memory.
+
+    All tables of a process together have a quarter of the files that it may open, and each the same share of that.
     Safe to use from several threads.
 
     Attributes:
-        max_open: How many.
+        max_open: The most that this one has open, whatever its share is.
     """
 
     def __init__(self) -> None:
         self.max_open = min(8192, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._shards: OrderedDict[str, Shard] = OrderedDict()
+        self._shards: OrderedDict[_ShardKey, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -158,52 +166,78 @@ class ShardTable:
             StorageError: Remote storage fails.
             OSError: It cannot be read.
         """
-        path = layout.shard_path(shard_key)
+        key = _key(layout, shard_key)
         with self._lock:
-            shard = self._shards.get(path)
+            shard = self._shards.get(key)
             if shard is not None:
-                self._shards.move_to_end(path)
+                self._shards.move_to_end(key)
                 return shard
         recorded = layout.shard_bytes.get(shard_key) if layout.shard_bytes is not None else None
-        place = layout.place / shard_key
-        if isinstance(place, RemotePath):
+        if isinstance(key, RemotePath):
+            if recorded is None and layout.shard_bytes is not None:
+                return None  # all that were written are recorded: it would be asked for in every batch
             try:
-                shard = RemoteShard(place, layout.chunks_per_shard, recorded)
+                shard = RemoteShard(key, layout.chunks_per_shard, recorded)
             except FileNotFoundError:
                 if recorded is None:
                     return None
                 raise
-        elif recorded is None and not os.path.exists(path):
+        elif recorded is None and not os.path.exists(key):
             return None  # nothing but the fill value was ever in it
         else:
-            shard = LocalShard(Path(path), layout.chunks_per_shard, recorded)
+            shard = LocalShard(Path(key), layout.chunks_per_shard, recorded)
+        if self not in _tables:
+            self._join()
         with self._lock:
-            self._shards[path] = shard
-            while len(self._shards) > self.max_open:
-                self._shards.popitem(last=False)
+            self._shards[key] = shard
+            self._shrink()
         return shard
+
+    def _join(self) -> None:
+        """Makes the tables that hold shards share with this one."""
+        with _tables_lock:
+            _tables.add(self)
+            others = [table for table in _tables if table is not self]
+        for table in others:
+            if table._lock.acquire(blocking=False):  # who holds it is about to shrink it
+                try:
+                    table._shrink()
+                finally:
+                    table._lock.release()
+
+    def _shrink(self) -> None:
+        """Closes the shards used longest ago that are more than the table's share; its lock is held."""
+        share = min(self.max_open, max(_FEWEST_SHARDS, self.max_open // len(_tables)))
+        while len(self._shards) > share:
+            self._shards.popitem(last=False)
 
     def open_all(self, wanted: Sequence[tuple[ArrayLayout, str]]) -> list[Shard | OSError | None]:
         """Opens shards, remote ones side by side; in place of one that cannot be read stands its error."""
-        opened: dict[str, Shard | OSError | None] = {}
-        waiting: dict[str, Future[Shard | None]] = {}
-        paths = [layout.shard_path(shard_key) for layout, shard_key in wanted]
-        for path, (layout, shard_key) in zip(paths, wanted, strict=True):
-            if path in opened or path in waiting:
+        opened: dict[_ShardKey, Shard | OSError | None] = {}
+        waiting: dict[RemotePath, Callable[[], Shard | None]] = {}
+        keys = [_key(layout, shard_key) for layout, shard_key in wanted]
+        for key, (layout, shard_key) in zip(keys, wanted, strict=True):
+            if key in opened or key in waiting:
                 continue
-            if isinstance(layout.place, RemotePath) and path not in self._shards:
-                waiting[path] = layout.place.site.executor.submit(self.open, layout, shard_key)
+            if isinstance(key, RemotePath) and key not in self._shards:
+                waiting[key] = functools.partial(self.open, layout, shard_key)
                 continue
             try:
-                opened[path] = self.open(layout, shard_key)
+                opened[key] = self.open(layout, shard_key)
             except OSError as error:
-                opened[path] = error
-        for path, future in waiting.items():
+                opened[key] = error
+        futures = side_by_side([(key.site, call) for key, call in waiting.items()])
+        for key, future in zip(waiting, futures, strict=True):
             try:
-                opened[path] = future.result()
+                opened[key] = future.result()
             except OSError as error:
-                opened[path] = error
-        return [opened[path] for path in paths]
+                opened[key] = error
+        return [opened[key] for key in keys]
+
+
+def _key(layout: ArrayLayout, shard_key: str) -> _ShardKey:
+    place = layout.place
+    return place / shard_key if isinstance(place, RemotePath) else layout.shard_path(shard_key)
 
 
 @dataclass(eq=False)
@@ -258,6 +292,6 @@ def fetch_parts(chunks: Sequence[tuple[int, RemoteShard, int, int]]) -> list[Par
             last.chunks.append(number)
         else:
             parts.append(Part(shard, offset, num_bytes, [number]))
-    for future in [part.shard.place.site.executor.submit(part.fetch) for part in parts]:
+    for future in side_by_side([(part.shard.place.site, part.fetch) for part in parts]):
         future.result()
     return parts

@@ -64,9 +64,13 @@ def check_url(url: str) -> None:
         url: Any URL for which `is_url` holds.
 
     Raises:
-        InputError: It holds a user's name or password, a query or a fragment.
+        InputError: It holds a user's name or password, a query or a fragment, or no host can be told in it.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # a password may be in it: it is not shown
+        scheme = url.partition(":")[0]
+        raise InputError(f"the URL that begins with '{scheme}://' has no valid host: {error}.") from error
     account, at, host = parts.netloc.rpartition("@")
     if at and (":" in account or parts.scheme in ("http", "https", "s3", "s3a", "gs")):  # abfss://container@account
         found = "a name or a password"

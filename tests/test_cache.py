@@ -136,7 +136,8 @@ def test_live_places_never_overlap_and_stay_where_they_are(capacity, sizes, step
                 assert not is_there or live[key] == extent  # where it was put before
                 live[key] = extent
         paths = [layout.path for layout in layouts]
-        kept = {(paths.index(path), number) for path, number in cache._places}
+        folders = [paths.index(place) for place in cache._folders]
+        kept = {(folders[folder], number) for folder, number in cache._places}
         live = {key: extent for key, extent in live.items() if key in kept}
         assert live.keys() == kept
         extents = sorted(live.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import pytest
 from checking import codes, found, good_image, good_labels
 
 import gpuparse
+from gpuparse.catalogue import find_stores
 from gpuparse.check import repair
-from gpuparse.errors import InputError, StorageError
+from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.remote import RemoteOptions
 
 pytest.importorskip("object_store", reason="needs moto[server]")
@@ -125,7 +128,7 @@ def test_absurd_sizes_and_gone_objects_are_findings(server, options, data):
     assert [header for _, path, header in server.requests if path.endswith("a.npz") and header] == ["bytes=-1"]
     server.delete("data/DATA/train.zarr/zarr.json")
     report = gpuparse.check("s3://bucket/data/DATA/train.zarr", remote=options)
-    assert "is no folder" in found(report, "GP201")
+    assert "has no zarr.json" in found(report, "GP201")
 
 
 def test_what_is_not_there_is_refused(server, options, tmp_path):
@@ -180,3 +183,54 @@ def test_the_command_checks_urls_in_processes(server, data, monkeypatch):
     assert done.returncode == 1, done.stderr
     assert "store s3://bucket/data/DATA/train.zarr: 4 cases, 4 with errors" in done.stdout
     assert "GP206" in done.stdout
+
+
+def test_empty_objects_are_damage_and_no_failing_network(server, options, data):
+    server.upload(data, "data")
+    server.put("data/DATA/train.zarr/cases/a/0/c/0/0/0", b"")
+    server.put("data/DATA/train/b.npz", b"")
+    report = gpuparse.check("s3://bucket/data", remote=options)
+    assert "a/0/c/0/0/0 has 0 bytes; expected" in found(report, "GP204")
+    assert "BadZipFile" in found(report, "GP101")
+    assert "GP902" not in codes(report)
+
+
+def test_a_recorded_shard_that_its_array_has_not_is_found(server, options, data):
+    server.upload(data, "data")
+    key = "data/DATA/train.zarr/cases/a/zarr.json"
+    meta = json.loads(server.get(key))
+    meta["attributes"]["gpuparse"]["files"]["0/c/9/9/9"] = 5
+    server.put(key, json.dumps(meta).encode())
+    finding = found(gpuparse.check("s3://bucket/data/DATA/train.zarr", remote=options), "GP203")
+    assert finding == (
+        "s3://bucket/data/DATA/train.zarr/cases/a/0: c/9/9/9 is recorded, but the array has no such shard."
+    )
+
+
+def test_a_store_whose_sending_was_interrupted_is_no_folder_that_is_not_there(server, options, data):
+    server.upload(data, "data")
+    server.delete("data/DATA/train.zarr/zarr.json")
+    interrupted = r"'s3://bucket/data/DATA/train\.zarr' is not whole: .* one was interrupted: run it again\."
+    finding = found(gpuparse.check("s3://bucket/data/DATA/train.zarr", remote=options), "GP201")
+    assert re.match(interrupted, finding)
+    with pytest.raises(StoreFormatError, match=interrupted):
+        gpuparse.info("s3://bucket/data/DATA", remote=options)
+    with pytest.raises(StoreFormatError, match=r"'s3://bucket/none\.zarr' is no folder\. Make the store"):
+        gpuparse.open_store("s3://bucket/none.zarr", remote=options)
+    with pytest.raises(StoreFormatError, match=r"'s3://bucket/data' is no folder\. Make the store"):
+        gpuparse.open_store("s3://bucket/data", remote=options)
+    server.always["list-type"] = "403"  # where that cannot be told
+    with pytest.raises(StoreFormatError, match=r"train\.zarr' is no folder\. Make the store"):
+        gpuparse.open_store("s3://bucket/data/DATA/train.zarr", remote=options)
+
+
+def test_a_url_shows_the_stores_that_its_folder_shows(server, options, data):
+    shutil.copytree(data / "DATA/train.zarr", data / "DATA/fold0.zarr")
+    server.upload(data, "data")
+    url = "s3://bucket/data"
+    for below in ("/DATA", ""):
+        far = [str(place).removeprefix(url) for place in find_stores(url + below, remote=options)]
+        assert far == [str(place).removeprefix(str(data)) for place in find_stores(f"{data}{below}")]
+        assert "/DATA/fold0.zarr" in far
+    server.always["list-type"] = "403"  # those that can be guessed
+    assert [str(place) for place in find_stores(f"{url}/DATA", remote=options)] == [f"{url}/DATA/train.zarr"]

@@ -140,6 +140,7 @@ def test_the_budget_is_kept_and_what_was_used_longest_ago_goes(tmp_path):
         objects[0].used()
         kept = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*.part"))
         assert kept <= cache.capacity_bytes
+        assert sum(os.fstat(entry.file).st_blocks * 512 for entry in objects) == kept  # open files hold nothing more
         assert bytes(data[:9]) == os.pread(entry.file, 9, 0)  # also where it was the one to go
         if i:
             os.utime(entry.path, ns=(i, i)) if entry.path.exists() else None
@@ -149,6 +150,33 @@ def test_the_budget_is_kept_and_what_was_used_longest_ago_goes(tmp_path):
     objects[1].write(data, 4096)  # removed, and wanted again
     assert objects[1].path.read_bytes()[4096:4105] == bytes(data[:9])
     assert os.pread(objects[1].file, 9, 4096) == bytes(data[:9])
+
+
+def test_a_file_that_is_removed_while_it_is_written_holds_nothing(tmp_path, monkeypatch):
+    entry = DiskCache(tmp_path, 2**20).open("s3://bucket/x", 65536, "")
+    pwrite = os.pwrite
+
+    def removed_first(file, *arguments):
+        if file == entry.file:
+            entry.path.unlink()
+        return pwrite(file, *arguments)
+
+    monkeypatch.setattr(os, "pwrite", removed_first)
+    entry.write(memoryview(b"x" * 65536), 0)
+    assert os.fstat(entry.file).st_blocks == 0
+
+
+def test_a_reader_whose_files_are_emptied_under_it_reads_on(server, options, expected):
+    """Less than half fits: every epoch empties files that are open, and reads them again."""
+    options = dataclasses.replace(options, cache_gib=0.0002)
+    store, reader = gpuparse.open_store(URL, remote=options), ChunkReader()
+    keys = [SliceKey(store, case, 0, p) for case in (0, 1) for p in range(store.cases[case].shape[0])]
+    for _ in range(3):
+        np.testing.assert_array_equal(read_all(store, reader)[1], expected)
+        for key in keys:
+            reader.fetch([key], (64, 64))
+    held = sum(os.fstat(shard.file).st_blocks * 512 for shard in reader._shards._shards.values())
+    assert 0 < held <= options.cache_bytes
 
 
 def test_what_can_never_fit_is_not_kept(tmp_path):

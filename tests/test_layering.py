@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 LAYERS = [
     ["errors"],
     ["arguments", "optional", "urls"],
+    ["connections"],
     ["remote", "disk_cache"],
     ["places"],
     ["npz", "arrays", "disk", "folders", "kernels", "memory", "workers"],

@@ -233,6 +233,17 @@ def test_storage_that_fails_within_a_batch_names_the_slices(server, options):
 
 
 @needs_dali
+def test_the_cache_of_decoded_chunks_keeps_those_of_a_remote_store(server, options, sample_stores):
+    _, expected = batches(sample_stores["SAMPLE_CT"].parent)
+    loader, first = batches("s3://bucket/data/SAMPLE_CT", remote=options, cache="device", cache_gib=1)
+    assert_same_batches(first, expected)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "position": 0})
+    server.requests.clear()
+    assert_same_batches(list(loader), expected)
+    assert gets(server) == []
+
+
+@needs_dali
 def test_slices_that_storage_loses_are_skipped_where_that_is_asked_for(server, options):
     dataset = gpuparse.SliceDataset("s3://bucket/data/SAMPLE_CT", img_size=(64, 64), remote=options)
     server.always["case_002/0/c/"] = "500"
@@ -252,6 +263,7 @@ def test_damage_at_a_distance_is_told_from_a_failing_network(server, options, sa
         for damaged, what in (
             (raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], r"chunk 0 does not match its crc32c"),
             (raw[:-1], r"has \d+ bytes; expected \d+"),
+            (b"", r"has 0 bytes; expected \d+"),
             (raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], r"the shard index does not match its crc32c"),
         ):
             server.put(key, bytes(damaged))
@@ -352,6 +364,7 @@ def test_other_commands_say_that_they_need_a_local_store(server, options):
         ({"config": "x"}, "config is str; expected obstore's options by name"),
         ({"backoff_seconds": -1}, "backoff_seconds is -1; expected a number of at least 0"),
         ({"cache_dir": "x"}, "cache_gib is None; cache_dir needs its size in GiB, above 0"),
+        ({"cache_dir": "x", "cache_gib": float("inf")}, "cache_gib is inf; cache_dir needs its size in GiB"),
         ({"cache_gib": 1}, "cache_gib is 1 but cache_dir is None; expected a folder"),
     ],
 )

@@ -27,7 +27,7 @@ pytest.importorskip("obstore")
 DRIVER = """
 import json, os, sys
 import gpuparse, gpuparse.kernels
-from gpuparse.remote import RemoteOptions, import_obstore
+from gpuparse.connections import RemoteOptions, import_obstore
 gpuparse.convert, gpuparse.kernels.host_library(), import_obstore()
 for line in sys.stdin:
     config, arguments = json.loads(line)

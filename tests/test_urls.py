@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 import pytest
+from typer.testing import CliRunner
 
 import gpuparse
+from gpuparse.cli import app
 from gpuparse.errors import InputError
 from gpuparse.export import export_store
 from gpuparse.info.page import check_page_path
@@ -69,6 +71,15 @@ def test_what_has_to_be_local_is_no_url(path, tmp_path):
             call()
     with pytest.raises(InputError, match=r"--html is 's3:/.*', a URL; expected a local path\."):
         check_page_path(Path(path))
+
+
+def test_a_url_without_a_host_is_refused_and_not_shown():
+    for call in (check_url, gpuparse.open_store, gpuparse.info):
+        with pytest.raises(InputError, match=r"URL that begins with 'https://' has no valid host: .*IPv6") as caught:
+            call("https://me:SECRET@[bad/x")
+        assert "SECRET" not in str(caught.value)
+    result = CliRunner().invoke(app, ["info", "https://[bad/x"])
+    assert isinstance(result.exception, InputError)
 
 
 @pytest.mark.parametrize(

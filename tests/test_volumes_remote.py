@@ -94,6 +94,17 @@ def test_what_is_damaged_or_missing_is_named(server, options):
         dataset.cases[0].affine_ras_mm()
 
 
+@pytest.mark.parametrize("name", ["a%20b", "a#b", "a?b", "100%"])
+def test_a_name_that_a_url_would_mean_otherwise_is_found(server, options, sample_stores, name):
+    server.upload(sample_stores["SAMPLE_CT"], f"odd/{name}/test.zarr")
+    try:
+        (found,) = find_case_sets("s3://bucket/odd", datasets=[name], remote=options)
+        assert (found.name, len(found.cases)) == (name, 4)
+    finally:
+        for key in server.list_keys("odd/"):
+            server.delete(key)
+
+
 def test_what_is_not_there_is_refused(server, options, local):
     with pytest.raises(InputError, match=r"'s3://bucket/none': no test\.zarr there\. At a URL only stores are read"):
         VolumeDataset("s3://bucket/none", remote=options)

@@ -19,7 +19,7 @@ from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.errors import StorageError
 from gpuparse.layout import ArrayLayout
-from gpuparse.remote import Fetched, RemotePath
+from gpuparse.remote import Fetched, RemotePath, side_by_side
 
 __all__ = ["read_checked"]
 
@@ -47,7 +47,7 @@ def read_checked(place: Place, layout: ArrayLayout) -> tuple[npt.NDArray[Any] | 
         key = "c/" + "/".join(map(str, position))
         findings += _read_shard(place, layout, position, recorded.pop(key, None), array)
     for key in recorded:
-        findings.append(place.finding("GP203", f"{layout.path}: {key} is recorded, but the array has no such shard."))
+        findings.append(place.finding("GP203", f"{layout.place}: {key} is recorded, but the array has no such shard."))
     return (None if findings else array), findings
 
 
@@ -112,7 +112,9 @@ def _fetch_shard(path: RemotePath, end: Fetched) -> npt.NDArray[np.uint8]:
         num_bytes = min(_RANGE_BYTES, end.offset - offset)
         raw[offset : offset + num_bytes] = np.frombuffer(path.read_range(offset, num_bytes, end.etag).data, np.uint8)
 
-    list(path.site.executor.map(fetch, range(0, end.offset, _RANGE_BYTES)))
+    calls = [(path.site, functools.partial(fetch, offset)) for offset in range(0, end.offset, _RANGE_BYTES)]
+    for future in side_by_side(calls):
+        future.result()
     return raw
 
 

@@ -357,9 +357,14 @@ def find_case_sets(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
             f"{', '.join(found) or 'none'}. Choose another split (--split), or for each of them {_LAYOUTS}."
         )
-    sets = tuple(find_cases(str(found[name]), split=split, prompts=prompts, remote=remote) for name in chosen)
+    sets: Sequence[CaseSet]
+    if isinstance(root, Path):
+        sets = [find_cases(str(found[name]), split=split, prompts=prompts) for name in chosen]
+    else:  # the text of a URL, read again, may name another: a%20b
+        stores = [(_find_store(found[name], split) or root, found[name]) for name in chosen]
+        sets = [_cases_of_store(store, folder, split, None, prompts) for store, folder in stores]
     _check_names_differ(root, chosen, sets)
-    return sets
+    return tuple(sets)
 
 
 def _check_names_differ(root: Place, chosen: Sequence[str], sets: Sequence[CaseSet]) -> None:
