@@ -29,6 +29,7 @@ _WEAK = "W/"  # begins a version that a web server does not vouch for byte by by
 _LONGEST_PAUSE_SECONDS = 30.0
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError")
 _NO_SUCH_END = ("status code: 416", "non-partial response")  # what servers say of the end of an empty object
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _NOT_OFFERED = ("status code: 405", "status code: 501")  # what web servers say to a request for a listing
 
 
@@ -148,6 +149,8 @@ class RemoteSite:
                     "rename or remove the object that has such a one."
                 ) from error
             except (known.BaseError, OSError, NotImplementedError) as error:
+                if any(code in str(error) for code in _NO_BUCKET):  # no error of its own where it is listed
+                    raise FileNotFoundError(f"'{url}' does not exist ({reason(error)})") from error
                 absent = isinstance(error, known.NotSupportedError | NotImplementedError)
                 if absent or any(code in str(error) for code in _NOT_OFFERED):
                     raise StorageError(
@@ -370,7 +373,7 @@ class RemotePath:
                 for entry in entries
             }
 
-        return self.site.attempt(str(self), "cannot be listed", list_all)
+        return self._attempt_here("cannot be listed", list_all)
 
     def list_folder(self) -> tuple[list[str], list[str]]:
         """Names of the folders and of the objects directly below, each in order.
@@ -384,14 +387,24 @@ class RemotePath:
             objects = [entry["path"] for entry in found["objects"]]
             return _last_names(found["common_prefixes"]), _last_names(objects)
 
-        return self.site.attempt(str(self), "cannot be listed", list_one)
+        return self._attempt_here("cannot be listed", list_one)
+
+    def _attempt_here(self, what: str, call: Callable[[Any, Any], Result]) -> Result:
+        """Makes a request that needs no object to be there, but a bucket."""
+        try:
+            return self.site.attempt(str(self), what, call)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"'{self}' {what}: its bucket or container does not exist, or the object was removed meanwhile. Check "
+                f"the URL ({error})."
+            ) from error
 
     def _put(self, data: bytes | Path, options: dict[str, Any]) -> ObjectVersion:
         def put(obstore: Any, store: Any) -> Any:
             # One part at a time: the limit of time holds for each, and objects go side by side already.
             return obstore.put(store, self.key, data, max_concurrency=1, **options)
 
-        result = self.site.attempt(str(self), "cannot be written", put)
+        result = self._attempt_here("cannot be written", put)
         return ObjectVersion(result["e_tag"] or "", result["version"] or "")
 
     def _get(self, options: dict[str, Any], num_bytes: int | None) -> Fetched:

@@ -202,6 +202,30 @@ def test_an_object_that_changes_while_it_is_open_is_noticed(server, options):
         place.read_range(0, 5, end.etag)
 
 
+def test_a_bucket_that_does_not_exist_is_named(options, sample_dir, tmp_path):
+    missing = r"^'s3://nobody/.*' cannot be {}: its bucket or container does not exist, or .*Check the URL"
+    with pytest.raises(StorageError, match=missing.format("listed")):
+        gpuparse.convert("s3://nobody/data", out_dir=tmp_path / "out", work_dir=tmp_path, remote=options)
+    with pytest.raises(StorageError, match=missing.format("written")):
+        gpuparse.convert(sample_dir, out_dir="s3://nobody/x", work_dir=tmp_path, remote=options, datasets=["SAMPLE_CT"])
+    place = remote.RemotePath(remote.RemoteSite("s3://nobody", options), "object")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        place.read_bytes()
+    place.remove()  # it is not there
+
+
+def test_an_object_to_be_replaced_that_is_gone_is_an_error_of_storage(options, monkeypatch):
+    """S3 itself answers 404 to that, where the tests' server says that a condition failed."""
+
+    def not_found(*_):
+        raise FileNotFoundError("404")
+
+    monkeypatch.setattr(remote.RemoteSite, "attempt", not_found)
+    place = remote.RemotePath(remote.RemoteSite("s3://bucket", options), "gone")
+    with pytest.raises(StorageError, match="cannot be written: .* or the object was removed meanwhile"):
+        place.write_over(b"", remote.ObjectVersion("x"))
+
+
 def test_no_store_and_no_server_are_told_apart(server, options):
     with pytest.raises(StoreFormatError, match=r"'s3://bucket/nothing' holds no train\.zarr"):
         gpuparse.SliceDataset("s3://bucket/nothing", remote=options)
