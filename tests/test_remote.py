@@ -222,7 +222,7 @@ def test_an_object_to_be_replaced_that_is_gone_is_an_error_of_storage(options, m
 
     monkeypatch.setattr(remote.RemoteSite, "attempt", not_found)
     place = remote.RemotePath(remote.RemoteSite("s3://bucket", options), "gone")
-    with pytest.raises(StorageError, match="cannot be written: .* or the object was removed meanwhile"):
+    with pytest.raises(StorageError, match=r"cannot be written: .* or the object was removed meanwhile"):
         place.write_over(b"", remote.ObjectVersion("x"))
 
 
