@@ -15,9 +15,9 @@ from typing import Any
 from gpuparse.errors import InputError, StorageError
 from gpuparse.optional import import_optional
 
-__all__ = ["Client", "RemoteOptions", "import_obstore", "open_client", "reason"]
+__all__ = ["S3_ENDPOINTS", "Client", "RemoteOptions", "import_obstore", "open_client", "reason"]
 
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REASON_LENGTH = 300
 
 
@@ -94,7 +94,7 @@ class Client:
         scheme = url.partition("://")[0]
         endpoint = options.endpoint
         if not endpoint and scheme in ("s3", "s3a"):
-            endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
+            endpoint = next((os.environ[name] for name in S3_ENDPOINTS if name in os.environ), "")
         # Whoever names it wants it; Google's stands within the key of a service account.
         plain = scheme == "http" or any("http://" in str(value) for value in (endpoint, *options.config.values()))
         arguments: dict[str, Any] = {"config": dict(options.config)} if options.config else {}

@@ -20,7 +20,7 @@ from gpuparse.cluster import DaskPool
 from gpuparse.collect import collect, dataset_names
 from gpuparse.conversion_report import CaseResult, ConversionReport, DatasetReport, Failure
 from gpuparse.disk import describe_write_error
-from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError
+from gpuparse.errors import GpuparseError, InputError, StoreWriteError
 from gpuparse.folders import remove_discarded
 from gpuparse.foreign import ForeignFormat
 from gpuparse.lock import StoreLock
@@ -29,7 +29,7 @@ from gpuparse.publish import PublishTarget
 from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
-from gpuparse.store import Store, read_store
+from gpuparse.store import Store, read_earlier
 from gpuparse.transfer import Staging
 from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
@@ -146,7 +146,8 @@ def convert(
             with contextlib.nullcontext() if dry_run else lock, _write_errors_told(store_path):
                 if not dry_run:
                     remove_discarded(store_path.parent, store_path.name)  # a run may have ended while it replaced it
-                store = _open_existing(store_path, overwrite)
+                # Its cases lie where the run's do, below a relative folder too.
+                store = read_earlier(store_path, anew=overwrite) if store_path.exists() else None
                 # What others published at the URL decides; what was sent from here may be older than the store here.
                 is_own = store is not None and (published is None or staging.is_own(published, store_path))
                 earlier = store if is_own else published
@@ -197,21 +198,6 @@ def _write_errors_told(store_path: Path) -> Iterator[None]:
         raise StoreWriteError(
             f"{store_path}: cannot be written: {told}. Then run the command again: finished cases are kept."
         ) from error
-
-
-def _open_existing(store_path: Path, overwrite: bool) -> Store | None:
-    """The store that is there; one of another kind or version is refused, except where it is to be replaced."""
-    if not store_path.exists():
-        return None
-    try:
-        store = read_store(store_path)  # its cases lie where the run's do, below a relative folder too
-        if overwrite:
-            _ = store.cases, store.slices  # a damaged index tells nothing that could be kept
-        return store
-    except StoreFormatError:
-        if overwrite:
-            return None
-        raise
 
 
 def _level_of(store: Store | None) -> Level:

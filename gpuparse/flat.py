@@ -175,7 +175,7 @@ class FlatDataset:
         for part in np.unique(owners).tolist():
             mine = owners == part
             if part not in self._members:
-                self._members[part] = np.concatenate([numbers[parts == part] for numbers, parts, _ in self._walk()])
+                self._members[part] = np.concatenate([stretch[parts == part] for stretch, parts, _ in self._walk()])
             members = self._members[part]
             found[mine] = members[draw_below(words[mine], len(members))]
         return found

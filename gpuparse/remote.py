@@ -151,6 +151,7 @@ class RemoteSite:
             except (known.BaseError, OSError, NotImplementedError) as error:
                 if any(code in str(error) for code in _NO_BUCKET):  # no error of its own where it is listed
                     raise FileNotFoundError(f"'{url}' does not exist ({reason(error)})") from error
+                # obstore says with either that a kind of storage has no such request: http writes nothing, for one.
                 absent = isinstance(error, known.NotSupportedError | NotImplementedError)
                 if absent or any(code in str(error) for code in _NOT_OFFERED):
                     raise StorageError(

@@ -104,12 +104,14 @@ class DatasetRun:
     def _convert(self, start: float, folders: dict[str, Path], val_cases: ValCases) -> DatasetReport | None:
         for folder in (self.target.work_path, self.target.work_path / "incoming", self.target.work_path / "cases"):
             folder.mkdir(exist_ok=True)
-        if self.options.on_error == "stop":  # ended by one that fits no more before any work is done
-            self._orphans(folders, {case.name for case in self.cases})
+        stops = self.options.on_error == "stop"
+        # Then no source fails, so they are known now, and one that fits no more ends the run before any work is done.
+        orphans = self._orphans(folders, {case.name for case in self.cases}) if stops else []
         done = [record for record in self._outcomes(folders) if record is not None]
         if not done:
             return None
-        orphans = self._orphans(folders, {case.name for case in done})
+        if not stops:
+            orphans = self._orphans(folders, {case.name for case in done})
         done += orphans
         extended = None if self.options.overwrite else self.store
         publish(self.target, extended, sorted(done, key=lambda case: case.name), val_cases)

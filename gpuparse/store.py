@@ -33,6 +33,7 @@ __all__ = [
     "Store",
     "chunk_shape",
     "open_store",
+    "read_earlier",
     "read_store",
     "shard_shape",
 ]
@@ -362,6 +363,27 @@ def read_store(path: Place) -> Store:
         return Store(path, attributes)
     except InputError as error:
         raise StoreFormatError(f"{error} {_REMEDY}") from error
+
+
+def read_earlier(place: Place, *, anew: bool) -> Store | None:
+    """The store that a conversion goes on from, its index read.
+
+    Args:
+        place: Where something is.
+        anew: It is to be replaced: what cannot be read as a store, and so tells nothing that could be kept, is None.
+
+    Raises:
+        StoreFormatError: What is there is no store of this version, or damaged, and not `anew`.
+        StorageError: Remote storage fails.
+    """
+    try:
+        store = read_store(place)
+        _ = store.cases, store.slices
+        return store
+    except StoreFormatError:
+        if anew:
+            return None
+        raise
 
 
 def split_code(split: str) -> int:

@@ -17,19 +17,20 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from gpuparse.connections import S3_ENDPOINTS
 from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWriteError
 from gpuparse.fetch import download_sources, in_parallel
 from gpuparse.folders import replace_text
 from gpuparse.lease import Lease
 from gpuparse.remote import Fetched, RemoteOptions, RemotePath, RemoteSite
-from gpuparse.store import Store, open_store, read_store
+from gpuparse.store import Store, open_store, read_earlier, read_store
 from gpuparse.urls import check_local, check_url, is_url
 
 __all__ = ["Staging", "upload_store"]
 
 _ENDPOINTS = {
-    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "s3": S3_ENDPOINTS,
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME"),
 }
 _LOG = logging.getLogger("gpuparse")
@@ -284,14 +285,7 @@ class Staging:
         if root is None:
             return None
         self._seen[place] = bytes(root.data)
-        try:
-            store = read_store(place)
-            _ = store.cases, store.slices
-            return store
-        except StoreFormatError:
-            if anew:
-                return None
-            raise
+        return read_earlier(place, anew=anew)
 
     def is_own(self, published: Store, store_path: Path) -> bool:
         """Whether a store at the URL is as `send` left it: nobody has published there since.
