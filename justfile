@@ -52,6 +52,27 @@ matrix +pythons="python3.11 python3.12":
       done
     done
 
+# the tests of the CPU kernels with these built for g++'s sanitizers: `just sanitize`, `just sanitize thread`
+sanitize kind="address,undefined":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    work=$(mktemp -d "${TMPDIR:-/tmp}/gpuparse-sanitize.XXXXXX")
+    trap 'rm -rf -- "$work"' EXIT
+    python -m pip install --quiet --no-deps --target "$work" . \
+      -C "cmake.define.CMAKE_CXX_FLAGS=-g -fno-omit-frame-pointer -fsanitize={{ kind }}"
+    case "{{ kind }}" in thread) libraries="libtsan.so" ;; *) libraries="libasan.so libubsan.so libstdc++.so" ;; esac
+    preload=$(for library in $libraries; do g++ -print-file-name="$library"; done | tr '\n' ' ')
+    # The modules of an editable install come before the path: they go. Forking is beyond the thread sanitizer.
+    code="import sys; sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('_editable')]"
+    code+="; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    cd -- "$(mktemp -d "$work/run.XXXXXX")"
+    tests={{ justfile_directory() }}/tests
+    PYTHONPATH="$work" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+      UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1 \
+      python -c "$code" -q -p no:cacheprovider --rootdir {{ justfile_directory() }} -k "not fork and not worker and not one_by_one and not environment" \
+      "$tests"/test_{native_read,read,read_damage,gather,presence,random,encode,prepare,foreground,loader,cache}.py \
+      "$tests"/test_augment*.py
+
 # the documentation site, in site/; a warning is an error
 docs:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -1,18 +1,33 @@
-"""Arguments checked in one way: numbers, arrays of them and flags, named in the error with what was expected."""
+"""Arguments checked in one way: numbers, arrays of them, flags, choices, names and paths, named in the error."""
 
 from __future__ import annotations
 
 import numbers
 import operator
+import os
 import reprlib
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import InputError
 
-__all__ = ["check_flag", "check_num_threads", "is_number", "whole_number", "whole_numbers"]
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_instance",
+    "check_names",
+    "check_num_threads",
+    "check_path",
+    "check_selection",
+    "is_number",
+    "whole_number",
+    "whole_numbers",
+]
+
+_T = TypeVar("_T")
 
 
 def whole_number(
@@ -78,6 +93,82 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; expected True or False.")
     return value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[_T]) -> _T:
+    """Returns `value` if it is one of the choices, each a text or None.
+
+    Raises:
+        InputError: It is something else.
+    """
+    choices = list(choices)
+    if not isinstance(value, str | None) or value not in choices:
+        *others, last = map(repr, choices)
+        raise InputError(f"{name} is {reprlib.repr(value)}; expected {', '.join(others)} or {last}.")
+    return value
+
+
+def check_names(name: str, values: Any, expected: str = "a list of names") -> list[str]:
+    """Returns names as a list.
+
+    Raises:
+        InputError: It is one name, whose letters would be taken, or something else than strings is among them.
+    """
+    if isinstance(values, str):
+        raise InputError(f"{name} is the string {values!r}; expected a list of names, such as [{values!r}].")
+    names: list[Any] = list(values) if isinstance(values, Iterable) and not isinstance(values, Mapping) else [None]
+    if not all(isinstance(one, str) for one in names):
+        raise InputError(f"{name} is {reprlib.repr(values)}; expected {expected}.")
+    return names
+
+
+def check_selection(name: str, values: Any) -> list[str] | None:
+    """Returns the names of what is chosen as a list; None, which chooses all, as it is.
+
+    Raises:
+        InputError: There are none, or they are no list of strings.
+    """
+    if values is None:
+        return None
+    names = check_names(name, values, "a list of names, or None for all")
+    if not names:
+        raise InputError(f"{name} is {values!r}; expected at least one name, or None for all.")
+    return names
+
+
+def check_path(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuses what is neither a path nor a URL.
+
+    Args:
+        name: What errors shall call it.
+        value: A string or a path object.
+        optional: Whether None will do, too.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(value, str | os.PathLike) and not (optional and value is None):
+        raise InputError(f"{name} is {reprlib.repr(value)}; expected a path or a URL{' or None' if optional else ''}.")
+
+
+def check_instance(name: str, value: Any, kind: type, *, home: str = "gpuparse", optional: bool = True) -> None:
+    """Refuses what is no object of a class of gpuparse's.
+
+    Args:
+        name: What errors shall call it.
+        value: The object.
+        kind: The class.
+        home: Where users find it.
+        optional: Whether None will do, too.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(value, kind) and not (optional and value is None):
+        # A dict may hold the keys of a bucket.
+        shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+        wanted = f"{home}.{kind.__name__}(...){' or None' if optional else ''}"
+        raise InputError(f"{name} is {shown}; expected {wanted}.")
 
 
 def check_num_threads(num_threads: Any) -> int | None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse import kernels
-from gpuparse.arguments import check_num_threads, whole_numbers
+from gpuparse.arguments import check_choice, check_num_threads, whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import (
@@ -78,10 +78,8 @@ class OutputTypes:
     labels: str = "int64"
 
     def __post_init__(self) -> None:
-        if self.image not in tuple(_IMAGE_TYPES):
-            raise InputError(f"image_dtype is {self.image!r}; expected {', '.join(_IMAGE_TYPES)}.")
-        if self.labels not in tuple(_LABEL_TYPES):
-            raise InputError(f"labels_dtype is {self.labels!r}; expected {', '.join(_LABEL_TYPES)}.")
+        check_choice("image_dtype", self.image, _IMAGE_TYPES)
+        check_choice("labels_dtype", self.labels, _LABEL_TYPES)
 
     @property
     def arrays(self) -> tuple[Any, Any]:
@@ -191,8 +189,7 @@ def _check_array(name: str, array: Any, rank: int, dtypes: tuple[str, ...], on_d
 
 
 def _label_spec(class_ids: npt.ArrayLike | None, labels: str, num_samples: int) -> LabelSpec:
-    if not isinstance(labels, str) or labels not in _MODES:
-        raise InputError(f"labels is {labels!r}; expected {', '.join(_MODES)}.")
+    check_choice("labels", labels, _MODES)
     modes = np.full(num_samples, _MODES[labels], np.int32)
     if labels == "classes":
         return LabelSpec(np.zeros((num_samples, 1), np.int32), modes, stacked=False)

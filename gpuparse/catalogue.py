@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError, StorageError
 from gpuparse.places import Place, open_place
 from gpuparse.remote import RemoteOptions, RemotePath
@@ -36,6 +37,7 @@ def find_stores(
         InputError: There is no such path, no store in it, or no dataset of a name.
         StorageError: Remote storage does not answer or refuses.
     """
+    datasets = check_selection("datasets", datasets)
     place = open_place(path, remote)
     found = _remote_stores(place) if isinstance(place, RemotePath) else _local_stores(Path(path))
     absent = [name for name in datasets or () if name not in found]

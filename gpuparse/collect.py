@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_files, find_folders
 from gpuparse.pairs import FolderLayout
@@ -132,17 +133,14 @@ def collect(
     ]
 
 
-def dataset_names(datasets: Iterable[str]) -> list[str]:
-    """The names of datasets that somebody asks for, each once.
+def dataset_names(datasets: Iterable[str] | None) -> list[str] | None:
+    """The names of datasets that somebody asks for, each once; None, for all, as it is.
 
     Raises:
-        InputError: It is no list, or holds what is no name.
+        InputError: It is no list, is empty, or holds what is no name.
     """
-    if isinstance(datasets, str):
-        raise InputError(f"datasets is the string {datasets!r}; expected a list of names, such as [{datasets!r}].")
-    if not isinstance(datasets, Iterable):
-        raise InputError(f"datasets is {datasets!r}; expected a list of names, or None for all.")
-    return list(dict.fromkeys(check_name(name, "dataset name") for name in datasets))
+    names = check_selection("datasets", datasets)
+    return None if names is None else list(dict.fromkeys(check_name(name, "dataset name") for name in names))
 
 
 @contextlib.contextmanager
@@ -165,7 +163,7 @@ def _chosen(
     data_dir: Path, datasets: Sequence[str] | None, split: str, foreign: ForeignFormat | None
 ) -> dict[str, Path]:
     check_name(split, "split")
-    datasets = None if datasets is None else dataset_names(datasets)
+    datasets = dataset_names(datasets)
     found = _folders(data_dir, split, foreign)
     if foreign is not None and datasets is not None:  # a folder of datasets may itself look like one
         found |= {name: data_dir / name for name in datasets if name not in found and (data_dir / name).is_dir()}

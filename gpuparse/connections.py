@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from gpuparse.arguments import check_path, is_number, whole_number
 from gpuparse.errors import InputError, StorageError
 from gpuparse.optional import import_optional
 
@@ -19,6 +20,8 @@ __all__ = ["S3_ENDPOINTS", "Client", "RemoteOptions", "import_obstore", "open_cl
 
 S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REASON_LENGTH = 300
+
+_LONGEST_SECONDS = 86_400  # timers count no further than years
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,20 @@ class RemoteOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_attempts", "num_connections"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}; expected a whole number of at least 1.")
-        for name in ("timeout_seconds", "backoff_seconds", "cache_gib"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) and not (name == "cache_gib" and value is None):
-                raise InputError(f"{name} is {value!r}; expected a number.")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         if not isinstance(self.config, Mapping):
             raise InputError(f"config is {type(self.config).__name__}; expected obstore's options by name.")
-        if not self.timeout_seconds > 0:
-            raise InputError(f"timeout_seconds is {self.timeout_seconds!r}; expected a number above 0.")
-        if not self.backoff_seconds >= 0:
-            raise InputError(f"backoff_seconds is {self.backoff_seconds!r}; expected a number of at least 0.")
+        if not (is_number(self.timeout_seconds) and 0 < self.timeout_seconds <= _LONGEST_SECONDS):
+            raise InputError(
+                f"timeout_seconds is {self.timeout_seconds!r}; expected a number above 0, at most {_LONGEST_SECONDS}."
+            )
+        if not (is_number(self.backoff_seconds) and 0 <= self.backoff_seconds <= _LONGEST_SECONDS):
+            raise InputError(
+                f"backoff_seconds is {self.backoff_seconds!r}; expected a number from 0 to {_LONGEST_SECONDS}."
+            )
+        check_path("cache_dir", self.cache_dir, optional=True)
+        if self.cache_gib is not None and not is_number(self.cache_gib):
+            raise InputError(f"cache_gib is {self.cache_gib!r}; expected a number.")
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", os.path.abspath(self.cache_dir))
             if self.cache_gib is None or not 0 < self.cache_gib < math.inf:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_choice, check_flag, check_instance, check_path, whole_number
 from gpuparse.arrays import LEVELS, Level
 from gpuparse.case import CaseSettings
 from gpuparse.cluster import DaskPool
@@ -106,22 +106,21 @@ def convert(
             cases are kept for the next run.
         StorageError: Remote storage fails. The remote store is as it was.
     """
-    for what, path in (("data_dir", data_dir), ("out_dir", out_dir), ("work_dir", work_dir)):
-        if not isinstance(path, str | os.PathLike) and (path is not None or what == "data_dir"):
-            raise InputError(f"{what} is {path!r}; expected a path or a URL.")
-    if on_error not in ("stop", "skip"):
-        raise InputError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
-    if level is not None and level not in LEVELS:
-        raise InputError(f"level is {level!r}; expected {' or '.join(map(repr, LEVELS))}.")
+    check_path("data_dir", data_dir)
+    check_path("out_dir", out_dir, optional=True)
+    check_path("work_dir", work_dir, optional=True)
+    check_choice("on_error", on_error, ("stop", "skip"))
+    check_choice("level", level, (*LEVELS, None))
+    check_flag("overwrite", overwrite)
+    check_flag("dry_run", dry_run)
     num_jobs = whole_number("num_jobs", num_jobs, 1)
     memory_bytes = None if memory_gib is None else gib_to_bytes("memory_gib", memory_gib)
     max_bytes = gib_to_bytes("max_volume_gib", max_volume_gib)
-    datasets = None if datasets is None else dataset_names(datasets)
+    datasets = dataset_names(datasets)
     check_name(split, "split")
-    for what, value, kind in (("val_split", val_split, ValSplit), ("foreign", foreign, ForeignFormat),
-                              ("remote", remote, RemoteOptions)):  # fmt: skip
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{what} is {value!r}; expected gpuparse.{kind.__name__}(...) or None.")
+    check_instance("val_split", val_split, ValSplit)
+    check_instance("foreign", foreign, ForeignFormat)
+    check_instance("remote", remote, RemoteOptions)
     if val_split is not None and split != "train":
         raise InputError(f"split is {split!r} and a validation part is asked for; it is cut from 'train' only.")
     _check_executor(executor, scheduler, num_jobs)
@@ -167,8 +166,7 @@ def _absolute(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def _check_executor(executor: str, scheduler: str | None, num_jobs: int) -> None:
-    if executor not in ("local", "dask"):
-        raise InputError(f"executor is {executor!r}; expected 'local' or 'dask'.")
+    check_choice("executor", executor, ("local", "dask"))
     if executor == "dask" and not scheduler:
         raise InputError("executor 'dask' needs scheduler (--scheduler): its address, such as tcp://host:8786.")
     if executor == "local" and scheduler is not None:

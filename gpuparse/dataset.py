@@ -112,6 +112,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if not isinstance(root_dir, str | os.PathLike) or not os.fspath(root_dir):
             raise InputError(f"root_dir is {root_dir!r}; expected a dataset's folder or a store.")
+        split_code(split)
         if name is not None and not isinstance(name, str):
             raise InputError(f"name is {name!r}; expected a string, or None for the folder's name.")
         if transforms is not None and not isinstance(transforms, Augmentation):
@@ -344,7 +345,6 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
 
 def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Store:
-    split_code(split)
     root = open_place(root_dir, remote)
     if root_dir.endswith(".zarr"):
         return read_store(root)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import check_choice, check_flag, check_path, check_selection, whole_number
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
@@ -113,8 +114,11 @@ def export_store(
         StoreWriteError: The files cannot be written.
         MissingDependencyError: It is a URL, and obstore is not installed.
     """
-    if format not in _FORMATS:
-        raise InputError(f"format is {format!r}; expected one of {', '.join(_FORMATS)}.")
+    check_choice("format", format, _FORMATS)
+    splits = check_selection("splits", splits)
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
+    check_flag("overwrite", overwrite)
+    check_path("out_dir", out_dir, optional=True)
     if out_dir is not None:
         check_local(out_dir, "out_dir")
     location = _location(path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpuparse.arguments import check_instance
 from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
@@ -42,11 +43,17 @@ class ForeignFormat:
             `percentile`, or `none` for images that are 0..255 already. None takes `percentile`, unless the images may
             be CT.
         orientation: Where x, y and z of the volumes grow to, such as `LPS`; `stored` keeps the images' axes.
+
+    Raises:
+        InputError: The layout is none.
     """
 
     layout: FolderLayout
     window: str | None = None
     orientation: str = "LPS"
+
+    def __post_init__(self) -> None:
+        check_instance("layout", self.layout, FolderLayout, optional=False)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def parse_window(text: str) -> Window:
     Raises:
         InputError: It is none of these, or the width is not above 0.
     """
-    name = text.strip().lower()
+    name = text.strip().lower() if isinstance(text, str) else ""
     if name in CT_WINDOWS:
         return Window(name, *CT_WINDOWS[name])
     if name in ("percentile", "none"):

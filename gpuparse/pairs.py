@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from gpuparse.arguments import check_choice, whole_number
 from gpuparse.errors import InputError
 from gpuparse.nifti import nifti_stem
 
@@ -32,12 +33,24 @@ class FolderLayout:
         image_glob: Images below the dataset's folder, for `nifti`; case folders, for `dicom` (None: every folder).
         label_glob: Label files, paired with the images by what `*` stands for.
         channel: Which channel of an image to take, for `nnunet`; None where there is only one.
+
+    Raises:
+        InputError: A value is of another type, or no format.
     """
 
     format: Literal["nnunet", "nifti", "dicom"]
     image_glob: str | None = None
     label_glob: str | None = None
     channel: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.format, ("nnunet", "nifti", "dicom"))
+        for name in ("image_glob", "label_glob"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise InputError(f"{name} is {value!r}; expected a pattern such as 'images/*.nii.gz', or None.")
+        if self.channel is not None:
+            object.__setattr__(self, "channel", whole_number("channel", self.channel, 0))
 
 
 @dataclass(frozen=True)

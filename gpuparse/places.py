@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from gpuparse.arguments import check_instance, check_path
 from gpuparse.disk_cache import disk_cache
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
@@ -60,10 +61,8 @@ def open_place(path: str | os.PathLike[str], remote: RemoteOptions | None = None
     Raises:
         InputError: It is neither, `remote` is given with a path, or its cache's folder cannot be written.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path is {path!r}; expected a path or a URL.")
-    if remote is not None and not isinstance(remote, RemoteOptions):
-        raise InputError(f"remote is {type(remote).__name__}; expected gpuparse.RemoteOptions(...).")
+    check_path("path", path)
+    check_instance("remote", remote, RemoteOptions)
     if is_url(path):
         options = remote or RemoteOptions()
         if options.cache_dir is not None:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_choice, whole_number
 from gpuparse.cache import CacheStatus
-from gpuparse.errors import ChunkCorruptError, InputError
+from gpuparse.errors import ChunkCorruptError
 from gpuparse.read import ReadCounts
 
 __all__ = ["FailureLog", "FailurePolicy", "LoaderReport", "Probes", "SliceFailure", "annotate"]
@@ -38,8 +38,7 @@ class FailurePolicy:
     max_failures: int = 100
 
     def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise InputError(f"on_error is {self.on_error!r}; expected 'raise' or 'skip'.")
+        check_choice("on_error", self.on_error, ("raise", "skip"))
         whole_number("max_failures", self.max_failures, 0)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpuparse.arguments import is_number
+from gpuparse.arguments import check_choice, is_number
 from gpuparse.cache import CacheStatus, ChunkCache, PageCacheBudget
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
@@ -36,8 +36,7 @@ class CacheOptions:
     cache_gib: float | None = None
 
     def __post_init__(self) -> None:
-        if self.cache not in (None, "device", "host"):
-            raise InputError(f"cache is {self.cache!r}; expected 'device', 'host' or None.")
+        check_choice("cache", self.cache, ("device", "host", None))
         if self.cache is None and self.cache_gib is not None:
             raise InputError(f"cache_gib is {self.cache_gib!r} but cache is None; expected cache='device' or 'host'.")
         if self.cache is not None and not (is_number(self.cache_gib) and 0 < self.cache_gib < math.inf):

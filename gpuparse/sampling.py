@@ -109,11 +109,11 @@ class Augmentation:
         _check_range("prob", self.prob, 0.0, 1.0)
         _check_range("pixel_shift_ratio", self.pixel_shift_ratio, 0.0, 1.0)
         _check_range("crop_ratio", self.crop_ratio, 0.0, 0.5)
-        if self.crop and self.crop_ratio == 0:
-            raise InputError("Augmentation: crop_ratio is 0; expected more than 0. Use crop=False for no crop.")
         for name in ("rotate", "flip", "pixel_shift", "crop", "gaussian_noise", "salt_and_pepper_noise"):
             check_flag(f"Augmentation: {name}", getattr(self, name))
-        if self.mirror != "auto" and not isinstance(self.mirror, bool):
+        if self.crop and self.crop_ratio == 0:
+            raise InputError("Augmentation: crop_ratio is 0; expected more than 0. Use crop=False for no crop.")
+        if not isinstance(self.mirror, bool) and not (isinstance(self.mirror, str) and self.mirror == "auto"):
             raise InputError(f"Augmentation: mirror is {self.mirror!r}; expected 'auto', True or False.")
 
 

@@ -70,9 +70,9 @@ def check_orientation(text: str) -> str:
     Raises:
         InputError: It does not name one direction of each pair L/R, P/A, S/I.
     """
-    if text.lower() == STORED:
+    code = text.upper() if isinstance(text, str) else ""
+    if code == STORED.upper():
         return STORED
-    code = text.upper()
     if len(code) != 3 or not all(sum(letter in pair for letter in code) == 1 for pair in _OPPOSITES):
         raise InputError(
             f"orientation is {text!r}; expected 'stored' or three letters, one of each pair L/R, P/A, S/I, such as LPS."

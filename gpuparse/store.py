@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import check_choice
 from gpuparse.arrays import read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.layout import ArrayLayout, parse_layout, read_json, shard_sizes
@@ -388,6 +389,4 @@ def read_earlier(place: Place, *, anew: bool) -> Store | None:
 
 def split_code(split: str) -> int:
     """The number that the slice index holds for a split's name."""
-    if split not in _SPLITS:
-        raise InputError(f"split is {split!r}; expected one of {', '.join(_SPLITS)}.")
-    return _SPLITS.index(split)
+    return _SPLITS.index(check_choice("split", split, _SPLITS))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_choice, whole_number
 from gpuparse.errors import InputError
 
 __all__ = [
@@ -72,9 +72,8 @@ def check_recipe(recipe: str) -> Recipe:
     Raises:
         InputError: It is not.
     """
-    if recipe not in ("corrected", "reference"):
-        raise InputError(f"recipe is {recipe!r}; expected 'corrected' (default) or 'reference'.")
-    return recipe  # type: ignore[return-value]
+    choices: tuple[Recipe, ...] = ("corrected", "reference")
+    return check_choice("recipe", recipe, choices)
 
 
 def check_size(size: Sequence[int], name: str = "size") -> tuple[int, int]:

@@ -239,7 +239,7 @@ class TestHalfTypes:
 
 @pytest.mark.parametrize("kind", ["image", "labels"])
 def test_other_types_are_refused(kind):
-    expected = {"image": "float32, float16, bfloat16", "labels": "int64, uint8"}[kind]
+    expected = {"image": "'float32', 'float16' or 'bfloat16'", "labels": "'int64' or 'uint8'"}[kind]
     with pytest.raises(InputError, match=rf"{kind}_dtype is 'float64'; expected {expected}\."):
         OutputTypes(**{kind: "float64"})
     image = blank(1, (8, 8))

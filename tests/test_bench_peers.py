@@ -309,6 +309,13 @@ class TestData:
         report = gpuparse.convert(many.folder, out_dir=tmp_path / "stores")
         assert report.datasets[0].num_slices == 3 * len(data.slices)
 
+    def test_hidden_files_are_no_volumes(self, data, tmp_path):
+        many = data.repeated(2 * data.raw_bytes, tmp_path / "many")
+        (tmp_path / "many/SMALL/train/._volume.npz").write_bytes(b"what macOS puts into archives")
+        again = BenchData(many.folder, many.names, many.stores, tmp_path)
+        assert again.volumes == many.volumes
+        assert sum(len(list((folder / "train").iterdir())) for folder in again.png_folders(16)) == len(many.slices)
+
     def test_the_generated_data_have_three_views(self, sample_dir, monkeypatch):
         from gpuparse.bench import data as module
 

@@ -265,6 +265,8 @@ def test_datasets_and_codes_can_be_chosen(write_case, data_dir):
     [
         ({"paths": "nowhere"}, r"nowhere: no such folder or npz file"),
         ({"paths": []}, "no path to check"),
+        ({"paths": 5}, r"paths is 5; expected a path or a URL, or a list of these"),
+        ({"paths": ["data", 5]}, r"paths is \['data', 5\]; expected a path or a URL, or a list of these"),
         ({"paths": "."}, r"nothing to check in it; expected npz files in DATASETn/train/"),
         ({"paths": "data", "datasets": ["X"]}, "no dataset 'X' there; found DATA"),
         ({"paths": "data", "num_jobs": 0}, "num_jobs is 0; expected a whole number of at least 1"),

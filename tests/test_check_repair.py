@@ -197,6 +197,8 @@ def test_sources_are_not_repaired_and_a_source_folder_must_exist(make_store, dat
         repair(report, source="nowhere")
     with pytest.raises(InputError, match="max_volume_gib is inf; expected a finite number above 0"):
         repair(report, max_volume_gib=float("inf"))
+    with pytest.raises(InputError, match="num_jobs is 0; expected a whole number of at least 1"):
+        repair(report, num_jobs=0)
 
 
 def test_the_largest_volume_that_is_read_is_so_for_the_conversion_too(make_store, data_dir, monkeypatch):

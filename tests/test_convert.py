@@ -311,5 +311,5 @@ def test_too_little_memory_is_reported_with_the_file(write_case, data_dir, monke
 
 def test_splits_have_numbers():
     assert [split_code(split) for split in ("train", "val")] == [0, 1]
-    with pytest.raises(InputError, match=r"split is 'test'; expected one of train, val"):
+    with pytest.raises(InputError, match=r"split is 'test'; expected 'train' or 'val'"):
         split_code("test")

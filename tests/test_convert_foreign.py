@@ -282,6 +282,19 @@ def test_a_volume_larger_than_allowed_is_refused_by_its_header(nnunet):
         gpuparse.convert(nnunet.parent, foreign=CT, max_volume_gib=1e-6)
 
 
+def test_a_layout_is_checked_where_it_is_made():
+    with pytest.raises(InputError, match=r"format is 'nrrd'; expected 'nnunet', 'nifti' or 'dicom'\."):
+        FolderLayout("nrrd")
+    with pytest.raises(
+        InputError, match=r"image_glob is \['\*'\]; expected a pattern such as 'images/\*\.nii\.gz', or None"
+    ):
+        FolderLayout("nifti", image_glob=["*"])
+    with pytest.raises(InputError, match=r"channel is '1'; expected a whole number of at least 0"):
+        FolderLayout("nnunet", channel="1")
+    with pytest.raises(InputError, match=r"layout is 'nnunet'; expected gpuparse\.FolderLayout\(\.\.\.\)\."):
+        ForeignFormat("nnunet")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -68,7 +68,7 @@ def test_a_store_keeps_its_level_until_another_is_asked_for(volumes, write_case)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"level": "best"}, r"level is 'best'; expected 'fast' or 'high'"),
+        ({"level": "best"}, r"level is 'best'; expected 'fast', 'high' or None"),
         ({"memory_gib": 0}, r"memory_gib is 0; expected a finite number above 0"),
         ({"memory_gib": float("nan")}, r"memory_gib is nan; expected a finite number above 0"),
         ({"memory_gib": "1"}, r"memory_gib is '1'; expected a finite number above 0"),
@@ -82,7 +82,7 @@ def test_a_store_keeps_its_level_until_another_is_asked_for(volumes, write_case)
         ({"out_dir": 5}, r"out_dir is 5; expected a path or a URL"),
         ({"work_dir": b"/tmp"}, r"work_dir is b'/tmp'; expected a path or a URL"),
         ({"datasets": 5}, r"datasets is 5; expected a list of names, or None for all"),
-        ({"datasets": [5]}, r"dataset name 5 cannot be used: expected a plain name"),
+        ({"datasets": [5]}, r"datasets is \[5\]; expected a list of names, or None for all"),
         ({"split": None}, r"split None cannot be used: expected a plain name"),
     ],
 )

@@ -228,7 +228,7 @@ def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
     with pytest.raises(InputError, match=r"no slices in split 'train'\. All that it has are in split 'val': pass sp"):
         SliceDataset(store_path)
     assert len(SliceDataset(store_path, split="val")) == 3
-    with pytest.raises(InputError, match="split is 'test'; expected one of train, val"):
+    with pytest.raises(InputError, match="split is 'test'; expected 'train' or 'val'"):
         SliceDataset(ct.root_dir, split="test")
     with pytest.raises(IndexError, match="index 1000000 is out of range"):
         ct[1_000_000]

@@ -299,7 +299,7 @@ VOLUME = np.zeros((3, 8, 8), np.uint8)
         ({"num_threads": "2"}, r"num_threads is '2'; expected a whole number of at least 1, or None for all cores"),
         ({"num_threads": -1}, r"num_threads is -1; expected a whole number of at least 1, or None for all cores"),
         ({"axis": 3}, r"axis is 3; expected 0, 1 or 2"),
-        ({"recipe": "cv2"}, r"recipe is 'cv2'; expected 'corrected' \(default\) or 'reference'"),
+        ({"recipe": "cv2"}, r"recipe is 'cv2'; expected 'corrected' or 'reference'"),
         ({"size": 512}, r"size is 512; expected \(rows, columns\), such as \(512, 512\)"),
         ({"size": (512,)}, r"size is \(512,\); expected \(rows, columns\)"),
         ({"size": (512, 512, 3)}, r"size is \(512, 512, 3\); expected \(rows, columns\)"),

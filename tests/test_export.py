@@ -358,7 +358,7 @@ def test_what_is_no_store_is_refused(tmp_path):
         export_store(tmp_path / "nowhere")
     with pytest.raises(StoreFormatError, match=r"nowhere\.zarr' is no folder"):
         export_store(tmp_path / "nowhere.zarr")
-    with pytest.raises(InputError, match="format is 'gif'; expected one of png, npz"):
+    with pytest.raises(InputError, match="format is 'gif'; expected 'png' or 'npz'"):
         export_store(tmp_path, format="gif")
 
 

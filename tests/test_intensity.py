@@ -91,7 +91,7 @@ def test_without_a_window_values_stay(dtype):
     np.testing.assert_array_equal(to_uint8("us", image, PLAIN, parse_window("none"))[0], image)
 
 
-@pytest.mark.parametrize("text", ["liver", "400", "400,40,1", "0,40", "-5,1", "nan,1", "inf,0", ""])
+@pytest.mark.parametrize("text", ["liver", "400", "400,40,1", "0,40", "-5,1", "nan,1", "inf,0", "", 400, None])
 def test_windows_that_are_none_are_refused(text):
     with pytest.raises(InputError, match=r"window is .*expected"):
         parse_window(text)

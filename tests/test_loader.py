@@ -192,8 +192,8 @@ def test_stage_times_and_repr(ct):
         ({"batch_size": 2.0}, r"batch_size is 2\.0; expected a whole number of at least 1"),
         ({"device": "xpu"}, "device is 'xpu'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
         ({"device": "graphics"}, "device is 'graphics'; expected 'cpu', 'cuda', 'cuda:<n>' or None"),
-        ({"image_dtype": "float64"}, "image_dtype is 'float64'; expected float32, float16, bfloat16"),
-        ({"labels_dtype": "int32"}, "labels_dtype is 'int32'; expected int64, uint8"),
+        ({"image_dtype": "float64"}, "image_dtype is 'float64'; expected 'float32', 'float16' or 'bfloat16'"),
+        ({"labels_dtype": "int32"}, "labels_dtype is 'int32'; expected 'int64' or 'uint8'"),
         ({"seed": 1.5}, "seed is 1.5"),
     ],
 )

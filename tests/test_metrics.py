@@ -213,13 +213,18 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(zeros, np.zeros((2, 3, 5), np.uint8))
     with pytest.raises(InputError, match=r"the prediction has shape \(3, 4\), the labels \(3, 4\); expected equal sh"):
         score(zeros[0], zeros[0])
+    with pytest.raises(InputError, match=r"prediction is a list; expected a numpy array \(z, y, x\)"):
+        score(zeros, zeros.tolist())
+    for spacing_mm in (None, (1, 1), (1, 1, 0), (1, 1, math.inf), "abc"):
+        with pytest.raises(InputError, match=r"spacing_mm is .*; expected three positive millimetre values"):
+            score(zeros, zeros, spacing_mm=spacing_mm)
     for options, message in (
         ({"tolerance_mm": -1.0}, r"tolerance_mm is -1\.0; expected 0 or more"),
         ({"tolerance_mm": math.nan}, r"tolerance_mm is nan; expected 0 or more"),
         ({"tolerance_mm": None}, r"tolerance_mm is None; expected 0 or more"),
         ({"min_iou": 0.0}, r"min_iou is 0\.0; expected above 0, at most 1"),
         ({"min_iou": "0.5"}, r"min_iou is '0\.5'; expected above 0, at most 1"),
-        ({"instances": "both"}, r"instances is 'both'; expected 'components' \(default\) or 'ids'"),
+        ({"instances": "both"}, r"instances is 'both'; expected 'components' or 'ids'"),
     ):
         with pytest.raises(InputError, match=message):
             MetricOptions(**options)

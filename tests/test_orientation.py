@@ -136,7 +136,7 @@ def test_sform_and_qform_that_contradict_each_other_are_refused(tmp_path):
         read(tmp_path, NIFTI)
 
 
-@pytest.mark.parametrize("text", ["LPX", "LRS", "LP", "", "LPSS"])
+@pytest.mark.parametrize("text", ["LPX", "LRS", "LP", "", "LPSS", None])
 def test_orientations_that_are_none_are_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"orientation is .*one of each pair"):
         read(write_pair(tmp_path, "RAS"), NIFTI, text)

@@ -105,8 +105,11 @@ def test_what_is_not_there_is_refused_with_what_is(sample_stores, choice, messag
         ({"num_samples": 0}, "num_samples is 0; expected a whole number of at least 1"),
         ({"num_samples": True}, "num_samples is True"),
         ({"axes": (3,)}, r"axis is 3; expected 0, 1 or 2 \(z, y or x\)"),
-        ({"split": "test"}, "split is 'test'; expected one of train, val"),
+        ({"split": "test"}, "split is 'test'; expected 'train' or 'val'"),
         ({"seed": -1}, "seed is -1"),
+        ({"cases": "a"}, r"cases is the string 'a'; expected a list of names, such as \['a'\]"),
+        ({"axes": "z"}, r"axes is 'z'; expected numbers of slice axes: 0, 1, 2 \(z, y, x\)"),
+        ({"positions": 1.5}, r"positions is 1\.5; expected whole numbers"),
     ],
 )
 def test_a_wrong_choice_is_refused(arguments, message):

@@ -204,7 +204,7 @@ def test_the_defaults_are_the_references():
             {"augmentation": {"prob": 1}},
             r"augmentation is \{'prob': 1\}; expected gpuparse\.Augmentation\(\.\.\.\) or N",
         ),
-        ({"recipe": "exact"}, r"recipe is 'exact'; expected 'corrected' \(default\) or 'reference'"),
+        ({"recipe": "exact"}, r"recipe is 'exact'; expected 'corrected' or 'reference'"),
         ({"size": 512}, r"size is 512; expected \(rows, columns\)"),
         ({"sample_ids": [-1]}, r"sample_ids is \[-1\]; expected a row of whole numbers"),
         ({"sample_ids": [1.5]}, r"sample_ids is \[1\.5\]; expected a row of whole numbers"),

@@ -273,9 +273,9 @@ def test_other_failures_of_fetching_stay_what_they_are(server, source, folder):
     [
         ({"datasets": 5}, "datasets is 5; expected a list of names, or None for all"),
         ({"datasets": "ONE"}, r"datasets is the string 'ONE'; expected a list of names, such as \['ONE'\]"),
-        ({"datasets": [5]}, "dataset name 5 cannot be used"),
+        ({"datasets": [5]}, r"datasets is \[5\]; expected a list of names, or None for all"),
         ({"split": 5}, "split 5 cannot be used"),
-        ({"remote": {"num_attempts": 3}}, r"remote is \{'num_attempts': 3\}; expected gpuparse.RemoteOptions"),
+        ({"remote": {"num_attempts": 3}}, r"remote is dict; expected gpuparse.RemoteOptions"),
         ({"out_dir": "https://host/stores"}, "out_dir is 'https://host/stores', a web server, which takes no stores"),
         ({"out_dir": "http://host/stores"}, "out_dir is 'http://host/stores', a web server"),
     ],

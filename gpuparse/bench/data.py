@@ -71,7 +71,7 @@ class BenchData:
         """All volumes, by dataset and name."""
         found = []
         for name in self.names:
-            for path in sorted((self.folder / name / "train").glob("*.npz")):
+            for path in sorted((self.folder / name / "train").glob("[!.]*.npz")):
                 shape, spacing = _header(path)
                 found.append(VolumeRef(name, path, shape, tuple(slice_axes(shape, spacing))))
         return tuple(found)

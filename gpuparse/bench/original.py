@@ -50,9 +50,9 @@ def compare_with_original(data: BenchData, checkout: Path, rounds: int) -> dict[
     folder = data.scratch / "original"
     folder.mkdir()
     (folder / "class_prompts.json").write_bytes((data.folder / "class_prompts.json").read_bytes())
-    for name in data.names:
-        (folder / name).mkdir()
-        (folder / name / "train").symlink_to((data.folder / name / "train").resolve())
+    for volume in data.volumes:  # the original takes hidden files for volumes, too
+        (folder / volume.dataset / "train").mkdir(parents=True, exist_ok=True)
+        (folder / volume.dataset / "train" / volume.path.name).symlink_to(volume.path.resolve())
     code = re.sub(r"(?m)^datasets = .*$", f"datasets = {list(data.names)!r}", (checkout / _SCRIPT).read_text())
     start = time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

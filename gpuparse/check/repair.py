@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpuparse.arguments import check_instance, check_path, whole_number
 from gpuparse.arrays import LEVELS
 from gpuparse.check.case import CaseTask, check_case
 from gpuparse.check.findings import CheckReport, Place
@@ -69,6 +70,9 @@ def repair(
     Raises:
         InputError: `source` is no folder, or `max_volume_gib` no finite number above 0.
     """
+    check_instance("report", report, CheckReport, optional=False)
+    check_path("source", source, optional=True)
+    num_jobs = whole_number("num_jobs", num_jobs, 1)
     if source is not None and not Path(source).is_dir():
         raise InputError(f"{source}: no such folder. Name the folder with the npz files, or leave --source out.")
     limit = gib_to_bytes("max_volume_gib", max_volume_gib)

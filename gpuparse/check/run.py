@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_flag, check_instance, check_names, check_selection, whole_number
 from gpuparse.check.across import absent_classes, duplicates
 from gpuparse.check.case import CaseOutcome, CaseTask, Part, check_case
 from gpuparse.check.findings import CheckedDataset, CheckReport, Finding, Place, by_severity
@@ -62,10 +63,15 @@ def check(
     """
     num_jobs = whole_number("num_jobs", num_jobs, 1)
     limit = gib_to_bytes("max_volume_gib", max_volume_gib)
+    check_flag("mirroring", mirroring)
+    check_instance("remote", remote, RemoteOptions)
+    splits = check_selection("splits", splits) or ()
+    datasets = check_selection("datasets", datasets)
+    ignore = check_names("ignore", ignore)
     unknown = sorted(set(ignore) - set(RULES))
     if unknown:
         raise InputError(f"no finding has the code {', '.join(unknown)}; docs/check.md lists them, GP101 and so on.")
-    targets = find_targets([paths] if isinstance(paths, str | os.PathLike) else paths, splits, datasets, remote)
+    targets = find_targets(_listed(paths), splits, datasets, remote)
     opened_store.cache_clear()  # a store may have changed since it was checked last
     findings: list[Finding] = []
     tasks: list[CaseTask] = []
@@ -84,6 +90,15 @@ def check(
     findings += duplicates(targets, outcomes) + absent_classes(targets, outcomes)
     kept = by_severity(finding for finding in findings if finding.code not in ignore)
     return CheckReport(tuple(_summary(n, target, outcomes, kept) for n, target in enumerate(targets)), kept)
+
+
+def _listed(paths: Any) -> list[str | os.PathLike[str]]:
+    if isinstance(paths, str | os.PathLike):
+        return [paths]
+    listed: list[Any] = list(paths) if isinstance(paths, Iterable) else [None]
+    if not all(isinstance(path, str | os.PathLike) for path in listed):
+        raise InputError(f"paths is {reprlib.repr(paths)}; expected a path or a URL, or a list of these.")
+    return listed
 
 
 def _summary(

@@ -80,7 +80,7 @@ def check_command(
             return check(
                 paths,
                 splits=split or ("train",),
-                datasets=dataset,
+                datasets=dataset or None,
                 mirroring=mirror == "on" or (mirror == "auto" and recipe == "reference"),
                 max_volume_gib=max_volume_gib,
                 num_jobs=num_jobs,

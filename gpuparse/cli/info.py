@@ -66,7 +66,7 @@ def info_command(
         task = progress.add_task("reading labels", total=None, visible=voxels)
         report = info(
             path,
-            datasets=dataset,
+            datasets=dataset or None,
             voxels=voxels,
             exact=exact,
             num_jobs=jobs or len(os.sched_getaffinity(0)),

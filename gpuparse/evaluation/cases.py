@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import check_selection
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
 from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
@@ -334,9 +335,7 @@ def find_case_sets(
         StorageError: Remote storage fails.
     """
     _check_arguments(data_dir=data_dir, split=split, prompts=prompts)
-    is_list = isinstance(datasets, Collection) and not isinstance(datasets, str)
-    if datasets is not None and not (is_list and all(isinstance(name, str) for name in datasets)):
-        raise InputError(f"datasets is {datasets!r}; expected a list of names.")
+    datasets = check_selection("datasets", datasets)
     root = open_place(data_dir, remote) if is_url(data_dir) or remote is not None else Path(data_dir)
     if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such folder; expected datasets, each with a store or npz files.")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_choice, check_instance, whole_number
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.evaluation.cases import CaseSet, EvaluationCase, find_case_sets
 from gpuparse.evaluation.entries import PromptSource
@@ -90,13 +90,11 @@ def evaluate(
         StorageError: Remote storage failed.
         MissingDependencyError: A package of the extra `evaluation` is not installed, or obstore for a URL.
     """
-    if missing not in _MISSING:
-        raise InputError(f"missing is {missing!r}; expected one of {', '.join(_MISSING)}.")
+    check_choice("missing", missing, _MISSING)
     whole_number("num_jobs", num_jobs, 1)
     if not isinstance(pred_dir, str | os.PathLike):
         raise InputError(f"pred_dir is {pred_dir!r}; expected the folder with the predictions.")
-    if not isinstance(options, MetricOptions | None):
-        raise InputError(f"options is {options!r}; expected gpuparse.evaluation.MetricOptions(...) or None.")
+    check_instance("options", options, MetricOptions, home="gpuparse.evaluation")
     for package in ("surface_distance", "scipy"):  # before minutes of reading
         import_metric_package(package)
     options = MetricOptions() if options is None else options

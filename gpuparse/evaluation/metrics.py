@@ -7,13 +7,14 @@ here is to say which class and which instance is compared with which.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arguments import is_number
+from gpuparse.arguments import check_choice, check_instance, is_number
 from gpuparse.errors import InputError
 from gpuparse.optional import import_optional
 from gpuparse.prompts import ClassPrompts
@@ -49,8 +50,7 @@ class MetricOptions:
             raise InputError(f"tolerance_mm is {self.tolerance_mm!r}; expected 0 or more millimetres.")
         if not (is_number(self.min_iou) and 0 < self.min_iou <= 1):
             raise InputError(f"min_iou is {self.min_iou!r}; expected above 0, at most 1.")
-        if self.instances not in ("components", "ids"):
-            raise InputError(f"instances is {self.instances!r}; expected 'components' (default) or 'ids'.")
+        check_choice("instances", self.instances, ("components", "ids"))
         for name in ("tolerance_mm", "min_iou"):  # as JSON has them
             object.__setattr__(self, name, float(getattr(self, name)))
 
@@ -157,7 +157,15 @@ def score_case(
         InputError: Labels and prediction have different shapes, or no three axes.
         MissingDependencyError: A package of the extra `evaluation` is not installed.
     """
+    check_instance("prompts", prompts, ClassPrompts, home="gpuparse.prompts", optional=False)
+    check_instance("options", options, MetricOptions, home="gpuparse.evaluation")
     options = MetricOptions() if options is None else options
+    for name, array in (("labels", labels), ("prediction", prediction)):
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array (z, y, x).")
+    sizes = list(spacing_mm) if isinstance(spacing_mm, Iterable) else []
+    if not (len(sizes) == 3 and all(is_number(size) and 0 < size < math.inf for size in sizes)):
+        raise InputError(f"spacing_mm is {spacing_mm!r}; expected three positive millimetre values (z, y, x).")
     if labels.ndim != 3 or labels.shape != prediction.shape:
         raise InputError(
             f"{dataset}, case {case!r}: the prediction has shape {prediction.shape}, the labels {labels.shape}; "

@@ -130,10 +130,9 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
         raise InputError(f"store is {store!r}; expected what gpuparse.open_store(...) returns.")
     check_name(name, "label image")
     names = {info.name: number for number, info in enumerate(store.cases)}
-    if case not in names or name == "gts":
-        problem = (
-            "its own labels are called so" if case in names else f"it has {len(names)} cases and none of that name"
-        )
+    is_there = isinstance(case, str) and case in names
+    if not is_there or name == "gts":
+        problem = "its own labels are called so" if is_there else f"it has {len(names)} cases and none of that name"
         raise InputError(f"'{store.path}': cannot add label image {name!r} to case {case!r}: {problem}.")
     info, folder = store.cases[names[case]], store.case_path(names[case])
     ids = _as_ids(folder, prediction)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from gpuparse.arguments import whole_number
+from gpuparse.arguments import check_flag, whole_number
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.info.index import index_facts
@@ -52,6 +52,8 @@ def info(
         MissingDependencyError: A path is a URL, and obstore is not installed.
     """
     num_jobs = whole_number("num_jobs", num_jobs, 1)
+    check_flag("voxels", voxels)
+    check_flag("exact", exact)
     places = find_stores(path, datasets=datasets, remote=remote)
     found: list[StoreInfo] = []
     failures: dict[str, str] = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import check_names, whole_number, whole_numbers
 from gpuparse.errors import InputError
 from gpuparse.plan import check_seed, permute
 from gpuparse.store import Store, split_code
@@ -18,6 +19,7 @@ __all__ = ["AXIS_NAMES", "SliceChoice", "choose_rows"]
 AXIS_NAMES = ("z", "y", "x")
 _CASES_PER_SAMPLE = 4  # looked at for each sample that is wanted
 _MAX_NAMED = 8
+_AXES = "numbers of slice axes: 0, 1, 2 (z, y, x)"
 _NEAR = 0.15  # of a case's slices along an axis: two samples closer than this show much the same
 
 
@@ -47,9 +49,11 @@ class SliceChoice:
     def __post_init__(self) -> None:
         split_code(self.split)
         check_seed(self.seed)
-        count = self.num_samples
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"num_samples is {count!r}; expected a whole number of at least 1.")
+        whole_number("num_samples", self.num_samples, 1)
+        object.__setattr__(self, "cases", tuple(check_names("cases", self.cases)))
+        for name, wanted in (("axes", _AXES), ("positions", "whole numbers")):
+            values = whole_numbers(name, getattr(self, name), wanted)
+            object.__setattr__(self, name, tuple(values.reshape(-1).tolist()))
         wrong = [axis for axis in self.axes if axis not in (0, 1, 2)]
         if wrong:
             raise InputError(f"axis is {wrong[0]!r}; expected 0, 1 or 2 (z, y or x).")

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from gpuparse.arguments import check_flag
 from gpuparse.panel import COLOURS, choose_slot, contours, slot_colour
 from gpuparse.preview.choose import AXIS_NAMES
 from gpuparse.preview.samples import Picture, Sample
@@ -35,9 +36,15 @@ class ImageFormat:
 
     Attributes:
         jpeg: JPEG of high quality in place of PNG: about half the size, and not the exact pixels.
+
+    Raises:
+        InputError: It is neither True nor False.
     """
 
     jpeg: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("jpeg", self.jpeg)
 
     def data_url(self, pixels: npt.NDArray[np.uint8]) -> str:
         """An image (rows, columns, 3) as a URL that holds it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuparse.arguments import check_instance, check_names, check_path
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
@@ -42,12 +43,20 @@ class PreviewOptions:
         drawing: How they are drawn.
         images: How the page holds images.
         datasets: Of a folder of datasets, which; none takes all.
+
+    Raises:
+        InputError: Something is of another type.
     """
 
     choice: SliceChoice = field(default_factory=SliceChoice)
     drawing: DrawOptions = field(default_factory=DrawOptions)
     images: ImageFormat = field(default_factory=ImageFormat)
     datasets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("choice", SliceChoice), ("drawing", DrawOptions), ("images", ImageFormat)):
+            check_instance(name, getattr(self, name), kind, home="gpuparse.preview", optional=False)
+        object.__setattr__(self, "datasets", tuple(check_names("datasets", self.datasets)))
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ def preview(
         SliceReadError: A slice cannot be read.
         MissingDependencyError: It is a URL, and obstore is not installed.
     """
+    check_instance("options", options, PreviewOptions, home="gpuparse.preview")
     options = options or PreviewOptions()
+    check_path("out_dir", out_dir)
     check_local(out_dir, "out_dir")
     places = find_stores(path, datasets=options.datasets or None, remote=remote)
     is_store = os.fspath(path).rstrip("/").endswith(".zarr")

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import check_flag, whole_number
 from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.dataset import SliceDataset
 from gpuparse.errors import InputError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import Place
+from gpuparse.plan import check_epoch, check_seed
 from gpuparse.preview.words import describe_params
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
@@ -40,7 +42,7 @@ class DrawOptions:
         size: Rows and columns.
 
     Raises:
-        InputError: The recipe or the size is none.
+        InputError: A value is of another type or out of range.
     """
 
     augment: bool = False
@@ -51,7 +53,12 @@ class DrawOptions:
     size: tuple[int, int] = (512, 512)
 
     def __post_init__(self) -> None:
+        check_flag("augment", self.augment)
         check_recipe(self.recipe)
+        check_seed(self.seed)
+        check_epoch(self.epoch)
+        if self.num_prompts is not None:
+            whole_number("num_prompts", self.num_prompts, 1)
         check_size(self.size)
 
 

@@ -32,7 +32,7 @@ def data_config(external, dataset=None, loader=None):
         ({"num_promts": 4}, "unexpected keyword argument 'num_promts'"),
         ({"num_prompts": "four"}, "num_prompts is 'four'; expected a whole number"),
         ({"root_dir": "/nowhere"}, "'/nowhere' holds no train.zarr"),
-        ({"split": "test"}, "split is 'test'; expected one of train, val"),
+        ({"split": "test"}, "split is 'test'; expected 'train' or 'val'"),
         ({"recipe": "old"}, "recipe is 'old'; expected 'corrected'"),
         ({"views": [5]}, r"views is \(5,\)"),
         ({"transforms": {"prob": 1}}, "transforms is dict; expected gpuparse.Augmentation"),

@@ -31,7 +31,7 @@ def write_png_tree(data_dir: Path, name: str, out_dir: Path, size: int = 512) ->
     """
     prompts = json.loads((data_dir / "class_prompts.json").read_text())[name]
     annotations: dict[Path, list[dict[str, Any]]] = {}
-    for path in sorted((data_dir / name / "train").glob("*.npz")):
+    for path in sorted((data_dir / name / "train").glob("[!.]*.npz")):
         image, labels, spacing = read_volume(path)
         for axis in slice_axes(image.shape, spacing):
             view = f"_view{axis}" if axis else ""
