@@ -139,6 +139,7 @@ def convert(
             store_path = (
                 staging.out_dir / found.name if staging.out_dir is not None else found.folder
             ) / f"{split}.zarr"
+            _check_not_linked(store_path, overwrite)
             published = staging.published(found.name, store_path.name, anew=overwrite)
             lock = StoreLock(store_path)
             pool.require(found.folder, lock.path)  # no other folder of that name has this file
@@ -163,6 +164,15 @@ def convert(
 
 def _absolute(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return path if is_url(path) else Path(path).absolute()
+
+
+def _check_not_linked(store_path: Path, overwrite: bool) -> None:
+    """A new store takes the place of a link, not of what the link leads to; adding cases to that is fine."""
+    if store_path.is_symlink() and (overwrite or not store_path.exists()):
+        raise InputError(
+            f"{store_path} is a symbolic link to '{os.readlink(store_path)}', and a new store would stand in the link's "
+            "place. Remove the link, and name the other place with --out, or link the dataset's whole folder."
+        )
 
 
 def _check_executor(executor: str, scheduler: str | None, num_jobs: int) -> None:

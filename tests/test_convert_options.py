@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,3 +226,20 @@ def test_starting_the_command_loads_neither_zarr_nor_torch():
         "print(sorted({'zarr', 'torch', 'matplotlib', 'nvidia.dali'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_linked_store_is_added_to_and_never_replaced(volumes, tmp_path):
+    place = gpuparse.convert(volumes).datasets[0].store_path
+    link = place.rename(tmp_path / "elsewhere.zarr")
+    place.symlink_to(link)
+    before = gpuparse.open_store(place).attributes["index"]
+    assert gpuparse.convert(volumes).datasets[0].num_kept > 0
+    message = rf"train\.zarr is a symbolic link to '{link}', and a new store would stand in the link's place.*--out"
+    with pytest.raises(InputError, match=message):
+        gpuparse.convert(volumes, overwrite=True)
+    assert place.is_symlink()
+    assert gpuparse.open_store(place).attributes["index"] == before
+    shutil.rmtree(link)
+    with pytest.raises(InputError, match=message):
+        gpuparse.convert(volumes)
+    assert not link.exists()

@@ -203,7 +203,9 @@ def test_what_cannot_be_evaluated_is_refused(folders, tmp_path):
         evaluate(pred, None)
     with pytest.raises(InputError, match=r"options is dict; expected gpuparse\.evaluation\.MetricOptions"):
         evaluate(pred, data, options={"min_iou": 1})
-    for datasets, shown in (("ORGANS", "the string 'ORGANS'"), (5, "5"), ([5], r"\[5\]"), ([["ORGANS"]], r"\[\['ORGANS'\]\]")):
+    for datasets, shown in (
+        ("ORGANS", "the string 'ORGANS'"), (5, "5"), ([5], r"\[5\]"), ([["ORGANS"]], r"\[\['ORGANS'\]\]")
+    ):  # fmt: skip
         with pytest.raises(InputError, match=rf"datasets is {shown}; expected a list of names"):
             evaluate(pred, data, datasets=datasets)
     write_nifti(pred / "ORGANS/a.nii", np.zeros((3, 12, 10), np.uint8), (1, 1, 1))
