@@ -170,8 +170,8 @@ def _check_not_linked(store_path: Path, overwrite: bool) -> None:
     """A new store takes the place of a link, not of what the link leads to; adding cases to that is fine."""
     if store_path.is_symlink() and (overwrite or not store_path.exists()):
         raise InputError(
-            f"{store_path} is a symbolic link to '{os.readlink(store_path)}', and a new store would stand in the link's "
-            "place. Remove the link, and name the other place with --out, or link the dataset's whole folder."
+            f"{store_path} is a symbolic link to '{os.readlink(store_path)}', and a new store would stand in the "
+            "link's place. Remove the link, and name the other place with --out, or link the dataset's whole folder."
         )
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +21,7 @@ from gpuparse.folders import replace_text
 from gpuparse.lock import StoreLock
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.proposal import PROPOSAL_FILE
-from gpuparse.remote import ObjectInfo, RemotePath
+from gpuparse.remote import ObjectInfo, RemotePath, under_way
 from gpuparse.source import is_npz_name
 
 __all__ = ["TransferReport", "download_sources", "in_parallel"]
@@ -201,23 +201,24 @@ def _read_piece(place: RemotePath, offset: int, num_bytes: int, etag: str) -> me
 
 
 def in_parallel(place: RemotePath, calls: Iterable[Callable[[], Any]], renew: Callable[[], None] | None = None) -> None:
-    """Makes calls side by side; the first error ends it, and calls not begun by then are not made.
+    """Makes calls side by side. The first error, or Ctrl-C, ends it: calls not begun by then are not made.
+
+    Those under way are waited for, one attempt each, since they write to files, or under the lease, of this process.
 
     Args:
         place: Where: its site's connections are used.
         calls: What to do.
         renew: Called every half a minute and at the end.
     """
-    futures = [place.site.executor.submit(call) for call in calls]
+    futures: Sequence[Future[Any]] = ()
     try:
-        left = set(futures)
-        while left:
-            done, left = wait(left, timeout=_RENEW_SECONDS, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if renew is not None:
-                renew()
+        with under_way((place.site, call) for call in calls) as futures:
+            left = set(futures)
+            while left:
+                done, left = wait(left, timeout=_RENEW_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if renew is not None:
+                    renew()
     finally:
-        for future in futures:
-            future.cancel()
         wait(futures)

@@ -11,7 +11,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,16 @@ from gpuparse.connections import RemoteOptions, import_obstore, open_client, rea
 from gpuparse.errors import StorageError
 from gpuparse.urls import check_url
 
-__all__ = ["Fetched", "ObjectInfo", "ObjectVersion", "RemoteOptions", "RemotePath", "RemoteSite", "side_by_side"]
+__all__ = [
+    "Fetched",
+    "ObjectInfo",
+    "ObjectVersion",
+    "RemoteOptions",
+    "RemotePath",
+    "RemoteSite",
+    "side_by_side",
+    "under_way",
+]
 
 Result = TypeVar("Result")
 
@@ -184,8 +193,21 @@ def _pause(seconds: float) -> bool:
 def side_by_side(calls: Sequence[tuple[RemoteSite, Callable[[], Result]]]) -> list[Future[Result]]:
     """Makes calls on the threads of their sites, and returns when all are done; one that failed ends no other.
 
-    What interrupts it, such as Ctrl-C, ends it at once: calls not begun by then are not made, and a request under way
-    is not tried again.
+    What interrupts it, such as Ctrl-C, ends it at once, as `under_way` has it.
+
+    Raises:
+        StorageError: A site cannot be opened.
+    """
+    with under_way(calls) as futures:
+        wait(futures)
+    return futures
+
+
+@contextlib.contextmanager
+def under_way(calls: Iterable[tuple[RemoteSite, Callable[[], Result]]]) -> Iterator[list[Future[Result]]]:
+    """Makes calls on the threads of their sites while the block runs.
+
+    If the block ends by an exception, calls not begun by then are not made, and a request under way is not tried again.
 
     Raises:
         StorageError: A site cannot be opened.
@@ -203,13 +225,12 @@ def side_by_side(calls: Sequence[tuple[RemoteSite, Callable[[], Result]]]) -> li
     try:
         for site, call in calls:
             futures.append(site.executor.submit(make, call))
-        wait(futures)
+        yield futures
     except BaseException:
         stop.set()
         for future in futures:
             future.cancel()
         raise
-    return futures
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from gpuparse import connections, remote
 from gpuparse.connections import Client, RemoteOptions, open_client
 from gpuparse.errors import StorageError
+from gpuparse.fetch import in_parallel
 from gpuparse.remote import RemotePath, RemoteSite, side_by_side
 
 object_store = pytest.importorskip("object_store", reason="needs moto[server]")
@@ -85,6 +86,22 @@ def test_calls_side_by_side_end_when_all_have(server, options):
     assert good.result() == b"1"
     with pytest.raises(FileNotFoundError, match="'s3://bucket/gone' does not exist"):
         bad.result()
+
+
+def test_transfers_end_with_the_first_error_and_try_nothing_again(server, options):
+    options = dataclasses.replace(options, num_attempts=3, backoff_seconds=1000.0, num_connections=2)
+    place = RemotePath(RemoteSite("s3://bucket", options))
+    server.always["/slow"] = "500"
+
+    def gone():
+        while not server.requests:
+            time.sleep(0.01)
+        return (place / "gone").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match="'s3://bucket/gone' does not exist"):
+        in_parallel(place, [(place / "slow").read_bytes, gone, (place / "never").read_bytes])
+    asked = sorted(path for _, path, _ in server.requests)
+    assert asked == ["/bucket/gone", "/bucket/slow"] or asked == ["/bucket/gone", "/bucket/never", "/bucket/slow"]
 
 
 def test_a_large_file_is_sent_part_by_part(server, options, tmp_path, monkeypatch):
