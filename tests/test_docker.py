@@ -220,7 +220,7 @@ def test_the_wheel_is_built_from_the_context_alone(context, tmp_path):
     provided = run(
         python, "-c", "import importlib.metadata as m; print(*m.requires('gpuparse'), sep='\\n')", cwd=tmp_path
     )
-    assert 'cupy-cuda12x>=13.4; extra == "cuda12"' in provided
+    assert 'cupy-cuda12x>=13.6; extra == "cuda12"' in provided
 
 
 def test_the_benchmark_starts_from_what_is_copied(context, tmp_path):

@@ -207,18 +207,18 @@ def test_packages_that_are_missing_or_old(distributions):
     versions = {**packages.REQUIRED, "zarr": "2.18"}
     distributions(**{name.replace("-", "_"): version for name, version in versions.items() if name != "deflate"})
     (check,) = packages.check_required()
-    assert check.remedy == 'Run: pip install "zarr>=3.1" "deflate>=0.8"'
+    assert check.remedy == 'Run: pip install "zarr>=3.1.1" "deflate>=0.8"'
 
 
 def test_extras_are_optional_but_not_half(distributions):
-    distributions(nibabel="5.4", scipy="1.11", pytorch_lightning="2.5", obstore="0.1")
+    distributions(nibabel="5.4", scipy="1.11", pytorch_lightning="2.5.2", obstore="0.1")
     found = {check.name: check for check in packages.check_extras()}
     assert {name: check.status for name, check in found.items()} == {
         "extra lightning": "ok", "extra formats": "ok", "extra remote": "warning", "extra dask": "ok",
         "extra evaluation": "ok",
     }  # fmt: skip
     assert found["extra remote"].remedy == 'Run: pip install "obstore>=0.8.2"'
-    assert 'pip install "pydicom>=3.0.1" "highdicom>=0.25"' in found["extra formats"].found
+    assert 'pip install "pydicom>=3.0.1" "highdicom>=0.26"' in found["extra formats"].found
     assert found["extra dask"].found == (
         'not installed; only for gpuparse convert --executor dask: pip install "distributed>=2024.5"'
     )

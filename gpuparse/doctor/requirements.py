@@ -11,20 +11,20 @@ __all__ = ["CUDA_EXTRAS", "OPTIONAL", "REQUIRED", "install", "installed", "is_at
 
 # Those of pyproject.toml; tests/test_doctor.py compares them. numpy and torch have checks of their own.
 REQUIRED = {
-    "zarr": "3.1",
-    "numcodecs": "0.16",
-    "google-crc32c": "1.5",
+    "zarr": "3.1.1",
+    "numcodecs": "0.16.1",
+    "google-crc32c": "1.6",
     "connected-components-3d": "3.18",
     "deflate": "0.8",
-    "typer": "0.12",
-    "rich": "13",
+    "typer": "0.19",
+    "rich": "14.3",
     "matplotlib": "3.8",
 }
 NUMPY, TORCH = "1.26.4", "2.6"
 
 CUDA_EXTRAS = {
     12: (
-        "cupy-cuda12x>=13.4",
+        "cupy-cuda12x>=13.6",
         "nvidia-dali-cuda120>=2.1",
         "nvidia-cuda-nvrtc-cu12>=12.4",
         "nvidia-cuda-runtime-cu12>=12.4",
@@ -34,8 +34,8 @@ CUDA_EXTRAS = {
 
 # Extra -> what needs it, and its packages.
 OPTIONAL = {
-    "lightning": ("training in Lightning", ("lightning>=2.5",)),
-    "formats": ("converting NIfTI and DICOM", ("nibabel>=5.2", "pydicom>=3.0.1", "highdicom>=0.25")),
+    "lightning": ("training in Lightning", ("lightning>=2.5.2",)),
+    "formats": ("converting NIfTI and DICOM", ("nibabel>=5.2", "pydicom>=3.0.1", "highdicom>=0.26")),
     "remote": ("stores and sources behind URLs", ("obstore>=0.8.2",)),
     "dask": ("gpuparse convert --executor dask", ("distributed>=2024.5",)),
     "evaluation": ("gpuparse evaluate", ("surface-distance>=0.1", "scipy>=1.11", "nibabel>=5.2")),

@@ -278,7 +278,8 @@ def _largest_matching(pairs: npt.NDArray[np.int64], shape: tuple[int, int]) -> i
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import maximum_bipartite_matching
 
-    graph = coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=shape).tocsr()
+    rows, columns = pairs.astype(np.int32)  # older scipy keeps the type of indices, and matches with this one alone
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=shape).tocsr()
     return int(np.count_nonzero(maximum_bipartite_matching(graph, perm_type="column") >= 0))
 
 
