@@ -20,6 +20,7 @@ from gpuparse.errors import InputError
 from gpuparse.npz import NpzFile
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.sample_data import make_sample_data
+from gpuparse.source import npz_names
 
 __all__ = ["BenchData", "SliceRef", "VolumeRef", "plain_sample", "prepare", "square_plane", "voxel_bytes"]
 
@@ -71,7 +72,8 @@ class BenchData:
         """All volumes, by dataset and name."""
         found = []
         for name in self.names:
-            for path in sorted((self.folder / name / "train").glob("[!.]*.npz")):
+            folder = self.folder / name / "train"
+            for path in (folder / file_name for file_name in npz_names(folder)):
                 shape, spacing = _header(path)
                 found.append(VolumeRef(name, path, shape, tuple(slice_axes(shape, spacing))))
         return tuple(found)
