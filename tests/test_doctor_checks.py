@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -274,6 +275,40 @@ def test_sources_that_do_not_compile(broken_sources, monkeypatch):
     assert "encode.cu(1): error: expected a declaration" in check.found
     monkeypatch.setattr(compiling, "list_gpus", list)
     assert next(compiling.check_compiler()).status == "warning"
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [(None, 'Run: pip install "nvidia-cuda-nvrtc-cu12>=12.4"'), ("12.4.99", 'Run: pip install "cupy-cuda12x>=14"')],
+)
+def test_a_compiler_that_cupy_does_not_find(version, remedy, monkeypatch):
+    """CuPy 13 beside a CPU build of torch finds the system's NVRTC alone, whatever pip has installed."""
+
+    def fail():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.12")
+
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setattr(nvrtc, "getVersion", fail)
+    monkeypatch.setattr(compiling, "list_gpus", list)
+    monkeypatch.setattr(compiling, "torch_cuda_major", lambda: None)
+    monkeypatch.setattr(compiling, "installed", lambda name: version)
+    (check,) = compiling.check_compiler()
+    assert (check.status, check.remedy) == ("warning", remedy)
+    assert "CuPy failed to load libnvrtc.so.12" in check.found
+
+
+def test_torch_is_imported_before_the_compiler_is_looked_for():
+    """As in the loader: torch for CUDA loads the NVRTC that CuPy 13 then finds."""
+    code = """
+import sys
+from gpuparse.doctor import compiling
+compiling.list_gpus = list
+next(compiling.check_compiler())
+names = list(sys.modules)
+assert names.index("torch") < names.index("cupy.cuda"), "CuPy came first"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_headers_that_are_missing(tmp_path, monkeypatch):

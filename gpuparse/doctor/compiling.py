@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from gpuparse import kernels
 from gpuparse.doctor.checks import Check, Status
 from gpuparse.doctor.gpus import list_gpus
 from gpuparse.doctor.isolated import describe
-from gpuparse.doctor.requirements import CUDA_EXTRAS, install, torch_cuda_major
+from gpuparse.doctor.requirements import CUDA_EXTRAS, install, installed, torch_cuda_major
 from gpuparse.errors import KernelError
 
 __all__ = ["check_compiler", "check_cpu_kernels"]
@@ -47,6 +48,8 @@ def check_compiler() -> Iterator[Check]:
     except Exception:  # the driver has a line of its own
         gpus = []
     bad: Status = "error" if gpus else "warning"
+    with contextlib.suppress(Exception):  # it has a line of its own
+        import torch  # noqa: F401  CuPy 13 finds the NVRTC of pip where torch, which the loader imports first, loaded it
     try:
         from cupy.cuda import nvrtc
     except Exception as error:  # a loader's OSError and CuPy's own classes mean the same here
@@ -57,7 +60,11 @@ def check_compiler() -> Iterator[Check]:
         supported = sorted(divmod(int(number), 10) for number in nvrtc.getSupportedArchs())
     except Exception as error:  # the library is not there
         found = f"CuPy finds no NVRTC ({describe(error, 200)})"
-        yield Check("kernel compiler", bad, found, f"Run: {install(_requirement('nvrtc'))}")
+        nvrtc_requirement = _requirement("nvrtc")
+        # CuPy 13 does not look at pip's; torch for CUDA loads it, a CPU build does not.
+        is_there = installed(nvrtc_requirement.partition(">")[0]) is not None
+        remedy = install(_requirement("cupy").partition(">")[0] + ">=14" if is_there else nvrtc_requirement)
+        yield Check("kernel compiler", bad, found, f"Run: {remedy}")
         return
     wanted = [gpu.capability for gpu in gpus] or list(_DEFAULT_CAPABILITIES)
     targets = sorted({max((s for s in supported if s <= capability), default=supported[0]) for capability in wanted})
