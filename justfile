@@ -55,6 +55,20 @@ matrix +pythons="python3.11 python3.12 python3.13":
       done
     done
 
+# all tests with the least versions that pyproject.toml allows of what it names
+floors python="python3.11":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    work=$(mktemp -d "${TMPDIR:-/tmp}/gpuparse-floors.XXXXXX")
+    trap 'rm -rf -- "$work"' EXIT
+    "{{ python }}" -m venv "$work/venv"
+    python="$work/venv/bin/python"
+    "$python" -m pip install --quiet uv
+    "$python" -m uv pip compile --quiet --resolution lowest-direct --extra cuda12 --extra test \
+      --output-file "$work/floors.txt" pyproject.toml
+    "$python" -m pip install --quiet -c "$work/floors.txt" -e ".[cuda12,test]"
+    PATH="$work/venv/bin:$PATH" "$python" -m pytest -n 2 --dist loadfile
+
 # the tests of the CPU kernels with these built for g++'s sanitizers: `just sanitize`, `just sanitize thread`
 sanitize kind="address,undefined":
     #!/usr/bin/env bash

@@ -79,7 +79,7 @@ def make_sources(folder: Path, data: Path | None, num_bytes: int, toy: bool) -> 
     distinct, prompts = folder / "distinct", {}
     originals = [] if toy else [make_sample_data(folder / "samples")]
     for root in originals if data is None else [*originals, data]:
-        prompts.update(json.loads((root / "class_prompts.json").read_text()))
+        prompts.update(json.loads((root / "class_prompts.json").read_text(encoding="utf-8")))
         for path in sorted(root.glob("*/train/*.npz")):
             target = distinct / path.parts[-3] / "train"
             target.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def trace(sources: Path, out: Path, num_jobs: int) -> dict[str, Any]:
     program = Path(__file__).with_name("convert_trace.py")
     command = [sys.executable, str(program), str(target), "convert", str(sources), "--out", str(out)]
     subprocess.run([*command, "--jobs", str(num_jobs), "-q"], check=True)
-    figures: dict[str, Any] = json.loads(target.read_text())
+    figures: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return figures
 
 
@@ -175,7 +175,7 @@ def run_reference(script: Path | None, folder: Path) -> None:
             f"for name in {names!r}: write_png_tree(Path(), name, Path(name))"
         )
     else:
-        code = re.sub(r"(?m)^datasets = .*$", f"datasets = {names!r}", script.read_text())
+        code = re.sub(r"(?m)^datasets = .*$", f"datasets = {names!r}", script.read_text(encoding="utf-8"))
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)  # fmt: skip
 
@@ -237,7 +237,7 @@ def voxel_files_bytes(out: Path) -> int:
 
 
 def machine() -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
     packages = ("numpy", "numcodecs", "deflate", "google-crc32c")
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),

@@ -79,7 +79,10 @@ def measure(path: Path, repeats: int) -> tuple[list[float], dict[str, Any]]:
     for _ in range(repeats):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "gpuparse", "info", str(path), "--json"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "gpuparse", "info", str(path), "--json"],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

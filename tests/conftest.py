@@ -165,7 +165,7 @@ def write_case(data_dir):
             ids = [1] if instance_label else sorted({1, *(int(i) for i in np.unique(gts) if i)})
             prompts = {str(i): [f"structure {i}"] for i in ids}
         prompts_path = data_dir / "class_prompts.json"
-        entries = json.loads(prompts_path.read_text()) if prompts_path.exists() else {}
+        entries = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.exists() else {}
         entries[dataset] = {**entries.get(dataset, {}), **prompts, "instance_label": instance_label}
         prompts_path.write_text(json.dumps(entries))
         return path

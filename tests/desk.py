@@ -19,7 +19,7 @@ PROMPTS = {"1": "heart", "2": ["liver", "the liver"], "3": "spleen", "instance_l
 
 def make_desk(folder: Path, sample_dir: Path) -> Path:
     """Makes all of it, in part from the sample data."""
-    prompts = json.loads((sample_dir / "class_prompts.json").read_text())["SAMPLE_CT"]
+    prompts = json.loads((sample_dir / "class_prompts.json").read_text(encoding="utf-8"))["SAMPLE_CT"]
     for place, dataset, names in (
         ("DATA_DIR", "DATASET1", ("case_001", "case_002", "case_003")),
         ("DIR/data", "DATASET1", ("case_001", "case_002")),

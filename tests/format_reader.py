@@ -23,7 +23,7 @@ class Damaged(Exception):
 
 
 def node(folder: Path) -> dict:
-    meta = json.loads((folder / "zarr.json").read_text())
+    meta = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
     assert meta["zarr_format"] == 3  # R1
     return meta
 

@@ -25,7 +25,7 @@ class Mount:
 
     def mount(self, *arguments: object) -> None:
         """Mounts something there; skips the test where that is not allowed."""
-        done = subprocess.run(["mount", *map(str, arguments), str(self.path)], capture_output=True, text=True)
+        done = subprocess.run(["mount", *map(str, arguments), str(self.path)], capture_output=True, encoding="utf-8")
         if done.returncode:
             pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
 
@@ -61,7 +61,10 @@ def mounting(path: Path) -> Iterator[Mount]:
     try:
         yield place
     finally:
-        while any(line.split(" ")[1] == str(path) for line in Path("/proc/self/mounts").read_text().splitlines()):
+        while any(
+            line.split(" ")[1] == str(path)
+            for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+        ):
             place.lose()
 
 

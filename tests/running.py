@@ -7,6 +7,6 @@ import subprocess
 
 def run(*command, **options) -> str:
     """What a program printed; a failure shows the end of its output."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **options)
+    done = subprocess.run([str(c) for c in command], capture_output=True, encoding="utf-8", check=False, **options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout

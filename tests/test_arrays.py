@@ -55,7 +55,7 @@ def test_any_shape_chunks_and_shards_read_back_and_have_zarrs_metadata(
     by_zarr(folder / "zarrs", data, chunks, shards, level)
     np.testing.assert_array_equal(zarr.open_array(folder / "ours", mode="r")[...], data)
     np.testing.assert_array_equal(tensorstore_read(folder / "ours"), data)
-    ours, zarrs = (json.loads((folder / name / "zarr.json").read_text()) for name in ("ours", "zarrs"))
+    ours, zarrs = (json.loads((folder / name / "zarr.json").read_text(encoding="utf-8")) for name in ("ours", "zarrs"))
     assert ours == zarrs
     # The same shards are left out, and files are of the same size: the same chunks are, and frames are the same.
     files = [
@@ -133,7 +133,9 @@ def test_columns_come_back_here_and_in_zarr(tmp_path_factory, values, rank):
             got = read(folder / name)
             assert got.dtype == values.dtype
             np.testing.assert_array_equal(got, values)
-    assert json.loads((folder / "ours/zarr.json").read_text()) == json.loads((folder / "zarrs/zarr.json").read_text())
+    assert json.loads((folder / "ours/zarr.json").read_text(encoding="utf-8")) == json.loads(
+        (folder / "zarrs/zarr.json").read_text(encoding="utf-8")
+    )
     shutil.rmtree(folder)
 
 

@@ -148,7 +148,7 @@ def test_the_build_can_be_chosen_by_the_environment(variant):
         [sys.executable, "-c", code],
         env={**os.environ, "GPUPARSE_CPU_KERNELS": variant, "PYTHONPATH": os.path.dirname(__file__)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     if variant == "sse9":
         assert done.returncode != 0

@@ -19,10 +19,10 @@ def toy(tmp_path_factory):
     """(printed, JSON) of a run of the command at toy size."""
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, str(BENCH / "bench_convert.py"), "--toy", "--jobs", "2", "--work-dir", str(folder)]
-    done = subprocess.run([*command, "--json", str(folder / "new/convert.json")], capture_output=True, text=True)
+    done = subprocess.run([*command, "--json", str(folder / "new/convert.json")], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert [p.name for p in folder.iterdir()] == ["new"]  # sources and stores are gone
-    return done.stdout, json.loads((folder / "new/convert.json").read_text())
+    return done.stdout, json.loads((folder / "new/convert.json").read_text(encoding="utf-8"))
 
 
 def test_the_figures_are_all_there_and_fit_each_other(toy):

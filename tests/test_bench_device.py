@@ -45,9 +45,9 @@ def toy(tmp_path_factory, volumes):
     path = tmp_path_factory.mktemp("bench") / "new" / "device.json"
     command = [sys.executable, BENCH / "bench_device.py", "--device", "cpu", "--toy", "--data", volumes, "--json", path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other on a busy machine
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads(path.read_text())
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_part_has_run_or_says_why_not(toy):
@@ -95,7 +95,7 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_pat
     arguments = ["--device", "cpu", "--toy", "--part", "inflate", "--part", "launching", "--json", str(path)]
     with pytest.raises(SystemExit, match="failed: inflate"):
         bench_device.main(arguments)
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     assert result["data"] == {"datasets": ["SMALL"], "generated": True}
     parts = result["parts"]
     assert parts["inflate"]["failed"] == "RuntimeError: made to fail"
@@ -236,7 +236,7 @@ class TestPngBaseline:
         blank = PngDataset(folder)[3]
         assert not blank["image"].any()
         assert not blank["labels"].any()
-        content = json.loads((folder / "train.json").read_text())
+        content = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         for entry in content["annotations"]:
             entry["instance_label"] = 1
         (folder / "train.json").write_text(json.dumps(content))
@@ -272,7 +272,7 @@ class TestScripts:
         )
         (tmp_path / "bench").mkdir()
         shutil.copy(BENCH / "install_offline.sh", tmp_path / "bench")
-        done = subprocess.run([tmp_path / "bench/install_offline.sh"], capture_output=True, text=True, cwd="/")
+        done = subprocess.run([tmp_path / "bench/install_offline.sh"], capture_output=True, encoding="utf-8", cwd="/")
         assert done.returncode == 0, done.stderr
         assert f"digest {kernels.source_digest()[:12]}" in done.stdout
         # An editable install puts a finder of its own before the path: it goes.
@@ -287,21 +287,26 @@ class TestScripts:
             "print(gpuparse.encode(image).image.sum(dtype=np.int64))\n"
         )
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment, cwd="/"
+        )
         assert run.returncode == 0, run.stderr
         *libraries, total = run.stdout.split()
         assert {Path(name).parent for name in libraries} == {tmp_path / "gpuparse/_native"}
         image = np.random.default_rng(0).integers(0, 256, (3, 50, 41), np.uint8)
         assert int(total) == gpuparse.encode(image).image.sum(dtype=np.int64)
         missing = subprocess.run(
-            [tmp_path / "bench/install_offline.sh"], capture_output=True, text=True, env={**os.environ, "CXX": "no-g++"}
+            [tmp_path / "bench/install_offline.sh"],
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, "CXX": "no-g++"},
         )
         assert missing.returncode == 1
         assert "no C++ compiler 'no-g++'; expected g++ 9 or newer" in missing.stderr
 
     def test_the_offline_build_has_cmakes_flags(self):
-        cmake = (REPOSITORY / "kernels/CMakeLists.txt").read_text()
-        script = (BENCH / "install_offline.sh").read_text()
+        cmake = (REPOSITORY / "kernels/CMakeLists.txt").read_text(encoding="utf-8")
+        script = (BENCH / "install_offline.sh").read_text(encoding="utf-8")
         built = set(re.search(r"flags=\((.*)\)", script)[1].split())
         assert built - {"-std=c++17", "-fPIC", "-shared", "-pthread"} == {
             flag for flag in re.search(r"PRIVATE (-O3[^$]*)\$", cmake)[1].split() if not flag.startswith("-W")
@@ -327,9 +332,11 @@ class TestScripts:
         return make
 
     def test_one_call_runs_everything_but_the_peers(self, stubs, tmp_path):
-        done = subprocess.run([BENCH / "run_on_gpu.sh"], capture_output=True, text=True, env=stubs())
+        done = subprocess.run([BENCH / "run_on_gpu.sh"], capture_output=True, encoding="utf-8", env=stubs())
         assert done.returncode == 0, done.stdout + done.stderr
-        calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "host_library" not in line]
+        calls = [
+            line for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines() if "host_library" not in line
+        ]
         out = tmp_path / "out"
         assert calls[0].startswith("nvidia-smi")
         assert calls[1] == f"python3 bench/bench_device.py --about --json {out}/environment.json require="
@@ -339,19 +346,19 @@ class TestScripts:
             assert "python3 bench/small_pipeline.py" in calls[i]
         assert calls[4] == f"python3 bench/bench_device.py --json {out}/device.json require="
         assert len(calls) == 7
-        last = (out / "run-on-gpu.log").read_text().splitlines()[-1]
+        last = (out / "run-on-gpu.log").read_text(encoding="utf-8").splitlines()[-1]
         assert last == "=== passed: nvidia-smi environment tests memcheck bench racecheck initcheck"
 
     def test_the_peers_run_where_they_are_named(self, stubs, tmp_path):
-        done = subprocess.run([BENCH / "run_on_gpu.sh", "peers"], capture_output=True, text=True, env=stubs())
+        done = subprocess.run([BENCH / "run_on_gpu.sh", "peers"], capture_output=True, encoding="utf-8", env=stubs())
         assert done.returncode == 0, done.stdout + done.stderr
-        *_, call = (tmp_path / "calls").read_text().splitlines()
+        *_, call = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
         assert call.startswith("python3 -m gpuparse bench --device cuda --quick --part loader --part epoch ")
         assert call.endswith(f"--out {tmp_path}/out/peers require=")
 
     def test_a_part_that_fails_is_named_at_the_end(self, stubs):
         done = subprocess.run(
-            [BENCH / "run_on_gpu.sh", "tests", "racecheck", "bench"], capture_output=True, text=True,
+            [BENCH / "run_on_gpu.sh", "tests", "racecheck", "bench"], capture_output=True, encoding="utf-8",
             env=stubs(fail=('*"-m pytest"*', "*racecheck*")),
         )  # fmt: skip
         assert done.returncode == 1
@@ -361,15 +368,19 @@ class TestScripts:
 
     def test_time_and_parts_are_limited(self, stubs):
         environment = {**stubs(), "LIMIT_SECONDS": "0"}
-        done = subprocess.run([BENCH / "run_on_gpu.sh", "bench"], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [BENCH / "run_on_gpu.sh", "bench"], capture_output=True, encoding="utf-8", env=environment
+        )
         assert done.returncode == 1
         assert "=== FAILED: bench (no time left);" in done.stdout
-        done = subprocess.run([BENCH / "run_on_gpu.sh", "speed"], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [BENCH / "run_on_gpu.sh", "speed"], capture_output=True, encoding="utf-8", env=environment
+        )
         assert done.returncode == 2
         assert "part is 'speed'; expected some of: environment tests memcheck" in done.stderr
 
     def test_the_short_run_for_the_sanitizers_finds_no_difference(self):
         command = [sys.executable, str(BENCH / "small_pipeline.py"), "--device", "cpu"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("every batch equals the CPU's\n")

@@ -13,9 +13,12 @@ PROGRAM = Path(__file__).parents[1] / "bench" / "bench_info.py"
 def test_a_toy_run_measures_the_store_that_it_made(tmp_path):
     target = tmp_path / "new" / "info.json"
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--toy", "--json", str(target)], capture_output=True, text=True, check=True
+        [sys.executable, str(PROGRAM), "--toy", "--json", str(target)],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
-    result = json.loads(target.read_text())
+    result = json.loads(target.read_text(encoding="utf-8"))
     assert result["num_cases"] == 300
     assert 300 * 20 <= result["num_slices"] < 300 * 60
     assert 0 < result["num_pairs"] < 8 * result["num_slices"]

@@ -22,9 +22,9 @@ def toy(tmp_path_factory):
     """(printed, JSON) of a run of the command at toy size."""
     path = tmp_path_factory.mktemp("bench") / "new" / "kernels.json"
     command = [sys.executable, str(BENCH / "bench_kernels.py"), "--toy", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_table_names_sources_baselines_and_the_machine(toy):

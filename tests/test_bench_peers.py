@@ -105,7 +105,7 @@ del batches
 side.close()
 os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     whole, salted, masks = json.loads(done.stdout.splitlines()[-1])
     spread = 4.5 * np.sqrt(240 * 0.25)

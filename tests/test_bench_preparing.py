@@ -60,7 +60,7 @@ class TestPreparing:
     def test_nnunets_files_are_written_by_a_process_a_core(self, data, tmp_path):
         blosc2 = pytest.importorskip("blosc2")
         arguments = [sys.executable, "-c", PREPARED_AT_ONCE, json.dumps(data.to_json()), str(tmp_path)]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=120)
         assert "BrokenProcessPool" in done.stderr.splitlines()[-1]  # of the last: one that dies is not waited for
         files = {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.b2nd")}
         assert len(files) == 2 * sum(len(volume.axes) for volume in data.volumes)

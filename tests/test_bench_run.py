@@ -41,12 +41,12 @@ def toy(tmp_path_factory):
     """(folder, results) of a run of all parts against the reference, on one core."""
     out = tmp_path_factory.mktemp("bench") / "new"
     command = [sys.executable, "-m", "gpuparse", "bench", "--toy", "--device", "cpu", "--cores", "1"]
-    done = subprocess.run([*command, "--against", "reference", "--out", out], capture_output=True, text=True)
+    done = subprocess.run([*command, "--against", "reference", "--out", out], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"^\d\d:\d\d:\d\d loader: round 1 of ", done.stderr, re.MULTILINE)
     for word in ("Loaders by themselves", "ahead", "Targets", "per 1000 batches", "raw npz"):
         assert word in done.stdout
-    return out, json.loads((out / "results.json").read_text())
+    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
 def test_every_part_has_run(toy):
@@ -141,7 +141,7 @@ class _Links(html.parser.HTMLParser):
 
 def test_the_page_needs_nothing_else_and_has_every_part(toy):
     out, result = toy
-    text = (out / "results.html").read_text()
+    text = (out / "results.html").read_text(encoding="utf-8")
     links = _Links()
     links.feed(text)
     assert links.found == []
@@ -165,7 +165,7 @@ def test_tables_and_page_are_made_again_from_the_results_alone(toy, tmp_path):
     assert done.exit_code == 0, done.output
     assert "Loaders by themselves" in done.output
     again = tmp_path / "again"
-    assert (again / "results.html").read_text() == (out / "results.html").read_text()
+    assert (again / "results.html").read_text(encoding="utf-8") == (out / "results.html").read_text(encoding="utf-8")
     assert {path.name for path in again.iterdir()} == {path.name for path in out.iterdir()} - {"results.json"}
 
 
@@ -180,13 +180,13 @@ class TestDocuments:
         plot_results.main([str(results), *arguments])
         for name in plot_results.README_PLOTS:
             assert cv2.imread(str(tmp_path / f"images/bench-{name}.png")).std() > 5
-        text = readme.read_text()
+        text = readme.read_text(encoding="utf-8")
         assert text.startswith("before\n<!-- bench -->\n")
         assert text.endswith("\n<!-- /bench -->\nafter\n")
         side = toy[1]["parts"]["loader"]["sides"]["gpuparse"]
         assert f"| **gpuparse** | {side['samples_per_second']['median']:.0f} (" in text
         assert "old" not in text
-        shown = (tmp_path / "figures.md").read_text()
+        shown = (tmp_path / "figures.md").read_text(encoding="utf-8")
         for name in plots.PLOTS:
             assert f"](images/bench-{name}.png)" in shown
             assert (tmp_path / f"images/bench-{name}.png").exists()
@@ -197,7 +197,7 @@ class TestDocuments:
                 for row in tables.cells(table)[1]:
                     assert f"| {' | '.join(row)} |" in shown
         assert "Samples/s by cores:\n\n| side | 1 |\n|---|---|\n| gpuparse | " in shown
-        content = json.loads(results.read_text())
+        content = json.loads(results.read_text(encoding="utf-8"))
         content["parts"]["loader"] = {"not_run": "no reason"}
         (tmp_path / "results.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit):
@@ -209,11 +209,11 @@ class TestDocuments:
 
     def test_readme_shows_the_figures_that_are_kept(self):
         root = Path(__file__).parents[1]
-        text, kept = (root / "README.md").read_text(), root / "bench/results/bench-cpu.json"
+        text, kept = (root / "README.md").read_text(encoding="utf-8"), root / "bench/results/bench-cpu.json"
         assert len(plot_results.MARKS.findall(text)) == 1
         if kept.exists():
             assert plot_results.fill(text, load_results(kept)) == text
-            assert plot_results.figures(load_results(kept)) == (root / "docs/figures.md").read_text()
+            assert plot_results.figures(load_results(kept)) == (root / "docs/figures.md").read_text(encoding="utf-8")
 
 
 def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):
@@ -234,7 +234,7 @@ def test_a_part_that_fails_or_cannot_run_does_not_stop_the_others(monkeypatch, t
     assert "lengths" in result["parts"]["slices"]
     assert set(told) == {"data", "slices"}
     page.write_page(result, tmp_path)
-    text = (tmp_path / "results.html").read_text()
+    text = (tmp_path / "results.html").read_text(encoding="utf-8")
     assert "made to fail" in text
     assert "needs another machine" in text
     assert plots.draw("memory", result) is None
@@ -282,7 +282,7 @@ def test_sides_that_failed_leave_their_figures_out_and_the_page_stands(toy, tmp_
     done = CliRunner().invoke(app, ["bench", "--from", str(path), "--out", str(tmp_path)])
     assert done.exit_code == ("gpuparse" not in kept), done.output
     assert ("loader, left out: gpuparse: failed: no reason" in done.output) == ("gpuparse" not in kept)
-    text = (tmp_path / "results.html").read_text()
+    text = (tmp_path / "results.html").read_text(encoding="utf-8")
     assert ("Left out: reference: failed: no reason" in text) == ("reference" not in kept)
     of_sides = {"loader", "cpu", "first-batch-prepared", "first-batch-raw", "first-batch-raw-large", "epoch", "scaling"}
     assert {name for name in plots.PLOTS if plots.draw(name, result) is None} == (set() if kept else of_sides)
@@ -314,7 +314,7 @@ def test_a_run_that_is_ended_leaves_no_files_and_no_processes(tmp_path, signal_n
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                parent = int(path.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
                 if parent == run.pid and b"gpuparse.bench.worker" in (path.parent / "cmdline").read_bytes():
                     found.append(path)
         return found

@@ -24,7 +24,9 @@ def run(*arguments):
 
 
 def test_the_document_lists_every_finding_as_the_code_knows_it():
-    rows = re.findall(r"^\| `(GP\d+)` \| (\w+) \| (.+?) \| (.+?) \| (.+?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(GP\d+)` \| (\w+) \| (.+?) \| (.+?) \| (.+?) \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert [(code, severity, title, remedy) for code, severity, title, _, remedy in rows] == [
         (rule.code, rule.severity, rule.title, rule.remedy) for rule in RULES.values()
     ]

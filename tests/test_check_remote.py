@@ -179,7 +179,7 @@ def test_the_command_checks_urls_in_processes(server, data, monkeypatch):
                         ("AWS_ENDPOINT_URL", server.endpoint)):  # fmt: skip
         monkeypatch.setenv(name, value)
     command = [sys.executable, "-m", "gpuparse", "check", "s3://bucket/data", "--jobs", "2", "--dataset", "DATA"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 1, done.stderr
     assert "store s3://bucket/data/DATA/train.zarr: 4 cases, 4 with errors" in done.stdout
     assert "GP206" in done.stdout

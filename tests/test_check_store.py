@@ -47,7 +47,7 @@ def store_path(good_store, tmp_path) -> Path:
 
 
 def edit(path: Path, change) -> None:
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data))
 

@@ -15,7 +15,7 @@ from gpuparse.cli import app, main
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gpuparse", *arguments], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "gpuparse", *arguments], capture_output=True, encoding="utf-8", timeout=300, check=False
     )
 
 

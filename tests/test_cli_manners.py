@@ -50,7 +50,9 @@ def test_a_shell_can_ask_for_completion(shell):
         **words,
     }
     code = "import sys; sys.argv = ['gpuparse']; from gpuparse.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8", check=False
+    )
     assert "doctor" in done.stdout
     assert "convert" not in done.stdout
 
@@ -96,7 +98,7 @@ def small(write_case, data_dir, tmp_path, sample_dir, monkeypatch):
 def test_every_command_prints_json_and_nothing_else(name, small, tmp_path):
     if name == "evaluate":  # writes it to a file, beside --csv and --plot
         small(name, "--json", tmp_path / "scores.json")
-        found = json.loads((tmp_path / "scores.json").read_text())
+        found = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     else:
         found = json.loads(small(name, "--json").stdout)
     assert INVOCATIONS[name][1] in found
@@ -123,7 +125,7 @@ def test_the_demos_json_is_what_it_made(small, tmp_path):
 
 def test_the_benchs_json_is_its_results_file(small, tmp_path):
     result = small("bench", "--json")
-    assert result.stdout == (tmp_path / "new/results.json").read_text()
+    assert result.stdout == (tmp_path / "new/results.json").read_text(encoding="utf-8")
     assert all(re.match(r"\d\d:\d\d:\d\d \w+: ", line) for line in result.stderr.splitlines())
 
 
@@ -166,7 +168,7 @@ def test_progress_is_for_terminals_alone(sample_stores, tmp_path, terminal):
     arguments = command("export", sample_stores["SAMPLE_CT"], "--format", "npz", "--out", tmp_path, "--jobs", 1)
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
     if not terminal:
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(arguments, env=environment, capture_output=True, encoding="utf-8", check=True)
         assert "\x1b" not in done.stdout + done.stderr
         assert "━" not in done.stdout
         assert done.stdout.splitlines() == ["SAMPLE_CT: 4 cases", str(tmp_path / "SAMPLE_CT" / "train")]
@@ -208,7 +210,7 @@ def children_of(pid: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+                state, parent = (folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:2]
             except OSError:
                 continue
             if int(parent) == pid and state != "Z":
@@ -218,7 +220,7 @@ def children_of(pid: int) -> list[int]:
 
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
@@ -226,7 +228,7 @@ def is_running(pid: int) -> bool:
 def interrupt(arguments, ready):
     """Interrupts a command's process group, as Ctrl-C does: its status, standard error, children that are left."""
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
     )
     deadline = time.monotonic() + 60
     while not ready(process.pid):
@@ -289,6 +291,6 @@ def test_an_interrupt_while_modules_are_imported_is_quiet():
         "from gpuparse.__main__ import main\n"
         "main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr.strip() == "interrupted"

@@ -165,10 +165,10 @@ def test_isotropic_volumes_have_three_views_and_near_cubic_chunks(write_case, da
 
 
 def test_root_attributes_hold_the_contract(sample_dir, sample_stores):
-    entries = json.loads((sample_dir / "class_prompts.json").read_text())
+    entries = json.loads((sample_dir / "class_prompts.json").read_text(encoding="utf-8"))
     for name, path in sample_stores.items():
         assert path.name == "train.zarr"
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]["gpuparse"]
+        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]["gpuparse"]
         assert attributes["format_version"] == 2
         assert (attributes["name"], attributes["split"]) == (name, "train")
         assert attributes["class_prompts"] == entries[name]
@@ -179,7 +179,7 @@ def test_root_attributes_hold_the_contract(sample_dir, sample_stores):
 def test_arrays_use_the_codecs_that_a_gpu_can_decode(sample_stores):
     for path in sample_stores.values():
         for array in ("0", "labels/gts/0"):
-            meta = json.loads((path / "cases/case_001" / array / "zarr.json").read_text())
+            meta = json.loads((path / "cases/case_001" / array / "zarr.json").read_text(encoding="utf-8"))
             (sharding,) = meta["codecs"]
             assert sharding["name"] == "sharding_indexed"
             codecs = {c["name"]: c.get("configuration") for c in sharding["configuration"]["codecs"]}
@@ -203,7 +203,9 @@ def test_the_report_counts_what_was_done(write_case, data_dir):
         ("DATA", p, p.stat().st_size, "written") for p in files
     ]
     assert re.search(r"^DATA: 3 cases \(0 kept\), 9 slices, 0\.0 MB npz -> 0\.0 MB store, \d+\.\d\d s$", str(report))
-    case = json.loads((dataset.store_path / "cases/case0/zarr.json").read_text())["attributes"]["gpuparse"]
+    case = json.loads((dataset.store_path / "cases/case0/zarr.json").read_text(encoding="utf-8"))["attributes"][
+        "gpuparse"
+    ]
     assert case["source"]["sha256"] == gpuparse.volume.read_volume(files[0]).source_sha256
 
 
@@ -295,7 +297,7 @@ def test_an_output_that_cannot_be_written_is_named(write_case, data_dir, tmp_pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreWriteError, match=r"file/DATA/train\.zarr: cannot be written: .*Name a folder that can"):
         gpuparse.convert(data_dir, out_dir=tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
 
 
 def test_too_little_memory_is_reported_with_the_file(write_case, data_dir, monkeypatch):

@@ -63,7 +63,7 @@ def worker(file, *arguments):
 def cluster(tmp_path_factory):
     """A scheduler's file and its address; one worker, which is started again when it dies."""
     with scheduler(tmp_path_factory.mktemp("dask")) as (_, file), worker(file):
-        yield file, json.loads(file.read_text())["address"]
+        yield file, json.loads(file.read_text(encoding="utf-8"))["address"]
 
 
 @pytest.fixture
@@ -186,7 +186,10 @@ def test_a_scheduler_that_is_lost_or_not_there_is_an_error(tmp_path, monkeypatch
             process.kill()
             with pytest.raises(ClusterError, match=r"scheduler .* was lost .*finished cases are kept"):
                 next(results)
-        for place in (json.loads(file.read_text())["address"] if file.exists() else "tcp://127.0.0.1:1", "nonsense://"):
+        for place in (
+            json.loads(file.read_text(encoding="utf-8"))["address"] if file.exists() else "tcp://127.0.0.1:1",
+            "nonsense://",
+        ):
             with pytest.raises(ClusterError, match=r"cannot be reached: .* Expected the address that `dask scheduler`"):
                 DaskPool(place)
 

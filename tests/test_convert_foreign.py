@@ -55,7 +55,7 @@ def arrays(store, number=0):
 
 def attributes(store, number=0):
     path = open_store(store).case_path(number)
-    return json.loads((path / "zarr.json").read_text())["attributes"]
+    return json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
 
 
 def test_an_nnunet_folder_becomes_a_store_without_being_asked_what_it_is(nnunet, tmp_path):
@@ -185,7 +185,7 @@ def test_prompts_are_proposed_and_never_overwritten(nnunet):
     assert not (root / "class_prompts.proposed.json").exists()
     with pytest.raises(InputError, match=r"A proposal for Dataset001_T stands in .*proposed\.json: .* rename it"):
         gpuparse.convert(root, foreign=CT)
-    proposed = json.loads((root / "class_prompts.proposed.json").read_text())
+    proposed = json.loads((root / "class_prompts.proposed.json").read_text(encoding="utf-8"))
     assert proposed["Dataset001_T"]["2"] == ["liver in CT", "CT of the liver"]
     assert not (root / "class_prompts.json").exists()
     (root / "class_prompts.proposed.json").rename(root / "class_prompts.json")
@@ -194,7 +194,7 @@ def test_prompts_are_proposed_and_never_overwritten(nnunet):
     (root / "class_prompts.json").write_text(mine)
     with pytest.raises(InputError, match=r"it has OTHER\. A proposal .* copy its entries over"):
         gpuparse.convert(root, foreign=CT)
-    assert (root / "class_prompts.json").read_text() == mine
+    assert (root / "class_prompts.json").read_text(encoding="utf-8") == mine
 
 
 def test_without_names_there_is_nothing_to_propose(nnunet):

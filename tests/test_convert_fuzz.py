@@ -181,7 +181,7 @@ def test_the_limit_reaches_conversion_and_its_dry_run(write_case, data_dir):
         report = gpuparse.convert(data_dir, max_volume_gib=2**-12, on_error="skip", dry_run=dry_run)
         assert [failure.path.stem for failure in report.failures] == ["large"]
         assert report.datasets[0].num_written == 1
-    entry = json.loads((data_dir / "DATA/report.json").read_text())["train.zarr"]
+    entry = json.loads((data_dir / "DATA/report.json").read_text(encoding="utf-8"))["train.zarr"]
     assert [(f["file"].rpartition("/")[2], f["state"]) for f in entry["files"]] == [
         ("large.npz", "failed"), ("small.npz", "written"),
     ]  # fmt: skip

@@ -53,7 +53,9 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def driver():
-    process = subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
 
     def convert(point: int, **arguments) -> int:
         process.stdin.write(json.dumps([point, arguments], default=str) + "\n")

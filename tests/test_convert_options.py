@@ -36,7 +36,7 @@ def volumes(write_case, data_dir):
 
 
 def compressor(store, case):
-    meta = json.loads((store.case_path(case) / "0/zarr.json").read_text())
+    meta = json.loads((store.case_path(case) / "0/zarr.json").read_text(encoding="utf-8"))
     return meta["codecs"][0]["configuration"]["codecs"][1]["configuration"]["cname"]
 
 
@@ -127,7 +127,7 @@ def test_the_command_states_its_budget_and_writes_the_report(volumes):
     assert result.exit_code == 1
     assert "1 processes, at most 1.5 GiB of volumes in work" in result.output
     assert "1 skipped; report.json beside each store has the list" in result.output
-    entry = json.loads((volumes / "DATA/report.json").read_text())["train.zarr"]
+    entry = json.loads((volumes / "DATA/report.json").read_text(encoding="utf-8"))["train.zarr"]
     assert {f["file"].rpartition("/")[2]: f["state"] for f in entry["files"]} == {
         "a.npz": "written", "b.npz": "written", "bad.npz": "failed",
     }  # fmt: skip
@@ -137,11 +137,11 @@ def test_reports_of_two_stores_share_a_file(volumes, write_case):
     write_case(np.zeros((3, 8, 8), np.uint8), split="val", name="v")
     gpuparse.convert(volumes)
     gpuparse.convert(volumes, split="val")
-    entries = json.loads((volumes / "DATA/report.json").read_text())
+    entries = json.loads((volumes / "DATA/report.json").read_text(encoding="utf-8"))
     assert {name: entry["num_written"] for name, entry in entries.items()} == {"train.zarr": 2, "val.zarr": 1}
     (volumes / "DATA/report.json").write_text("[broken")
     gpuparse.convert(volumes)
-    assert json.loads((volumes / "DATA/report.json").read_text())["train.zarr"]["num_kept"] == 2
+    assert json.loads((volumes / "DATA/report.json").read_text(encoding="utf-8"))["train.zarr"]["num_kept"] == 2
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,9 @@ def test_starting_the_command_loads_neither_zarr_nor_torch():
         "import sys, gpuparse.cli, gpuparse.workers\n"
         "print(sorted({'zarr', 'torch', 'matplotlib', 'nvidia.dali'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout == "[]\n"
+    )
 
 
 def test_a_linked_store_is_added_to_and_never_replaced(volumes, tmp_path):

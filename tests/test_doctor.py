@@ -163,10 +163,10 @@ def test_what_goes_wrong_there_is_a_line_behind_what_went_well(function, message
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
     found = run("hang", str(tmp_path / "pid"), seconds=3.0)
     assert found == [FIRST, Check("probe", "error", "it gave no answer within 3 s", "Do this.")]
-    pid = int((tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
     for _ in range(100):  # until somebody has collected it
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
         except OSError:
             return
         if state == "Z":
@@ -202,7 +202,7 @@ def test_checks_run_side_by_side_and_keep_their_order():
 
 
 def project():
-    return tomllib.loads((Path(gpuparse.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((Path(gpuparse.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_requirements_are_those_of_the_project():

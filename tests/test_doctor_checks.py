@@ -279,7 +279,7 @@ def test_sources_that_do_not_compile(broken_sources, monkeypatch):
 
 @pytest.mark.parametrize(
     ("version", "remedy"),
-    [(None, 'Run: pip install "nvidia-cuda-nvrtc-cu12>=12.4"'), ("12.4.99", 'Run: pip install "cupy-cuda12x>=14"')],
+    [(None, 'Run: pip install "nvidia-cuda-nvrtc-cu12>=12.4.127"'), ("12.4.99", 'Run: pip install "cupy-cuda12x>=14"')],
 )
 def test_a_compiler_that_cupy_does_not_find(version, remedy, monkeypatch):
     """CuPy 13 beside a CPU build of torch finds the system's NVRTC alone, whatever pip has installed."""

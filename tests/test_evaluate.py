@@ -85,7 +85,7 @@ def test_the_report_as_csv_and_json(folders, tmp_path):
     assert float(rows[3]["dice"]) == pytest.approx(dice_of(arrays["ORGANS"]["a"][1], 2))
     assert (rows[3]["prompt"], rows[3]["counted"], rows[3]["f1"]) == ("liver", "True", "")
     assert int(rows[0]["num_matched"]) <= int(rows[0]["num_label_instances"])
-    document = json.loads((tmp_path / "out/scores.json").read_text())  # NaN would not be JSON
+    document = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))  # NaN would not be JSON
     assert document["options"] == {"tolerance_mm": 2.0, "min_iou": 0.5, "instances": "components"}
     assert [d["name"] for d in document["datasets"]] == ["CELLS", "ORGANS"]
     assert document["datasets"][1]["f1"] == {"mean": None, "std": None, "num_cases": 0}
@@ -142,7 +142,7 @@ def test_nifti_predictions_are_turned_as_a_store_of_nifti_sources_lies(tmp_path)
     np.savez(tmp_path / "DATA/test/a.npz", imgs=image, gts=labels, spacing=[0.7, 0.8, 5.0])
     gpuparse.convert(tmp_path, split="test", datasets=["DATA"])
     attributes = tmp_path / "DATA/test.zarr/cases/a/zarr.json"
-    document = json.loads(attributes.read_text())
+    document = json.loads(attributes.read_text(encoding="utf-8"))
     document["attributes"]["gpuparse"]["origin"] = {"orientation": "ARS", "affine_ras_mm": affine.tolist()}
     attributes.write_text(json.dumps(document))
     (case,) = find_cases(tmp_path / "DATA").cases
@@ -242,8 +242,8 @@ def test_a_report_is_saved_under_any_kind_of_name(folders, tmp_path):
     report = evaluate(*folders[:2])
     report.save(str(tmp_path / "s.csv"))
     report.save(tmp_path / "s.json")
-    assert (tmp_path / "s.csv").read_text() == report.to_csv()
-    assert json.loads((tmp_path / "s.json").read_text()) == report.to_json()
+    assert (tmp_path / "s.csv").read_text(encoding="utf-8") == report.to_csv()
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8")) == report.to_json()
     with pytest.raises(InputError, match=r"path is None; expected the name of a file"):
         report.save(None)
 
@@ -255,7 +255,9 @@ def test_prompts_are_drawn_as_they_are_and_not_as_formulas(folders, tmp_path):
     labels = [text.get_text() for text in draw_scores(report).axes[0].get_yticklabels()]
     assert labels == ["ORGANS: liver $x_{ and $5", "ORGANS: $a$"]
     save_plot(report, tmp_path / "plot.svg")
-    assert "<!-- ORGANS: $a$ -->" in (tmp_path / "plot.svg").read_text()  # matplotlib notes what it draws
+    assert "<!-- ORGANS: $a$ -->" in (tmp_path / "plot.svg").read_text(
+        encoding="utf-8"
+    )  # matplotlib notes what it draws
 
 
 def test_a_mean_of_nothing_is_no_number():
@@ -277,8 +279,8 @@ def test_the_command_prints_a_table_and_writes_what_is_asked_for(folders, tmp_pa
     result = run("--pred", pred, "--data", data, "--csv", outputs[0], "--json", outputs[1], "--plot", outputs[2])
     assert result.exit_code == 0, result.output
     report = evaluate(pred, data)
-    assert outputs[0].read_text() == report.to_csv()
-    assert json.loads(outputs[1].read_text()) == report.to_json()
+    assert outputs[0].read_text(encoding="utf-8") == report.to_csv()
+    assert json.loads(outputs[1].read_text(encoding="utf-8")) == report.to_json()
     assert outputs[2].stat().st_size > 1000
     organs = report.datasets[1]
     assert re.search(rf"ORGANS .* 2 liver .* 2 .* {organs.classes[1].dice.mean:.4f} ± ", result.output)
@@ -328,7 +330,7 @@ def test_the_commands_options_reach_the_scores(folders, tmp_path):
     result = run("--pred", pred, "--data", data, *classes, *scores, "--json", tmp_path / "s.json", "-q")
     assert result.exit_code == 0, result.output
     assert result.output == ""
-    document = json.loads((tmp_path / "s.json").read_text())
+    document = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     assert document["options"] == {"tolerance_mm": 0.5, "min_iou": 0.9, "instances": "ids"}
     assert [c["prompt"] for d in document["datasets"] for c in d["classes"]] == ["hepar"]
 
@@ -373,7 +375,7 @@ def test_the_command_checks_places_before_it_scores_and_prints_before_it_writes(
         assert re.search(message, str(result.exception))
     assert scored == []
     assert sorted(tmp_path.rglob("*")) == before
-    assert (tmp_path / "old.csv").read_text() == "old"
+    assert (tmp_path / "old.csv").read_text(encoding="utf-8") == "old"
 
     def full(source, target):
         raise OSError(28, "No space left on device")
@@ -399,7 +401,9 @@ def test_a_forgotten_split_scores_no_training_volumes(folders, tmp_path):
         assert "--split" in str(result.exception)
         result = run("--pred", pred, "--data", tmp_path / place, "--split", "val", "--json", tmp_path / "s.json")
         assert result.exit_code == 0, result.output
-        counts = {d["name"]: d["num_cases"] for d in json.loads((tmp_path / "s.json").read_text())["datasets"]}
+        counts = {
+            d["name"]: d["num_cases"] for d in json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["datasets"]
+        }
         assert counts == ({"CELLS": 1, "ORGANS": 1} if place == "stores" else {"ORGANS": 1})
 
 
@@ -408,7 +412,7 @@ def test_the_page_on_evaluation_works_as_it_stands(tmp_path, monkeypatch):
     for name in ("DATASET1", "DATASET2"):
         write_set(tmp_path / "DATA_DIR" / name, shape=(5, 9, 8), prompts=None)
     (tmp_path / "DATA_DIR/class_prompts.json").write_text(json.dumps({"DATASET1": PROMPTS, "DATASET2": PROMPTS}))
-    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
     volumes, slices, lightning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     tested = []
     namespace = {

@@ -99,8 +99,8 @@ def test_files_are_those_of_the_references_method(source, exported, tmp_path, da
         num_pixels, num_different = num_pixels + difference.size, num_different + np.count_nonzero(difference)
     assert num_different < num_pixels / 1000  # sides of three voxels, where cv2 takes another path
     for folder in folders:
-        mine = json.loads((out / dataset / folder.name / "train.json").read_text())
-        theirs = json.loads((folder / "train.json").read_text())
+        mine = json.loads((out / dataset / folder.name / "train.json").read_text(encoding="utf-8"))
+        theirs = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         if dataset == "ORGANS":
             theirs["class_prompts"]["3"] = ["spleen"]  # as conversion notes a prompt without paraphrases
         assert mine["class_prompts"] == theirs["class_prompts"]
@@ -139,7 +139,7 @@ def test_real_slices_are_those_that_the_reference_made(golden_dir, volumes_dir, 
         axes, positions, images, masks = (golden[k] for k in ("axes", "index", "image_ipp", "mask"))
     view = f"_view{int(axes[0])}" if axes[0] else ""
     folder = tmp_path / dataset / f"processed{view}"
-    entries = json.loads((folder / "train.json").read_text())["annotations"]
+    entries = json.loads((folder / "train.json").read_text(encoding="utf-8"))["annotations"]
     for position, image, mask in zip(positions.tolist(), images, masks, strict=True):
         name = entries[position]["file_name"]
         assert name.endswith(f"{view}_{position:03d}.png")
@@ -197,7 +197,7 @@ def test_parts_go_to_folders_of_their_own(split_store, tmp_path):
     export_store(split_store, tmp_path / "both")
     processed = tmp_path / "both" / "ORGANS" / "processed"
     assert {p.name for p in processed.iterdir()} == {"train", "train_mask", "train.json", "val", "val_mask", "val.json"}
-    entries = json.loads((processed / "val.json").read_text())["annotations"]
+    entries = json.loads((processed / "val.json").read_text(encoding="utf-8"))["annotations"]
     assert {entry["split"] for entry in entries} == {"val"}
     assert [entry["file_name"] for entry in entries] == [f"cube_{i:03d}.png" for i in range(9)]
     export_store(split_store, tmp_path / "one", splits=["val"])
@@ -271,7 +271,7 @@ def test_a_run_that_ends_between_two_renames_is_gone_on_with(stores, exported, t
         with pytest.raises(KeyboardInterrupt) if point <= 9 else pytest.MonkeyPatch.context():
             export_store(stores / "ORGANS", tmp_path)
     for listing in (tmp_path / "ORGANS").glob("processed*/train.json"):
-        for entry in json.loads(listing.read_text())["annotations"]:
+        for entry in json.loads(listing.read_text(encoding="utf-8"))["annotations"]:
             assert (listing.parent / "train" / entry["file_name"]).is_file()
             assert (listing.parent / "train_mask" / entry["mask_file"]).is_file()
     if point <= 9:
@@ -387,7 +387,9 @@ def test_volumes_come_back_bit_for_bit(source, stores, tmp_path, num_jobs):
                 for key in found.files:
                     assert found[key].dtype == expected[key].dtype
                     np.testing.assert_array_equal(found[key], expected[key])
-    prompts, expected = (json.loads((folder / "class_prompts.json").read_text()) for folder in (tmp_path, source))
+    prompts, expected = (
+        json.loads((folder / "class_prompts.json").read_text(encoding="utf-8")) for folder in (tmp_path, source)
+    )
     expected["ORGANS"]["3"] = ["spleen"]
     assert prompts == expected
     again = gpuparse.convert(tmp_path, out_dir=tmp_path / "stores")
@@ -443,19 +445,19 @@ def test_the_volumes_that_a_store_was_made_from_are_never_replaced(float_source,
     prompts.write_text(json.dumps({"FLOAT": {"1": ["edited"], "instance_label": 0}}))
     with pytest.raises(InputError, match=r"has other prompts for 'FLOAT' than the store\. Name another --out"):
         export_store(float_source / "FLOAT", format="npz", overwrite=overwrite)
-    assert "edited" in prompts.read_text()
+    assert "edited" in prompts.read_text(encoding="utf-8")
 
 
 def test_prompts_of_others_stay(stores, tmp_path):
     path = tmp_path / "class_prompts.json"
     path.write_text(json.dumps({"OTHER": {"1": ["x"], "instance_label": 0}}))
     export_store(stores / "CELLS", tmp_path, format="npz")
-    assert list(json.loads(path.read_text())) == ["OTHER", "CELLS"]
+    assert list(json.loads(path.read_text(encoding="utf-8"))) == ["OTHER", "CELLS"]
     path.write_text(json.dumps({"CELLS": {"1": ["changed by hand"], "instance_label": 1}}))
     with pytest.raises(InputError, match="has other prompts for 'CELLS' than the store"):
         export_store(stores / "CELLS", tmp_path, format="npz")
     export_store(stores / "CELLS", tmp_path, format="npz", overwrite=True)
-    assert json.loads(path.read_text())["CELLS"]["1"] == ["cell"]
+    assert json.loads(path.read_text(encoding="utf-8"))["CELLS"]["1"] == ["cell"]
     for text, message in (("{", "is no JSON"), ("[]", "holds a list; expected an object")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):

@@ -31,7 +31,7 @@ def start(sample_stores):
         process = subprocess.Popen(
             [sys.executable, "-u", *launcher, str(SCRIPT), f"--out={out}", f"--batch-size={batch_size}", *OPTIONS],
             env={**variables, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         processes.append(process)
         return process
@@ -45,7 +45,7 @@ def family(process_id):
     """A process and all that it has started, however deep; torchrun's workers are in sessions of their own."""
     found = [process_id]
     for task in Path(f"/proc/{process_id}/task").glob("*/children"):
-        found += [number for child in task.read_text().split() for number in family(int(child))]
+        found += [number for child in task.read_text(encoding="utf-8").split() for number in family(int(child))]
     return found
 
 

@@ -225,7 +225,7 @@ def test_columns_of_cases_that_differ_in_length_are_refused(sample_stores, tmp_p
     short = np.ones(1, np.uint8)
     shutil.rmtree(folder / "case_axes")
     write_column(folder / "case_axes", short)
-    meta = json.loads((folder / "zarr.json").read_text())
+    meta = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
     meta["attributes"]["crc32c"]["case_axes"] = google_crc32c.value(short.tobytes())
     (folder / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(StoreFormatError, match="the columns of its cases differ in length"):

@@ -62,7 +62,7 @@ def fetch(program: ctypes.c_void_p, what: str) -> bytes:
 
 
 def kernel_names(source: str) -> list[str]:
-    text = (kernels.kernel_sources() / source).read_text()
+    text = (kernels.kernel_sources() / source).read_text(encoding="utf-8")
     return re.findall(r"^GP_KERNEL\((\w+),", text, re.MULTILINE)
 
 
@@ -149,7 +149,7 @@ def test_the_lint_sees_flushes_and_predicates():
     ],
 )
 def test_structs_lie_in_memory_as_their_numpy_mirrors(source, struct, dtype):
-    text = re.sub(r"//[^\n]*", "", (kernels.kernel_sources() / source).read_text())
+    text = re.sub(r"//[^\n]*", "", (kernels.kernel_sources() / source).read_text(encoding="utf-8"))
     body = re.search(rf"struct {struct} {{(.*?)}};", text, re.DOTALL)[1]
     offset, largest, fields = 0, 1, []
     for c_type, names in re.findall(r"(\w+)\s+([^;]+);", body):
@@ -180,7 +180,7 @@ def test_the_digest_follows_every_source(tmp_path, monkeypatch):
     digest = kernels.source_digest.__wrapped__
     assert digest() == kernels.source_digest()
     for path in sorted(copy.iterdir()):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         path.write_text(text + "\n")
         assert (digest() == kernels.source_digest()) == (path.suffix == ".txt"), path.name
         path.write_text(text)

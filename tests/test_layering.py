@@ -133,7 +133,7 @@ def test_importing_the_package_loads_no_heavy_library():
         "heavy |= {'nibabel', 'pydicom', 'highdicom', 'scipy', 'distributed', 'dask', 'obstore'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert run.stdout.strip() == "[]"
 
 
@@ -144,7 +144,7 @@ def test_importing_the_package_or_a_module_loads_nothing_that_it_does_not_need()
         "import gpuparse.workers, gpuparse.case\n"
         "print(sorted({'zarr', 'gpuparse.plan', 'gpuparse.foreign', 'gpuparse.check'} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert run.stdout.split("\n")[:2] == ["[] False", "[]"]
 
 
@@ -164,7 +164,7 @@ def test_a_function_and_the_module_of_its_name_do_not_hide_each_other(first):
         "except AttributeError as error:\n"
         "    print(error)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert run.stdout.strip() == "module 'gpuparse' has no attribute 'nonsense'"
 
 

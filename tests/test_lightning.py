@@ -317,14 +317,16 @@ def test_the_page_on_lightning_runs_as_it_stands(sample_stores, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpuparse-demo").mkdir()
     (tmp_path / "gpuparse-demo" / "stores").symlink_to(sample_stores["SAMPLE_CT"].parents[1])
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "lightning.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs" / "lightning.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     names = {}
     exec(code, names)
     trainer = names["trainer"]
     assert (trainer.current_epoch, trainer.global_step) == (2, 10)
     state = trainer.train_dataloader.state_dict()
     assert (state["epoch"], state["position"]) == (1, 5 * 8)
-    assert "loader/num_batches" in Path(trainer.logger.log_dir, "metrics.csv").read_text()
+    assert "loader/num_batches" in Path(trainer.logger.log_dir, "metrics.csv").read_text(encoding="utf-8")
 
 
 # Refusals.

@@ -30,11 +30,11 @@ def run(folder, **settings):
     environment = {name: value for name, value in os.environ.items() if name not in launchers}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(path)], env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, encoding="utf-8", timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     files = [[folder / name / f"rank{rank}.json" for rank in range(2)] for name in ("whole", "resumed")]
-    return [[json.loads(file.read_text()) for file in ranks] for ranks in files]
+    return [[json.loads(file.read_text(encoding="utf-8")) for file in ranks] for ranks in files]
 
 
 def test_two_ranks_share_the_epochs_and_resume_exactly(stores, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 CASES = [("SAMPLE_CT", "case_001"), ("SAMPLE_CELLS", "case_002")]  # uint8 labels, uint16 labels in cubic chunks
-PAGE = (Path(__file__).parents[1] / "docs" / "napari.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "napari.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case[0])

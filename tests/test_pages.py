@@ -30,7 +30,7 @@ _BLOCK = re.compile(rf"{_MARK}^ *```(?P<language>bash|python|yaml|json)\n(?P<cod
 
 
 def blocks(page):
-    found = [match.groupdict() for match in _BLOCK.finditer((REPOSITORY / "docs" / page).read_text())]
+    found = [match.groupdict() for match in _BLOCK.finditer((REPOSITORY / "docs" / page).read_text(encoding="utf-8"))]
     return [{**block, "code": textwrap.dedent(block["code"])} for block in found]
 
 
@@ -55,7 +55,7 @@ def test_code_that_is_only_shown_is_well_formed(page):
     for block in blocks(page):
         match block["language"]:
             case "bash":
-                subprocess.run(["bash", "-n"], input=block["code"], text=True, check=True)
+                subprocess.run(["bash", "-n"], input=block["code"], encoding="utf-8", check=True)
             case "python":
                 compile(block["code"], page, "exec")
             case "json":
@@ -91,7 +91,7 @@ def test_the_code_runs(page, desk, tmp_path, monkeypatch):
         if block["language"] == "python":
             exec(compile(block["code"], page, "exec"), names)
             continue
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]], capture_output=True, text=True)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]], capture_output=True, encoding="utf-8")
         assert done.returncode == 0, f"{block['code']}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     names.clear()  # a page's functions refer to its names: without this, loaders wait for the collector
     gc.collect()
@@ -100,7 +100,7 @@ def test_the_code_runs(page, desk, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SliceDataset", "Augmentation", "RemoteOptions", "DataLoader", "VolumeDataset"])
 def test_the_page_on_yaml_has_every_key_with_its_default(name):
     yaml = pytest.importorskip("yaml")
-    page = (REPOSITORY / "docs/configuration.md").read_text()
+    page = (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
     section = page.split(f"### `gpuparse.{name}`\n")[1].split("\n#")[0]
     rows = {key: text.strip() for key, text in re.findall(r"^\| `(\w+)` \|(.*?)\|", section, re.MULTILINE)}
     parameters = inspect.signature(getattr(gpuparse, name)).parameters

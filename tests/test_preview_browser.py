@@ -61,7 +61,7 @@ def drive(text, tmp_path, steps, size="1300,900"):
     page.write_text(text + DRIVE.replace("STEPS", json.dumps(list(steps.items()))), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                f"--window-size={size}", "--virtual-time-budget=5000", "--dump-dom", f"file://{page}"]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)
     (seen,) = re.findall(r'data-seen="([^"]*)"', run.stdout)
     return json.loads(seen.replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 

@@ -46,7 +46,7 @@ def test_the_json_form_reads_back_as_it_was(classes, instance_label):
 
 
 def test_every_entry_of_a_real_file_is_usable(volumes_dir):
-    raw = json.loads((volumes_dir / "class_prompts.json").read_text())
+    raw = json.loads((volumes_dir / "class_prompts.json").read_text(encoding="utf-8"))
     entries = load_class_prompts(volumes_dir / "class_prompts.json")
     assert entries == raw
     for name, entry in entries.items():

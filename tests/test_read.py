@@ -224,7 +224,7 @@ def test_slices_that_are_not_there_are_refused(store):
 def test_a_foreign_array_is_refused_by_name(sources, tmp_path):
     store = convert(tmp_path / "data", {"pair": sources["pair"]})
     path = store.case_path(0) / "labels/gts/0/zarr.json"
-    path.write_text(path.read_text().replace('"noshuffle"', '"bitshuffle"'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"noshuffle"', '"bitshuffle"'))
     with pytest.raises(ChunkCorruptError, match=r"cases/pair/labels/gts/0': blosc shuffle is 'bitshuffle'"):
         ChunkReader().fetch([SliceKey(store, 0, 0, 0)], SIZE)
 

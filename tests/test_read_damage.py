@@ -107,7 +107,7 @@ def test_a_shard_of_another_length_is_refused(store, shard):
 
 def test_a_shard_too_short_for_its_index_is_refused_where_no_length_was_recorded(store, shard):
     meta = store.path / "cases/case/zarr.json"
-    data = json.loads(meta.read_text())
+    data = json.loads(meta.read_text(encoding="utf-8"))
     del data["attributes"]["gpuparse"]["files"]
     meta.write_text(json.dumps(data))
     fetch_all(store)

@@ -462,6 +462,8 @@ def test_info_and_preview_of_a_url_show_what_they_show_of_the_folder(server, opt
     wanted = PreviewOptions(SliceChoice(num_samples=2), DrawOptions(augment=True, size=(64, 64)))
     far_made = preview(url, tmp_path / "far", wanted, remote=options)
     near_made = preview(local, tmp_path / "near", wanted)
-    assert far_made.page.read_text() == near_made.page.read_text()
+    assert far_made.page.read_text(encoding="utf-8") == near_made.page.read_text(encoding="utf-8")
     far_all = preview("s3://bucket/data", tmp_path / "far", wanted, remote=options)
-    assert far_all.page.read_text() == preview(local.parent, tmp_path / "near", wanted).page.read_text()
+    assert far_all.page.read_text(encoding="utf-8") == preview(local.parent, tmp_path / "near", wanted).page.read_text(
+        encoding="utf-8"
+    )

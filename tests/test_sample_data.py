@@ -72,7 +72,7 @@ def test_ct_is_anisotropic_and_cells_are_nearly_cubic(volumes):
 
 @pytest.mark.parametrize("name", CT + CELLS)
 def test_ids_are_contiguous_and_have_prompts(folder, volumes, name):
-    prompts = json.loads((folder / "class_prompts.json").read_text())[name.split("/")[0]]
+    prompts = json.loads((folder / "class_prompts.json").read_text(encoding="utf-8"))[name.split("/")[0]]
     ids = np.unique(volumes[name]["gts"]).tolist()
     assert ids == list(range(len(ids)))
     classes = {key for key in prompts if key != "instance_label"}
@@ -83,7 +83,7 @@ def test_ids_are_contiguous_and_have_prompts(folder, volumes, name):
 
 
 def test_instance_label_tells_the_two_kinds_apart(folder):
-    prompts = json.loads((folder / "class_prompts.json").read_text())
+    prompts = json.loads((folder / "class_prompts.json").read_text(encoding="utf-8"))
     assert {name: entry["instance_label"] for name, entry in prompts.items()} == {"SAMPLE_CT": 0, "SAMPLE_CELLS": 1}
 
 

@@ -39,7 +39,7 @@ FIELDS_OF = {
 
 
 def test_the_table_is_the_struct_of_the_kernel():
-    source = (kernel_sources() / "augment.h").read_text()
+    source = (kernel_sources() / "augment.h").read_text(encoding="utf-8")
     body = re.search(r"struct AugmentParams \{(.*?)\n\};", source, re.S)[1]
     types = {"int32_t": "<i4", "uint32_t": "<u4", "float": "<f4"}
     fields = [(name, types[kind]) for kind, name in re.findall(r"^\s*(\w+) (\w+);", body, re.M)]
@@ -50,7 +50,9 @@ def test_the_table_is_the_struct_of_the_kernel():
 def test_no_two_purposes_share_their_random_numbers():
     by_module = [{k: v for k, v in vars(m).items() if k.startswith("OPERATION_")} for m in (plan, sampling)]
     numbers = list({**by_module[0], **by_module[1]}.values())
-    numbers += map(int, re.findall(r"kOperation\w+ = (\d+)", (kernel_sources() / "augment.h").read_text()))
+    numbers += map(
+        int, re.findall(r"kOperation\w+ = (\d+)", (kernel_sources() / "augment.h").read_text(encoding="utf-8"))
+    )
     assert len(numbers) >= 9
     assert len(set(numbers)) == len(numbers)
 

@@ -61,16 +61,18 @@ def site(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(Path(gpuparse.__file__).parents[1]), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False,
+        cwd=REPOSITORY, env=environment, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr, done.stderr
-    return folder, {p.relative_to(folder).as_posix(): Page(html=p.read_text()) for p in folder.rglob("*.html")}
+    return folder, {
+        p.relative_to(folder).as_posix(): Page(html=p.read_text(encoding="utf-8")) for p in folder.rglob("*.html")
+    }
 
 
 def test_every_page_of_the_navigation_is_there(site):
     _, pages = site
-    nav = (REPOSITORY / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
     wanted = {name.replace(".md", ".html") for name in re.findall(r"^ *- (?:\w+: )?([\w-]+\.md)$", nav, re.MULTILINE)}
     assert len(wanted) > 25
     assert wanted <= set(pages)
@@ -101,7 +103,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     folder, pages = site
     outside = {(name, url) for name, page in pages.items() for url in page.loads if re.match(r"(https?:)?//", url)}
     for style in folder.rglob("*.css"):
-        urls = re.findall(r"""(?:url\(|@import )\s*["']?((?:https?:)?//[^"')]+)""", style.read_text())
+        urls = re.findall(r"""(?:url\(|@import )\s*["']?((?:https?:)?//[^"')]+)""", style.read_text(encoding="utf-8"))
         outside |= {(style.name, url) for url in urls}
     assert not outside
 
@@ -148,7 +150,7 @@ def test_every_public_name_is_in_the_reference(site):
 def test_links_hold_in_the_repository_too(name):
     made = {REPOSITORY / "docs/cli.md"}  # when the site is built
     for path in REPOSITORY.glob(name):
-        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
             target = Path(os.path.normpath(path.parent / link))
             assert re.match(r"[a-z]+:", link) or target.exists() or target in made, (path.name, link)

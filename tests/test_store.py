@@ -33,7 +33,7 @@ def store_path(sample_stores, tmp_path):
 
 def edit(path, change):
     """Applies `change` to the JSON object in `path`."""
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data))
 
@@ -74,7 +74,10 @@ def test_an_opened_store_says_what_is_in_it(store_path, sample_dir):
     store = open_store(str(store_path))
     assert repr(store) == f"Store('{store_path}', 4 cases, 114 slices, 6 classes, instance_label=0)"
     assert (store.name, store.split, store.path) == ("SAMPLE_CT", "train", store_path)
-    assert store.prompts.to_json() == json.loads((sample_dir / "class_prompts.json").read_text())["SAMPLE_CT"]
+    assert (
+        store.prompts.to_json()
+        == json.loads((sample_dir / "class_prompts.json").read_text(encoding="utf-8"))["SAMPLE_CT"]
+    )
     assert store.case_path(2) == store_path / "cases" / "case_003"
     table = store.slices
     assert repr(table) == f"SliceTable(114 slices, {len(table.class_ids)} (slice, class) pairs)"
@@ -225,7 +228,7 @@ def test_a_missing_or_damaged_index_is_named(store_path):
     shutil.rmtree(index / "case_shape")
     with pytest.raises(StoreFormatError, match=r"column 'case_shape' of the slice index is damaged"):
         assert open_store(store_path).cases
-    node = json.loads((index / "zarr.json").read_text())
+    node = json.loads((index / "zarr.json").read_text(encoding="utf-8"))
     (index / "zarr.json").write_text(json.dumps({**node, "attributes": []}))
     with pytest.raises(StoreFormatError, match=rf"no readable slice index .*has no attributes\)\. {REMEDY}"):
         assert open_store(store_path).cases

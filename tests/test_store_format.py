@@ -19,7 +19,7 @@ from numcodecs import blosc
 import gpuparse
 from gpuparse.errors import StoreFormatError, StoreWriteError
 
-PAGE = (Path(__file__).parents[1] / "docs" / "store-format.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "store-format.md").read_text(encoding="utf-8")
 ROOT, INDEX, CASE, ARRAY = map(json.loads, re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL))  # the page's examples
 
 
@@ -100,7 +100,7 @@ def test_frames_decode_as_blosc_decodes_them_and_every_kind_occurs(readers):
 
 @rules("R2", "R3", "R5", "R6", "R7", "R8")
 def test_the_root(readers, sample_dir):
-    prompts = json.loads((sample_dir / "class_prompts.json").read_text())
+    prompts = json.loads((sample_dir / "class_prompts.json").read_text(encoding="utf-8"))
     prompts["DATA"] = {"1": ["thing"], "instance_label": 1}
     for name, reader in readers.items():
         root = reader.root
@@ -228,7 +228,7 @@ def test_checksums_and_sizes_tell_damage(copy):
 
 @rules("R4", "R28")
 def test_versions(copy):
-    meta = json.loads((copy / "zarr.json").read_text())
+    meta = json.loads((copy / "zarr.json").read_text(encoding="utf-8"))
     meta["attributes"]["gpuparse"]["new_attribute"] = {"of": "a later version"}
     (copy / "zarr.json").write_text(json.dumps(meta))
     assert len(gpuparse.open_store(copy).slices) == len(FormatReader(copy).columns["case"])

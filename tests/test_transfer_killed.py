@@ -48,7 +48,9 @@ def server():
 
 @pytest.fixture(scope="module")
 def driver():
-    process = subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
     yield process
     process.stdin.close()
     assert process.wait() == 0
@@ -155,13 +157,13 @@ def test_the_command_can_be_killed_while_it_sends(server, options, write_case, d
     pids: queue.SimpleQueue[int] = queue.SimpleQueue()
     server.victim = pids.get
     server.always["cases/case2"] = "kill"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
     pids.put(process.pid)
     assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
     server.settle()
     assert seen_by_readers(options, "command", {}) is None
     assert "command/DATA/train.zarr/.lock" in server.list_keys("command")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     sent = {path for method, path, _ in server.requests if method == "PUT" and "/cases/case0" in path}
     assert not sent  # it was there

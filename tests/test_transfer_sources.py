@@ -163,7 +163,7 @@ def test_prompts_that_the_user_made_of_the_proposal_are_used(server, convert, tm
     # Those at the URL win once there are some, and go when they go: they are nobody's work here.
     put_prompts(server, "X", "Y")
     convert()
-    assert json.loads(proposal.with_name(PROMPTS).read_text()).keys() == {"X", "Y"}
+    assert json.loads(proposal.with_name(PROMPTS).read_text(encoding="utf-8")).keys() == {"X", "Y"}
     server.delete(f"src/{PROMPTS}")
     with pytest.raises(InputError, match="no prompts for 'X'"):
         convert()

@@ -11,7 +11,7 @@ import pytest
 from gpuparse import errors
 
 REPOSITORY = Path(__file__).parents[1]
-PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def words(node):
@@ -29,7 +29,7 @@ def words(node):
 def raised():
     """Class and message of every error that is made in the package, by file and line."""
     for path in sorted((REPOSITORY / "gpuparse").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors.__all__:
                 message = words(node.args[0]) if node.args else ""
                 if len(re.findall(r"[a-z]", message)) > 3:  # else it hands on another's message

@@ -80,7 +80,7 @@ def hold(num_bytes):
 
 
 def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize(("size", "is_kept"), [(60, True), (1 << 30, False)])

@@ -133,7 +133,7 @@ def test_a_store_with_a_prediction_is_sound_and_one_without_labels_is_not(store)
     write_label_image(store, "b", np.ones((5, 30, 20), np.uint8))
     assert [f for f in gpuparse.check(store.path).findings if f.severity == "error"] == []
     listing = store.path / "cases/b/labels/zarr.json"
-    listing.write_text(listing.read_text().replace('"gts",', ""))
+    listing.write_text(listing.read_text(encoding="utf-8").replace('"gts",', ""))
     (finding,) = [f for f in gpuparse.check(store.path).findings if f.severity == "error"]
     assert finding.code == "GP203"
     assert "viewers look for labels in ['prediction'], array '0'; expected 'gts'" in finding.found

@@ -47,7 +47,7 @@ def train(settings, rank, world_size):
     loader = DataLoader(dataset, settings["batch_size"], shuffle=True, num_threads=1, **settings["options"])
     checkpoint = Path(settings["checkpoint"])
     if checkpoint.exists():
-        loader.load_state_dict(json.loads(checkpoint.read_text()))
+        loader.load_state_dict(json.loads(checkpoint.read_text(encoding="utf-8")))
     with open(f"{settings['out']}/rank{rank}.jsonl", "w", encoding="utf-8") as log:
         for epoch in range(loader.epoch, settings["num_epochs"]):
             loader.set_epoch(epoch)
@@ -92,7 +92,7 @@ def iterate(loader, results):
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
+    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if "RANK" in os.environ:
         train(given, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     else:

@@ -69,7 +69,7 @@ def describe_gpu() -> dict[str, Any]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split("\n")[0].strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -99,7 +99,7 @@ def commit() -> str:
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     return "unknown"
 
 

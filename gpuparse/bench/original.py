@@ -53,7 +53,9 @@ def compare_with_original(data: BenchData, checkout: Path, rounds: int) -> dict[
     for volume in data.volumes:  # the original takes hidden files for volumes, too
         (folder / volume.dataset / "train").mkdir(parents=True, exist_ok=True)
         (folder / volume.dataset / "train" / volume.path.name).symlink_to(volume.path.resolve())
-    code = re.sub(r"(?m)^datasets = .*$", f"datasets = {list(data.names)!r}", (checkout / _SCRIPT).read_text())
+    code = re.sub(
+        r"(?m)^datasets = .*$", f"datasets = {list(data.names)!r}", (checkout / _SCRIPT).read_text(encoding="utf-8")
+    )
     start = time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, **quiet)  # type: ignore[call-overload]

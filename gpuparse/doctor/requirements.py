@@ -26,8 +26,8 @@ CUDA_EXTRAS = {
     12: (
         "cupy-cuda12x>=13.6",
         "nvidia-dali-cuda120>=2.1",
-        "nvidia-cuda-nvrtc-cu12>=12.4",
-        "nvidia-cuda-runtime-cu12>=12.4",
+        "nvidia-cuda-nvrtc-cu12>=12.4.127",
+        "nvidia-cuda-runtime-cu12>=12.4.127",
     ),
     13: ("cupy-cuda13x>=13.6", "nvidia-dali-cuda130>=2.1", "nvidia-cuda-nvrtc>=13.0", "nvidia-cuda-runtime>=13.0"),
 }

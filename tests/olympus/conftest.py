@@ -24,7 +24,7 @@ SAMPLES = {"DATASET1": "SAMPLE_CT", "DATASET2": "SAMPLE_CELLS", "DATASET3": "SAM
 def external(sample_dir, tmp_path_factory) -> Path:
     """What `mounts.external` names: a folder with data/DATASET1..3, converted, each with a validation part."""
     root = tmp_path_factory.mktemp("external")
-    prompts = json.loads((sample_dir / "class_prompts.json").read_text())
+    prompts = json.loads((sample_dir / "class_prompts.json").read_text(encoding="utf-8"))
     for name, sample in SAMPLES.items():
         (root / "data" / name).mkdir(parents=True)
         (root / "data" / name / "train").symlink_to(sample_dir / sample / "train")

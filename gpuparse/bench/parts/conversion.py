@@ -95,7 +95,7 @@ def measure(context: Context) -> dict[str, Any]:
 def _run(command: list[str], cores: tuple[int, ...]) -> tuple[int, str]:
     """Runs a command on some cores: its exit status and what it said. If this is interrupted all its processes end."""
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
     )
     try:
         with contextlib.suppress(ProcessLookupError):  # it has ended already

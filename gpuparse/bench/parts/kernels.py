@@ -23,7 +23,7 @@ def measure(context: Context) -> dict[str, Any]:
     settings = context.settings
     command = [sys.executable, "-m", "gpuparse.bench.kernels", "--json", str(path)]
     command += ["--size", str(settings.size), "--repeats", str(settings.kernel_repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise NotRunError(f"it failed: {done.stderr.strip()[-400:]}")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
