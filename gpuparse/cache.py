@@ -103,7 +103,7 @@ class ChunkCache:
         self._used_bytes = 0
         self._num_evicted = 0
         self._lock = threading.Lock()
-        self._in_use = False
+        self._in_use = self._is_spoilt = False
 
     def __repr__(self) -> str:
         return f"ChunkCache({self.status()})"
@@ -124,9 +124,9 @@ class ChunkCache:
         with self._lock:
             while self._unmade:
                 self._forget(self._unmade.pop())
-            if failed:
+            if failed or self._is_spoilt:
                 self._forget(list(self._places))
-            self._in_use = False
+            self._in_use = self._is_spoilt = False
 
     def reserve(
         self, arrays: Sequence[ArrayLayout], chunk_array: npt.NDArray[np.int64], chunk_number: npt.NDArray[np.int64]
@@ -177,6 +177,11 @@ class ChunkCache:
         """The earliest batch not made yet is made now."""
         with self._lock:
             self._unmade.popleft()
+
+    def spoil(self) -> None:
+        """A batch could not be made: all chunks are forgotten when the iteration ends, also where it is left early."""
+        with self._lock:
+            self._is_spoilt = True
 
     def status(self) -> CacheStatus:
         """How full it is."""

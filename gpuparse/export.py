@@ -178,8 +178,9 @@ def _run(
     export: _PngExport | _NpzExport, store: Store, cases: Sequence[int], num_jobs: int
 ) -> Iterator[tuple[int, Any]]:
     """Number and result of each case; the first error ends it."""
-    wanted = [number for number in cases if not export.is_done(number)]
-    yield from ((number, None) for number in cases if number not in set(wanted))
+    done = {number: export.is_done(number) for number in cases}
+    yield from ((number, None) for number in cases if done[number])
+    wanted = [number for number in cases if not done[number]]
     with WorkerPool(num_jobs, default_memory_bytes()) as pool:
         tasks = (
             Task(export.task(number), 6 * int(np.prod(store.cases[number].shape, dtype=np.int64)) + _WORK_BYTES)

@@ -72,8 +72,8 @@ class NpzFile:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the arrays, by name."""
-        return sorted(name.removesuffix(".npy") for name in self._infos)
+        """Names of the arrays, sorted."""
+        return sorted(name.removesuffix(".npy") for name in self._infos if name.endswith(".npy"))
 
     def header(self, key: str) -> Member:
         """Reads the header of one array and no element of it.
@@ -82,8 +82,8 @@ class NpzFile:
             DamagedError: The header is none, or declares other sizes than the archive does.
         """
         if key not in self._headers:
-            with self._archive.open(self._infos[f"{key}.npy"]) as stream:
-                self._headers[key] = _parse_header(stream.read(_MAX_HEADER_BYTES))
+            with self._archive.open(self._infos[f"{key}.npy"]) as file:
+                self._headers[key] = _parse_header(file.read(_MAX_HEADER_BYTES))
         return self._headers[key]
 
     def check_size(self, key: str, member: Member) -> None:
@@ -153,10 +153,10 @@ def _parse_header(head: bytes) -> Member:
     end = start + int.from_bytes(head[start - length_bytes : start], "little")
     if end > len(head):
         raise DamagedError("an array's header is longer than can be")
-    stream = io.BytesIO(head)
-    version = np.lib.format.read_magic(stream)
+    file = io.BytesIO(head)
+    version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(stream)
+    shape, fortran_order, dtype = read_header(file)
     if any(not isinstance(n, int) or n < 0 for n in shape):
         raise DamagedError(f"an array has the shape {shape}")
-    return Member(tuple(shape), dtype, fortran_order, stream.tell())
+    return Member(tuple(shape), dtype, fortran_order, file.tell())

@@ -360,7 +360,11 @@ def produce(
         mine, event = work[step], None
         try:
             mine.made, event = maker.make(packed, buffer, inflated, probes, begun)
-        except BlockError as error:
+        except BaseException as error:
+            if supply.cache is not None:
+                supply.cache.spoil()  # the user may leave before the error comes up
+            if not isinstance(error, BlockError):
+                raise
             (first, *_) = packed.slices_of_block(error.block)
             raise ChunkCorruptError(f"{mine.samples.keys[first].describe()}: {error}") from error
         finally:

@@ -331,8 +331,8 @@ def as_narrow_labels(
     if labels.dtype == np.bool_:
         return np.ascontiguousarray(labels.astype(np.uint8))
     low, high = labels.min(), labels.max()
-    if labels.dtype == np.float16:
-        low, high = float(low), float(high)  # float16 ends below the limits that follow
+    if labels.dtype.kind == "f":
+        low, high = float(low), float(high)  # the limits that follow are no float16, and rounded in float32
     if labels.dtype.kind == "f" and not (math.isfinite(low) and math.isfinite(high)):
         raise VolumeFormatError(
             f"{path}: {what} ({labels.dtype}) has NaN or infinite values; expected whole numbers. Set them to 0."

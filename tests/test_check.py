@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -76,7 +77,7 @@ GOOD = {"imgs": good_image(), "gts": good_labels(), "spacing": np.array([1.0, 1.
         (b"", "GP101", "BadZipFile"),
         (b"PK\x03\x04 and so on", "GP101", "BadZipFile"),
         (npz(**GOOD)[:-40], "GP101", "BadZipFile"),
-        (zipped({"imgs.npy": b"words, words, words"}), "GP101", "magic string"),
+        (zipped({"imgs.npy": b"words, words, words"}), "GP101", "does not begin like one"),
         (npz(**GOOD).replace(GOOD["imgs"].tobytes()[:64], bytes(64)), "GP101", "CRC"),
         (npz(imgs=GOOD["imgs"]), "GP102", "no gts, spacing, only imgs"),
         (npz(), "GP102", "only nothing"),
@@ -138,7 +139,35 @@ def test_a_header_that_declares_more_than_the_file_holds_is_damage(write_case, d
         members = {name: archive.read(name) for name in archive.namelist()}
     members["imgs.npy"] = members["imgs.npy"].replace(b"(6, 24, 20)", b"(6, 24, 99)")
     path.write_bytes(zipped(members))
-    assert "declares 14256 bytes of values" in found(gpuparse.check(data_dir), "GP101")
+    assert "declares (6, 24, 99) elements of uint8, 14256 bytes, and its member has 2880" in found(
+        gpuparse.check(data_dir), "GP101"
+    )
+
+
+def test_a_header_of_a_gigabyte_is_not_read(write_case, data_dir):
+    path = write_case(good_image(), good_labels())
+    declared = b"\x93NUMPY\x02\x00" + ((1 << 30) - 1).to_bytes(4, "little")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("imgs.npy", "w") as file:
+        file.write(declared)
+        for _ in range(256):
+            file.write(b" " * (1 << 20))
+    tracemalloc.start()
+    try:
+        report = gpuparse.check(data_dir, num_jobs=1)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "an array's header is longer than can be" in found(report, "GP101")
+    assert peak_bytes < 32 << 20
+
+
+def test_an_array_that_conversion_does_not_read_may_be_damaged(write_case, data_dir):
+    path = write_case(good_image(), good_labels())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.npy", b"no array")
+        archive.writestr("notes.txt", b"no array either")
+    assert codes(gpuparse.check(data_dir)) == []
+    assert gpuparse.convert(data_dir).failures == ()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nowhere", "unreadable name"])

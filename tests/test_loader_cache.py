@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -163,6 +164,30 @@ def test_a_batch_that_failed_leaves_no_chunk_that_is_not_decoded(mixture, expect
                 list(loader)
         else:
             assert same(list(loader), expected[0])
+
+
+@pytest.mark.parametrize("cache", [DEVICE, EVICTING])
+def test_leaving_before_a_batch_that_failed_leaves_no_chunk_that_is_not_decoded(mixture, expected, monkeypatch, cache):
+    """The error does not come up then, and the batches behind it are made all the same."""
+    original, calls, is_behind = HostMaker.make, [], threading.Event()
+
+    def fail_at_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("made to fail")
+        made = original(*arguments)
+        if len(calls) == 4:
+            is_behind.set()
+        return made
+
+    monkeypatch.setattr(HostMaker, "make", fail_at_second)
+    loader = DataLoader(mixture, prefetch_depth=4, **OPTIONS, **cache)
+    for batch in loader:
+        assert same(batch, expected[0][0])
+        assert is_behind.wait(30)
+        break
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "position": 0})
+    assert same(list(loader), expected[0])
 
 
 # The estimate.

@@ -176,6 +176,7 @@ NAN[1, 2, 3] = np.nan
         ({"imgs": ZEROS + 0.5}, r"imgs \(float64\) has values 0\.5\.\.0\.5, scaled to 0\.\.1.*Multiply by 255"),
         ({"gts": ZEROS.astype(np.int16) - 1}, r"gts has negative ids \(lowest -1\).*Map ignored voxels to 0"),
         ({"gts": ZEROS + np.int64(2**32)}, r"gts has ids up to 4294967296; expected at most 2\^32-1\. Renumber"),
+        ({"gts": ZEROS + np.float32(2**32)}, r"gts has ids up to 4294967296\.0; expected at most 2\^32-1\. Renumber"),
         ({"gts": NAN}, r"gts \(float64\) has NaN or infinite values; expected whole numbers\. Set them to 0"),
         ({"gts": ZEROS - np.inf}, r"gts \(float64\) has NaN or infinite values; expected whole numbers"),
         ({"gts": ZEROS + 1.5}, r"gts \(float64\) has fractional ids; expected whole numbers\. Round them"),

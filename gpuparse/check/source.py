@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from gpuparse import places
 from gpuparse.check.findings import Finding, Place
 from gpuparse.errors import VolumeFormatError
+from gpuparse.npz import Member, NpzFile
 from gpuparse.remote import RemotePath
 from gpuparse.volume import Volume, check_name, check_regular, read_volume
 
@@ -25,16 +21,6 @@ _MEMBERS = ("imgs", "gts", "spacing")
 _FREE_BYTES = 1 << 20  # of a file, beside its arrays
 _PIECE_BYTES = 32 << 20
 _REFUSED = {"imgs": "GP107", "gts": "GP108", "spacing": "GP109"}
-
-
-@dataclass(frozen=True)
-class _Header:
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def check_source(place: Place, path: places.Place, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
@@ -75,8 +61,8 @@ def check_source(place: Place, path: places.Place, max_volume_bytes: int) -> tup
 def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume | None, list[Finding]]:
     try:
         check_regular(path)
-        with zipfile.ZipFile(path) as archive:
-            headers = {name.removesuffix(".npy"): _read_header(archive, name) for name in _members(archive)}
+        with path.open("rb") as file:
+            headers = _read_headers(NpzFile(file))
     except VolumeFormatError as error:
         return None, [place.finding("GP101", str(error).removeprefix(f"{path}: "))]
     except Exception as error:  # damaged archives make zipfile and numpy raise nearly anything
@@ -93,29 +79,30 @@ def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume
         return None, [*findings, place.finding(_REFUSED[about[1]] if about else "GP101", found)]
 
 
-def _members(archive: zipfile.ZipFile) -> list[str]:
-    return [name for name in archive.namelist() if name.endswith(".npy")]
+def _read_headers(archive: NpzFile) -> dict[str, Member | None]:
+    """The header of each array; None for one that conversion does not read and that cannot be read."""
+    headers: dict[str, Member | None] = {}
+    for name in archive.keys:
+        try:
+            headers[name] = archive.header(name)
+        except Exception:
+            if name in _MEMBERS:
+                raise
+            headers[name] = None
+    for name in _MEMBERS:
+        header = headers.get(name)
+        if header is not None and not header.dtype.hasobject:  # of objects the header knows the number, not the bytes
+            archive.check_size(name, header)
+    return headers
 
 
-def _read_header(archive: zipfile.ZipFile, name: str) -> _Header:
-    with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    header = _Header(shape, dtype)
-    stored_bytes = archive.getinfo(name).file_size
-    if name.removesuffix(".npy") in _MEMBERS and not dtype.hasobject and header.num_bytes > stored_bytes:
-        raise ValueError(f"{name} declares {header.num_bytes} bytes of values and holds {stored_bytes}")
-    return header
-
-
-def _check_headers(place: Place, headers: Mapping[str, _Header], max_volume_bytes: int) -> list[Finding]:
+def _check_headers(place: Place, headers: Mapping[str, Member | None], max_volume_bytes: int) -> list[Finding]:
     missing = [name for name in _MEMBERS if name not in headers]
     findings = []
     if missing:
         findings.append(place.finding("GP102", f"no {', '.join(missing)}, only {', '.join(headers) or 'nothing'}."))
     for name, header in headers.items():
-        if name not in _MEMBERS:
+        if name not in _MEMBERS or header is None:
             continue
         if header.dtype.hasobject:
             findings.append(place.finding("GP103", f"{name} holds Python objects."))
@@ -126,13 +113,13 @@ def _check_headers(place: Place, headers: Mapping[str, _Header], max_volume_byte
     image, labels = headers.get("imgs"), headers.get("gts")
     if image and labels and image.shape != labels.shape:
         findings.append(place.finding("GP104", f"imgs has shape {image.shape} and gts {labels.shape}."))
-    declared = sum(headers[name].num_bytes for name in _MEMBERS if name in headers)
+    declared = sum(header.nbytes for name, header in headers.items() if name in _MEMBERS and header is not None)
     if declared > max_volume_bytes:
         gib = f"{declared / 2**30:.1f} GiB, more than {max_volume_bytes / 2**30:g} GiB"
         findings.append(place.finding("GP106", f"its arrays declare {gib}."))
     if image and image.dtype.kind == "f":
         findings.append(place.finding("GP111", f"imgs has dtype {image.dtype}; conversion cuts fractions off."))
-    extras = [name for name, header in headers.items() if name not in _MEMBERS and header.dtype.hasobject]
+    extras = [name for name, header in headers.items() if name not in _MEMBERS and header and header.dtype.hasobject]
     if extras:
         findings.append(place.finding("GP112", f"{', '.join(extras)}."))
     return findings
