@@ -30,7 +30,7 @@ class BufferPool:
     def __init__(self, max_free: int) -> None:
         self._max_free = max_free
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run in the middle of `take`
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """An uninitialised array of this shape and type, whose memory returns here when it is garbage."""

@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gpuparse
 from gpuparse.errors import ClusterError, GpuparseError
 from gpuparse.optional import import_optional
 from gpuparse.workers import Died, Task, TaskPool
@@ -97,7 +97,7 @@ class DaskPool(TaskPool):
     def _start(self, call: _Call) -> None:
         with self._connection():
             future = self._client.submit(
-                _make_call, call.function, call.arguments, self._required, version("gpuparse"), pure=False,
+                _make_call, call.function, call.arguments, self._required, gpuparse.__version__, pure=False,
                 key=f"gpuparse-{uuid.uuid4().hex}",
             )  # fmt: skip
         self._futures[future] = call
@@ -154,7 +154,7 @@ class DaskPool(TaskPool):
 
 def _make_call(function: Callable[..., Any], arguments: Sequence[Any], required: Sequence[Path], wanted: str) -> Any:
     """Runs on a worker."""
-    host, here = socket.gethostname(), version("gpuparse")
+    host, here = socket.gethostname(), gpuparse.__version__
     if here != wanted:
         raise ClusterError(f"the worker on {host} has gpuparse {here}; expected {wanted}. Install it there.")
     for path in required:

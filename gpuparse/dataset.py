@@ -135,7 +135,9 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self.foreground_fraction = check_fraction("foreground_fraction", foreground_fraction)
         self._mask_dir = os.path.join(self.root_dir, f"{split}_mask", "")
         self.store = _open_split(self.root_dir, split, remote)
-        self.name = name or (self.store.name if self.root_dir.endswith(".zarr") else Path(self.root_dir).resolve().name)
+        self.name = name or (
+            self.store.name if self.root_dir.endswith(".zarr") else Path(os.path.abspath(self.root_dir)).name
+        )
         self._rows = self._select(views)
         self._foreground = np.flatnonzero(self.shows_a_class(np.arange(len(self._rows))))
         self.allow_mirror = self._decide_mirror()

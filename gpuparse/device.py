@@ -54,7 +54,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         except (DeviceError, MissingDependencyError) as error:
             if not _said_why_cpu:
                 _said_why_cpu = True
-                _LOG.warning("gpuparse makes batches on the CPU: %s", error)
+                _LOG.warning("gpuparse makes batches on the CPU: %s", str(error))  # itself it holds the loader's frames
             return torch.device("cpu")
     try:
         wanted = torch.device(device)
@@ -178,7 +178,6 @@ class DeviceRenderer:
     """
 
     def __init__(self, device: torch.device, size: tuple[int, int], types: OutputTypes, cache_bytes: int = 0) -> None:
-        import cupy
 
         self._device = device
         self._size = size
@@ -186,7 +185,7 @@ class DeviceRenderer:
         # Outputs belong to this stream in torch's allocator and are written on it, in the order of the batches: what
         # the user frees is written again only behind all work on it so far. DALI's outputs come bound to it.
         self._home = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._home_of_cupy = cupy.cuda.ExternalStream(self.stream_handle, device.index)
+        self._home_of_cupy = kernels.cupy_stream(self.stream_handle, device.index)
         self.clock = DeviceClock(device, self._home)
         self._lock = threading.Lock()  # two iterations of one loader take turns
         self._encoded: torch.Tensor | None = None

@@ -27,7 +27,11 @@ def replace_folder(source: Path, target: Path) -> None:
     else:  # a file system that cannot exchange: for a moment, nothing is at `target`
         old = _other_name(target, "old")
         os.rename(target, old)
-        os.rename(source, target)
+        try:
+            os.rename(source, target)
+        except OSError:
+            os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

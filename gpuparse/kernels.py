@@ -11,14 +11,17 @@ import ctypes
 import functools
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import KernelError
 
 __all__ = [
+    "cupy_stream",
     "default_num_threads",
     "host_library",
     "is_device_array",
@@ -128,8 +131,18 @@ def on_device(array: Any) -> Any:
         return array
     import cupy
 
-    plain = array.view(np.uint8).reshape(len(array), -1) if array.dtype.names else array
+    plain = array.view(np.uint8).reshape(len(array), array.dtype.itemsize) if array.dtype.names else array
     return cupy.asarray(plain)
+
+
+def cupy_stream(handle: int, device: int) -> Any:
+    """CuPy's view of a stream that is another library's, and stays it."""
+    import cupy
+
+    with warnings.catch_warnings():
+        # CuPy 14 wants Stream.from_external in its place, which not every version keeps from destroying the stream.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cupy.cuda.ExternalStream(handle, device)
 
 
 @functools.cache
@@ -157,11 +170,13 @@ def launch_on_device(file_name: str, kernel: str, num_elements: int, arguments: 
     """
     import cupy
 
+    if num_elements == 0:
+        return
     function = _device_function(file_name, kernel, cupy.cuda.Device().id)
     num_blocks = max(1, min(-(-num_elements // 256), 2**31 - 1))
     function((num_blocks,), (256,), (np.int64(num_elements), *arguments))
 
 
 def default_num_threads() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores this process may use: those it is allowed, within its control group's quota."""
+    return num_usable_cpus()

@@ -121,7 +121,12 @@ def read_json(path: Place, remedy: str) -> dict[str, Any]:
         raise StoreFormatError(f"'{path.parent}' is no Zarr v3 node: zarr.json is missing. {remedy}") from error
     except StorageError:
         raise
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise StoreFormatError(
+            f"'{path}' cannot be read: {error}. Check permissions, the number of open files (`ulimit -n`), the disk "
+            "and its mount."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreFormatError(f"'{path}' cannot be read as JSON: {error}. {remedy}") from error
     if not isinstance(data, dict):
         raise StoreFormatError(f"'{path}' holds {type(data).__name__}, expected an object. {remedy}")

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from gpuparse.arguments import is_number
+from gpuparse.cgroup import memory_limit_bytes
 from gpuparse.errors import InputError
 
 __all__ = ["GIB", "default_memory_bytes", "gib_to_bytes"]
 
 GIB = 2**30
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def gib_to_bytes(name: str, gib: float) -> int:
@@ -28,15 +28,12 @@ def gib_to_bytes(name: str, gib: float) -> int:
 
 
 def default_memory_bytes() -> int:
-    """Half of the memory that this process can have: of what is free, or of its container's limit, if that is less."""
+    """Half of the memory that this process can have: of what is free, or of its control group's limit."""
     free = _meminfo_bytes("MemAvailable")
-    limits = [free if free is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 and version 1
-        try:
-            limits.append(int((_CGROUP / name).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return min(limits) // 2
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory_limit_bytes()
+    return (free if limit is None else min(free, limit)) // 2
 
 
 def _meminfo_bytes(key: str) -> int | None:

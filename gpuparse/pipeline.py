@@ -13,6 +13,7 @@ import concurrent.futures
 import ctypes
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from gpuparse.errors import GpuparseError, InputError, MissingDependencyError, P
 from gpuparse.pack import SPARE_BLOCK, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES, PackedBatch
 
 __all__ = ["BatchPipeline", "PipelineOptions"]
+
+
+# Whose code runs inside DALI's call, but for signal handlers.
+_OWN_MODULES = {"gpuparse", "nvidia", "numpy", "torch", "cupy", *sys.stdlib_module_names}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class BatchPipeline:
         self._render = render
         self._options = options
         self._failures: dict[int, BaseException] = {}
+        self._interrupt: BaseException | None = None
         self._ahead: dict[int, concurrent.futures.Future[PackedBatch]] = {}
         # What DALI has been given and not yet rendered, in order; it works off its input in that order.
         # With it go the arrays that DALI reads where they are, for as long as it may.
@@ -118,7 +124,7 @@ class BatchPipeline:
             stream: A CUDA stream's handle that is to wait for DALI's work in the host's place. Needed on a GPU.
 
         Raises:
-            BaseException: Whatever `fetch` or `render` raised for this batch.
+            BaseException: Whatever `fetch` or `render` raised for this batch; an interrupt while it waited.
             PipelineError: DALI itself failed.
             InputError: This process was forked from the one that has made the pipeline.
         """
@@ -129,6 +135,8 @@ class BatchPipeline:
         except GpuparseError:
             raise
         except Exception as error:
+            if _is_of_a_handler(error):
+                raise
             error.__traceback__ = None  # its frames would keep the pipeline alive after close
             failure = self._failures.pop(step, None)
             raise failure or PipelineError(
@@ -137,7 +145,7 @@ class BatchPipeline:
             ) from error
         self._num_taken += 1
         given = self._given.popleft() if self._options.device_index is not None else None
-        failure = self._failures.pop(step, None)
+        failure = self._interrupt or self._failures.pop(step, None)
         if failure is not None:
             raise failure
         if given is not None:
@@ -166,7 +174,11 @@ class BatchPipeline:
             self._launched.clear()
             self._pipeline = None  # waits for what DALI has begun
             self._reading.shutdown(wait=True)
+            # DALI's graph is a circle that holds this object until the next collection of garbage: it holds no more.
             self._given.clear()
+            self._ahead.clear()
+            self._failures.clear()
+            del self._fetch, self._render
 
     def _graph(self, fn: Any, types: Any) -> tuple[Any, ...]:
         # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own. For a GPU DALI
@@ -204,14 +216,23 @@ class BatchPipeline:
         """The batch of one step, None where there is none. Runs in the thread that calls `run`, so it only waits."""
         for ahead in range(step, min(step + self._options.prefetch_depth + 1, self._options.num_steps)):
             if ahead not in self._ahead:
-                self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
+                try:
+                    self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
+                except RuntimeError as error:  # the interpreter ends its pools with the main thread
+                    self._ahead[ahead] = concurrent.futures.Future()
+                    self._ahead[ahead].set_exception(
+                        PipelineError(
+                            f"batch {ahead} is not read: the main thread has ended ({error}). Let it wait for the "
+                            "threads that iterate: thread.join()."
+                        )
+                    )
         packed = None
         if step < self._options.num_steps:
             future = self._ahead.pop(step)
             try:
                 failure = future.exception()
-            except BaseException as error:  # of the waiting itself: an interrupt
-                failure = error.with_traceback(None)
+            except BaseException as error:  # of the waiting itself: an interrupt, for which `run` ends at once
+                failure = self._interrupt = error.with_traceback(None)
             # Kept, not raised: DALI would repeat it for ever, and its frames would keep the pipeline alive after close.
             if failure is None:
                 packed = future.result()
@@ -247,6 +268,15 @@ class BatchPipeline:
         if buffer.nbytes != given.packed.buffer.nbytes:
             raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {given.packed.buffer.nbytes}")
         return self._render(given.step, given.packed, buffer, arena)
+
+
+def _is_of_a_handler(error: Exception) -> bool:
+    """Whether an exception that DALI's call raised comes from a signal handler of the user's: from foreign code."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] not in _OWN_MODULES
 
 
 def _bytes_on_device(tensor: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.errors import InputError
+from gpuparse.folders import replace_text
 from gpuparse.prompts import PROMPTS_FILE
 
 __all__ = ["PROPOSAL_FILE", "class_names", "propose_prompts", "write_proposal"]
@@ -86,10 +87,8 @@ def write_proposal(folder: str | os.PathLike[str], entries: Mapping[str, Mapping
     """
     path = Path(folder) / PROPOSAL_FILE
     text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, text)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error}). Save this as {PROMPTS_FILE} yourself:\n{text}"

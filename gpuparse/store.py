@@ -346,7 +346,8 @@ def open_store(path: str | os.PathLike[str], *, remote: RemoteOptions | None = N
 def read_store(path: Place) -> Store:
     """Opens a store at a place; see `open_store`."""
     check_store_folder(path)
-    attributes = read_json(path / "zarr.json", _REMEDY).get("attributes", {}).get("gpuparse")
+    attributes = read_json(path / "zarr.json", _REMEDY).get("attributes")
+    attributes = attributes.get("gpuparse") if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):
         raise StoreFormatError(
             f"'{path}' is a Zarr group but no gpuparse store (no 'gpuparse' attributes). "
@@ -360,6 +361,9 @@ def read_store(path: Place) -> Store:
     missing = [key for key in ("name", "split", "class_prompts", "index") if key not in attributes]
     if missing:
         raise StoreFormatError(f"'{path}': attributes {', '.join(missing)} are missing. {_REMEDY}")
+    for key in ("name", "split", "index"):
+        if not isinstance(attributes[key], str):
+            raise StoreFormatError(f"'{path}': attribute {key} is {attributes[key]!r}; expected a text. {_REMEDY}")
     try:
         return Store(path, attributes)
     except InputError as error:

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from numcodecs import lz4
+from running import fail_as_dali
 
 from gpuparse import kernels
 
@@ -132,7 +133,7 @@ class StandInDali:
 
             def _execute(self, step, buffer, offsets, sizes, slot):
                 if step == dali.fail_at:
-                    raise RuntimeError("Critical error in pipeline: made to fail")
+                    fail_as_dali(RuntimeError("Critical error in pipeline: made to fail"))
                 copy = buffer.copy()
                 inflated = inflate_as_dali(copy, offsets, sizes, slot)
                 return TensorList(copy, lambda: log.append(("released", step))), TensorList(inflated, lambda: None)

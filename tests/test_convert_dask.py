@@ -170,7 +170,7 @@ def test_a_worker_that_is_not_set_up_like_this_machine_ends_the_run(cluster, tmp
         pool.require()
         with pytest.raises(ClusterError, match=r"could not run the task \(RuntimeError: number 1\)\. Install the same"):
             list(pool.run(fail, [Task((1,)), Task((2,))]))
-        monkeypatch.setattr("gpuparse.cluster.version", lambda _: "0.0.1")
+        monkeypatch.setattr("gpuparse.__version__", "0.0.1")
         with pytest.raises(ClusterError, match=r"has gpuparse .*; expected 0\.0\.1\. Install it there"):
             list(pool.run(square, [Task((1,))]))
 

@@ -199,7 +199,7 @@ def test_a_slice_too_large_for_a_chunk_is_refused(volumes, monkeypatch):
 def test_the_default_budget_is_half_of_what_is_free_or_allowed(tmp_path, monkeypatch):
     free = default_memory_bytes()
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    monkeypatch.setattr("gpuparse.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("gpuparse.cgroup._ROOT", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
     assert default_memory_bytes() > 4 << 20
     (tmp_path / "memory.max").write_text(f"{8 << 20}\n")

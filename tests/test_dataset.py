@@ -98,6 +98,14 @@ def test_a_folder_and_its_store_are_the_same_dataset_with_a_slash_or_without(ct,
     assert "//" not in item["mask_file"]
 
 
+def test_a_linked_folder_goes_by_the_links_name(ct, tmp_path):
+    """As conversion has it, and as its user sees it: targets are often called `v1`, or differ from node to node."""
+    (tmp_path / "liver").symlink_to(ct.root_dir)
+    linked = SliceDataset(tmp_path / "liver")
+    assert linked.name == "liver"
+    assert same({**linked[7], "mask_file": ""}, {**SliceDataset(ct.root_dir, name="liver")[7], "mask_file": ""})
+
+
 def test_items_depend_on_seed_epoch_and_name_alone(ct):
     again = SliceDataset(ct.root_dir)
     assert same(again[7], ct[7])

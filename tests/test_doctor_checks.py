@@ -323,11 +323,12 @@ def test_headers_that_are_missing(tmp_path, monkeypatch):
 
 
 def test_a_quota_below_the_number_of_processors(monkeypatch):
-    monkeypatch.setattr(system.os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(system, "_cpu_quota", lambda: 3.5)
-    found = {check.name: check for check in system.check_system()}["processors"]
-    assert found.status == "warning"
-    assert "num_threads=3" in found.remedy
+    monkeypatch.setattr("gpuparse.cgroup.os.sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr("gpuparse.cgroup.cpu_quota", lambda: 3.5)
+    monkeypatch.setattr(system, "cpu_quota", lambda: 3.5)
+    check = {check.name: check for check in system.check_system()}["processors"]
+    assert (check.status, check.values["num_usable"]) == ("ok", 4)
+    assert "4 for this process, by a quota of 3.5" in check.found
 
 
 def test_little_shared_memory(monkeypatch, tmp_path):

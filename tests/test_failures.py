@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import same
+from running import fail_as_dali
 from torch.utils.data import ConcatDataset, Subset
 
 from gpuparse import DataLoader, SliceDataset
@@ -364,7 +365,7 @@ def test_a_failure_of_dali_is_told_apart(intact, monkeypatch, threads_left):
     def fail_at_third(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            raise RuntimeError("Critical error in pipeline")
+            fail_as_dali(RuntimeError("Critical error in pipeline"))
         return original(*arguments)
 
     monkeypatch.setattr(Pipeline, "run", fail_at_third)

@@ -8,7 +8,9 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -244,3 +246,13 @@ def test_threads_are_the_cores_this_process_may_use():
 def test_numpy_arrays_are_not_taken_for_device_arrays():
     assert not kernels.is_device_array(np.zeros(1))
     assert kernels.is_device_array(type("ndarray", (), {"__module__": "cupy"})())
+
+
+def test_nothing_is_launched_for_nothing(monkeypatch):
+    """An empty batch has no rows whose length could be told by their bytes, and no blocks."""
+    cupy = ModuleType("cupy")
+    cupy.asarray = lambda array: array
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    table = np.zeros(0, [("offset", "<i8"), ("side", "<i4")])
+    assert kernels.on_device(table).shape == (0, 12)
+    kernels.launch_on_device("encode.cu", "encode", 0, ())  # would ask CuPy for its device

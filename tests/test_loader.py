@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ from gpuparse.errors import ChunkCorruptError, InputError, MissingDependencyErro
 from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, PlainOrder
 from gpuparse.plan import EpochPlan
+from gpuparse.staging import Slot
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,104 @@ def test_buffers_return_when_the_last_tensor_is_gone():
     del other, again
     gc.collect()
     assert len(pool._free[128]) == 1
+
+
+def test_a_buffer_may_return_while_another_is_taken(monkeypatch):
+    """The collector runs wherever memory is asked for, and finalizers with it."""
+    pool, original = BufferPool(max_free=1), np.empty
+    held = [pool.take((4,), np.uint8)]
+
+    def collect(*arguments):
+        held.clear()
+        return original(*arguments)
+
+    monkeypatch.setattr("gpuparse.batch.np.empty", collect)
+    thread = threading.Thread(target=pool.take, args=((8,), np.uint8), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(pool._free[4]) == 1
+
+
+def test_memory_of_batches_under_way_goes_with_the_iteration(ct):
+    """DALI's objects lie in a circle of references: on a GPU, page-locked memory would wait for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        loader = DataLoader(ct, batch_size=4, prefetch_depth=3, num_threads=1)
+        for _ in range(3):
+            for _batch in loader:
+                break
+        assert [found for found in gc.get_objects() if type(found) is Slot] == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("cache", [None, "device"])
+def test_a_loader_that_is_dropped_is_gone_at_once(ct, is_whole, cache):
+    """With its datasets, their open files, its buffers and its slab; the collector may be long in coming."""
+    dataset = Subset(ct, range(12))
+    loader = DataLoader(dataset, batch_size=4, num_threads=1, cache=cache, cache_gib=0.1 if cache else None)
+    for batch in loader:
+        assert len(batch["text"]) == 4
+        if not is_whole:
+            break
+    alive = [weakref.ref(held) for held in (loader, dataset, loader._equipment[0])]
+    gc.collect()
+    gc.disable()
+    try:
+        del loader, dataset
+        del batch
+        assert [held() for held in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+class Preempted(Exception):
+    """What a user's signal handler raises."""
+
+
+def test_what_a_signal_handler_raises_comes_through(ct):
+    def stop(number, frame):
+        raise Preempted
+
+    loader = DataLoader(ct, batch_size=2, num_threads=1)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for delay_seconds in np.linspace(0.01, 0.3, 12):
+            # Again and again: one that comes in the middle of a finalizer is lost, as Python has it.
+            signal.setitimer(signal.ITIMER_REAL, float(delay_seconds), 1.0)
+            with pytest.raises(Preempted):
+                repeat(loader)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def repeat(loader):
+    while True:
+        for _batch in loader:
+            pass
+
+
+def test_a_thread_that_outlives_the_main_one_is_told(ct):
+    code = f"""
+import threading
+import gpuparse
+dataset = gpuparse.SliceDataset({str(ct.root_dir)!r}, img_size=(96, 96))
+loader = gpuparse.DataLoader(dataset, batch_size=2, num_threads=1)
+def train():
+    threading.main_thread().join()
+    for batch in loader:
+        pass
+threading.Thread(target=train).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    assert re.search(
+        r"PipelineError: batch 0 is not read: the main thread has ended \(.*\)\. Let it wait for the threads that "
+        r"iterate: thread\.join\(\)\.", done.stderr
+    ), done.stderr  # fmt: skip
 
 
 def test_breaking_out_leaves_no_thread(ct, threads_left):

@@ -248,3 +248,7 @@ def test_a_proposal_that_cannot_be_written_is_in_the_message(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"(?s)cannot be written.*Save this as class_prompts\.json.*liver"):
         write_proposal(tmp_path / "file", {"A": propose_prompts({1: "liver"})})
+    (tmp_path / "class_prompts.proposed.json").mkdir()
+    with pytest.raises(InputError, match=r"class_prompts\.proposed\.json: cannot be written"):
+        write_proposal(tmp_path, {"A": propose_prompts({1: "liver"})})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["class_prompts.proposed.json", "file"]

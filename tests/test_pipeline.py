@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import threading
 import weakref
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from running import fail_as_dali
 
 from gpuparse.errors import PipelineError
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
@@ -85,7 +87,7 @@ def test_closing_ends_dali_while_an_exception_is_kept(monkeypatch, stage):
 
     pipeline = BatchPipeline(fetch, lambda *_: fail_in("render"), PipelineOptions(4, 2))
     if stage == "dali":
-        monkeypatch.setattr(type(pipeline._pipeline), "run", lambda self, *_: fail_in("dali"))
+        monkeypatch.setattr(type(pipeline._pipeline), "run", lambda self, *_: fail_as_dali(RuntimeError("dali")))
     ended = weakref.ref(pipeline._pipeline)
     gc.disable()  # not by the collector, which may run in DALI's own thread
     try:
@@ -129,3 +131,26 @@ def test_closing_drops_what_is_under_way(threads_left):
     pipeline.close()
     assert threads_left() == set()
     assert len(rendered) < 10
+
+
+def test_an_interrupt_comes_up_with_the_batch_that_was_waited_for(threads_left, monkeypatch):
+    """Not with the one behind it that DALI asked for just then: training steps may take seconds."""
+    original, num_asked = concurrent.futures.Future.exception, []
+
+    def interrupt(future, timeout=None):
+        num_asked.append(1)
+        if len(num_asked) == 6:
+            raise KeyboardInterrupt
+        return original(future, timeout)
+
+    monkeypatch.setattr(concurrent.futures.Future, "exception", interrupt)
+    pipeline = BatchPipeline(packed, lambda *_: None, PipelineOptions(20, 4))
+    num_taken = 0
+    while len(num_asked) < 5:
+        assert pipeline.run() == num_taken
+        num_taken += 1
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run()
+    assert len(num_asked) == 6
+    pipeline.close()
+    assert threads_left() == set()

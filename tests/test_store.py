@@ -211,6 +211,22 @@ def test_missing_attributes_are_named(store_path, key):
         open_store(store_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("name", 5), ("split", None), ("index", ["index/0"])])
+def test_attributes_of_another_type_are_named(store_path, key, value):
+    edit(store_path / "zarr.json", lambda d: d["attributes"]["gpuparse"].update({key: value}))
+    with pytest.raises(
+        StoreFormatError, match=rf"attribute {key} is {re.escape(repr(value))}; expected a text\. {REMEDY}"
+    ):
+        open_store(store_path)
+
+
+@pytest.mark.parametrize("attributes", [None, [], "gpuparse"])
+def test_a_group_without_attributes_is_no_store(store_path, attributes):
+    edit(store_path / "zarr.json", lambda d: d.update(attributes=attributes))
+    with pytest.raises(StoreFormatError, match="is a Zarr group but no gpuparse store"):
+        open_store(store_path)
+
+
 def test_prompts_that_cannot_be_used_are_a_fault_of_the_store(store_path):
     edit(store_path / "zarr.json", lambda d: d["attributes"]["gpuparse"]["class_prompts"].update({"2": []}))
     with pytest.raises(StoreFormatError, match=rf"train\.zarr: class_prompts, class 2: got \[\]; .*{REMEDY}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
@@ -16,7 +17,7 @@ from oracle import files_below
 from scipy.spatial.transform import Rotation
 
 import gpuparse
-from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
+from gpuparse.errors import InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation import VolumeDataset, write_label_image, write_nifti, write_npz
 from gpuparse.evaluation.evaluate import read_prediction
 
@@ -257,3 +258,24 @@ def test_a_label_image_that_fails_leaves_the_old_one(store, monkeypatch):
         write_label_image(store, "a", ids + 1)
     assert files_below(store.path) == before
     assert json.loads(before["cases/a/labels/zarr.json"])["attributes"]["ome"]["labels"] == ["gts", "prediction"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("gts/zarr.json", None), ("gts/zarr.json", "{}"), ("zarr.json", "[]"),
+                                            ("zarr.json", '{"attributes": {"ome": {}}}')])  # fmt: skip
+def test_a_label_image_for_a_case_that_is_damaged_is_refused(store, name, text):
+    path = store.path / "cases/a/labels" / name
+    _ = store.layout(0, "labels/gts/0")
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(StoreFormatError, match=r"Convert this case again: `gpuparse check STORE --repair`"):
+        write_label_image(store, "a", np.ones((5, 30, 20), np.uint8))
+    assert not (store.path / "cases/a/labels/prediction").exists()
+
+
+def test_label_images_written_side_by_side_are_all_listed(store):
+    names = [f"model_{i}" for i in range(12)]
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(lambda name: write_label_image(store, "a", np.ones((5, 30, 20), np.uint8), name), names))
+    listed = json.loads((store.path / "cases/a/labels/zarr.json").read_text(encoding="utf-8"))
+    assert sorted(listed["attributes"]["ome"]["labels"]) == sorted(["gts", *names])

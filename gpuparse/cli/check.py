@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import counting_progress, error_console, table_console
 
 # What the checks need is imported when they run: the other commands start without it.
@@ -71,7 +71,7 @@ def check_command(
 
     if source is not None and not repair_stores:
         raise typer.BadParameter("it says where --repair finds sources; add --repair.", param_hint="--source")
-    num_jobs = jobs or len(os.sched_getaffinity(0))
+    num_jobs = jobs or num_usable_cpus()
     errors = error_console()
 
     def run() -> CheckReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import error_console
 from gpuparse.cli.foreign_options import (
     Channel,
@@ -131,7 +131,7 @@ def convert_command(
         Path(data_dir), split, format_name, window=window, orientation=orientation, image_glob=image_glob,
         label_glob=label_glob, channel=channel,
     )  # fmt: skip
-    num_jobs = jobs or (len(os.sched_getaffinity(0)) if executor == "local" else 1)
+    num_jobs = jobs or (num_usable_cpus() if executor == "local" else 1)
     if executor == "local" and memory_gib is None:
         memory_gib = default_memory_bytes() / GIB
     if not dry_run and executor == "local":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import error_console
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def export_command(
             out,
             format=format_name,
             splits=list(dict.fromkeys(split)) if split else None,
-            num_jobs=jobs or len(os.sched_getaffinity(0)),
+            num_jobs=jobs or num_usable_cpus(),
             overwrite=overwrite,
             on_case=on_case,
         )

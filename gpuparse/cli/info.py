@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import counting_progress, error_console, table_console
 
 # What reading stores needs is imported when it runs: the other commands start without it.
@@ -69,7 +69,7 @@ def info_command(
             datasets=dataset or None,
             voxels=voxels,
             exact=exact,
-            num_jobs=jobs or len(os.sched_getaffinity(0)),
+            num_jobs=jobs or num_usable_cpus(),
             on_cases=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if html is not None:

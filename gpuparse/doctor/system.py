@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gpuparse
+from gpuparse.cgroup import cpu_quota, num_usable_cpus
 from gpuparse.doctor.checks import Check
 from gpuparse.memory import GIB, default_memory_bytes
 
@@ -48,36 +49,13 @@ def _check_os() -> Check:
 
 
 def _check_processors() -> Check:
-    num_all, num_usable = os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    quota = _cpu_quota()
+    num_all, num_allowed, num_usable = os.cpu_count() or 1, len(os.sched_getaffinity(0)), num_usable_cpus()
+    quota = cpu_quota()
     memory_gib = 2 * default_memory_bytes() / GIB
-    found = f"{num_all} processors, {num_usable} for this process, {memory_gib:.1f} GiB of memory free"
+    within = f", by a quota of {quota:g}" if quota is not None and num_usable < num_allowed else ""
+    found = f"{num_all} processors, {num_usable} for this process{within}, {memory_gib:.1f} GiB of memory free"
     values = {"num_processors": num_all, "num_usable": num_usable, "quota": quota, "memory_free_gib": memory_gib}
-    if quota is not None and quota < num_usable:
-        return Check(
-            "processors",
-            "warning",
-            f"{found}, and a quota of {quota:g} processors",
-            f"This container may use {quota:g} processors at a time, and threads are started for {num_usable}. Pass "
-            f"num_threads={max(1, int(quota))} to DataLoader and --jobs {max(1, int(quota))} to commands.",
-            values,
-        )
     return Check("processors", "ok", found, values=values)
-
-
-def _cpu_quota() -> float | None:
-    """Processors that the container's scheduler grants, None where it sets no bound."""
-    try:
-        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if allowed == "max" else int(allowed) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        folder = Path("/sys/fs/cgroup/cpu")
-        allowed_us = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if allowed_us < 0 else allowed_us / int((folder / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _check_shm(folder: Path) -> Check:

@@ -230,7 +230,7 @@ def _arrays_on(device: str) -> Iterator[Any]:
     index = torch.device(device).index
     index = torch.cuda.current_device() if index is None else index
     stream = torch.cuda.current_stream(index).cuda_stream
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+    with cupy.cuda.Device(index), kernels.cupy_stream(stream, index):
         yield cupy
 
 

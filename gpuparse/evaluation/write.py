@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import reprlib
@@ -20,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arrays import serial_blosc, write_group, write_voxels
-from gpuparse.errors import InputError, StoreWriteError
+from gpuparse.errors import InputError, StoreFormatError, StoreWriteError
 from gpuparse.folders import replace_folder
+from gpuparse.layout import read_json
 from gpuparse.optional import import_optional
 from gpuparse.scan import orientation_of
 from gpuparse.store import LABELS_PATH, Store, shard_shape
@@ -32,6 +34,7 @@ __all__ = ["as_path", "check_can_write", "replace_file", "write_label_image", "w
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 _MAX_NIFTI1_SIDE = 32767  # its header has 16 bits for each
+_REMEDY = "Convert this case again: `gpuparse check STORE --repair`."
 _LEAST_VOLUME = 1e-6  # of a voxel, relative to its sides: what the reader asks for
 
 
@@ -124,6 +127,7 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
 
     Raises:
         InputError: There is no such case, the shape is another, or the name cannot be used.
+        StoreFormatError: The case's metadata are missing or damaged.
         StoreWriteError: The store cannot be written; it is as it was.
     """
     if not isinstance(store, Store):
@@ -143,8 +147,14 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
         )
     layout = store.layout(names[case], LABELS_PATH)
     labels_dir = folder / "labels"
-    metadata = json.loads((labels_dir / "gts" / "zarr.json").read_text(encoding="utf-8"))["attributes"]["ome"]
-    metadata["multiscales"][0]["name"] = name
+    try:
+        metadata = read_json(labels_dir / "gts" / "zarr.json", _REMEDY)["attributes"]["ome"]
+        metadata["multiscales"][0]["name"] = name
+        _ = read_json(labels_dir / "zarr.json", _REMEDY)["attributes"]["ome"]["labels"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise StoreFormatError(
+            f"'{labels_dir}': the OME metadata are damaged ({type(error).__name__}: {error}). {_REMEDY}"
+        ) from error
     temporary = labels_dir / f".{name}.{uuid.uuid4().hex}"
     try:
         write_group(temporary, {"ome": metadata})
@@ -158,12 +168,25 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    listing = json.loads((labels_dir / "zarr.json").read_text(encoding="utf-8"))
-    listed = listing["attributes"]["ome"]["labels"]
-    if name not in listed:
-        listed.append(name)
-        replace_file(labels_dir / "zarr.json", json.dumps(listing, indent=2).encode())
+    with _alone(labels_dir):
+        listing = read_json(labels_dir / "zarr.json", _REMEDY)
+        listed = listing["attributes"]["ome"]["labels"]
+        if name not in listed:
+            listed.append(name)
+            replace_file(labels_dir / "zarr.json", json.dumps(listing, indent=2).encode())
     return labels_dir / name
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes that do the same out, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -29,6 +28,8 @@ def write_png_tree(data_dir: Path, name: str, out_dir: Path, size: int = 512) ->
     Returns:
         The folders written, each with train.json, train/ and train_mask/.
     """
+    import cv2
+
     prompts = json.loads((data_dir / "class_prompts.json").read_text())[name]
     annotations: dict[Path, list[dict[str, Any]]] = {}
     for path in sorted((data_dir / name / "train").glob("[!.]*.npz")):
@@ -88,6 +89,8 @@ def channel_numbers(number: int, count: int) -> list[int]:
 
 def _square(volume: npt.NDArray[np.uint8], size: int, interpolation: int) -> npt.NDArray[np.float64]:
     """Planes with half of the difference of their sides on both sides of the shorter one, resized."""
+    import cv2
+
     height, width = volume.shape[1:]
     half = abs(height - width) // 2
     padded = np.pad(volume, ((0, 0), (half, half), (0, 0)) if height < width else ((0, 0), (0, 0), (half, half)))

@@ -1,0 +1,40 @@
+"""Folders that are replaced as a whole."""
+
+import os
+
+import pytest
+
+from gpuparse import folders
+
+
+@pytest.fixture
+def pair(tmp_path):
+    for name in ("new", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(name)
+    return tmp_path / "new", tmp_path / "there"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_takes_the_place_of_another(pair, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    folders.replace_folder(*pair)
+    assert [path.name for path in pair[1].parent.iterdir()] == ["there"]
+    assert (pair[1] / "text").read_text() == "new"
+
+
+def test_without_exchange_a_rename_that_fails_leaves_what_was_there(pair, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    original = os.rename
+
+    def fail(source, target):
+        if source == pair[0]:
+            raise OSError("made to fail")
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="made to fail"):
+        folders.replace_folder(*pair)
+    assert sorted(path.name for path in pair[1].parent.iterdir()) == ["new", "there"]
+    assert (pair[1] / "text").read_text() == "there"
