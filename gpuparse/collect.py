@@ -68,7 +68,10 @@ def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str
         InputError: There is no such folder, or it holds both.
     """
     npz = find_datasets(data_dir, split)
-    nnunet = find_datasets(data_dir, split, ForeignFormat(FolderLayout("nnunet"))) if split in ("train", "test") else []
+    wanted = ForeignFormat(FolderLayout("nnunet"))
+    nnunet = find_datasets(data_dir, split, wanted) if split in ("train", "test") else []
+    if not npz and not nnunet and split == "test":  # it may lack a test set
+        nnunet = find_datasets(data_dir, "train", wanted)
     if npz and nnunet:
         raise InputError(
             f"{data_dir}: npz datasets ({', '.join(npz)}) and nnU-Net datasets ({', '.join(nnunet)}). Name one of them "
@@ -178,10 +181,11 @@ def _chosen(
             f"{', '.join(found) or 'none'}."
         )
     if not names and foreign is not None:
+        ending = "Ts" if split == "test" else "Tr"
         raise InputError(
             f"{data_dir}: neither it nor a folder in it holds images of format {foreign.layout.format}. "
-            "Expected for nnunet imagesTr and labelsTr, for nifti files that the globs match, for dicom a folder for "
-            "each case."
+            f"Expected for nnunet images{ending} and labels{ending}, for nifti files that the globs match, for dicom a "
+            "folder for each case."
         )
     if not names:
         remedy = f"Expected DATASETn/{split}/*.npz; other formats are named with --format."

@@ -20,7 +20,12 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class Failure:
-    """A source file that was not converted, and why."""
+    """A source file that was not converted, and why.
+
+    Attributes:
+        path: The file.
+        reason: What was wrong with it, with a remedy.
+    """
 
     path: Path
     reason: str
@@ -36,12 +41,14 @@ class CaseResult:
         source_bytes: Its size.
         state: `written`, `kept` (an earlier run had written it and nothing changed) or `failed`. In a dry run,
             `written` is what would be.
+        files: All files that the case is read from, `path` first.
     """
 
     dataset: str
     path: Path
     source_bytes: int
     state: CaseState
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -356,6 +356,9 @@ def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Stor
         remedy = f"Make it with `gpuparse convert {root.parent}`, or name a .zarr folder."
         if isinstance(root, Path) and not root.exists():
             remedy = "There is no such folder: name one that is there, a dataset's or a store."
+        elif isinstance(root, Path) and (inside := sorted(path.parent.name for path in root.glob("*/*.zarr"))):
+            names = list(dict.fromkeys(inside))
+            remedy = f"It holds datasets: name one of them, such as '{root / names[0]}' ({', '.join(names)})."
         raise StoreFormatError(
             f"'{root_dir}' holds no {own.name}{'' if own == shared else ' and no train.zarr'}. {remedy}"
         )

@@ -181,7 +181,7 @@ class DatasetRun:
                 yield None
 
     def _tell(self, case: SourceCase, state: CaseState) -> None:
-        result = CaseResult(self.target.name, case.path, case.num_bytes, state)
+        result = CaseResult(self.target.name, case.path, case.num_bytes, state, case.paths)
         self.results.append(result)
         if self.options.on_case is not None:
             self.options.on_case(result)

@@ -101,6 +101,8 @@ def test_what_cannot_be_checked_is_status_2(tmp_path, monkeypatch, capsys):
     assert status.value.code == 2
     assert "nowhere: no such folder or npz file" in capsys.readouterr().err
     assert run(tmp_path, "--source", "x").exit_code == 2
+    result = run(tmp_path, "--repair", "--source", "s3://bucket/data")
+    assert (result.exit_code, "'s3://bucket/data' is a URL" in result.stderr) == (2, True)
 
 
 def test_off_a_terminal_there_is_no_progress_bar_and_lines_are_wide(write_case, data_dir, monkeypatch):

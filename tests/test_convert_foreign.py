@@ -299,7 +299,10 @@ def test_a_layout_is_checked_where_it_is_made():
     ("arguments", "message"),
     [
         (["--format", "nrrd"], "--format is 'nrrd'; expected biomedparse, nnunet, nifti, dicom"),
-        (["--format", "biomedparse", "--window", "abdomen"], "--window: means nothing for format biomedparse"),
+        (
+            ["--format", "biomedparse", "--window", "abdomen"],
+            r"--window: means nothing for format biomedparse\. Leave it out\. .* add --format nnunet, nifti or dicom",
+        ),
         (["--format", "nnunet", "--label-glob", "*"], "--label-glob: means nothing for format nnunet"),
         (["--format", "dicom", "--channel", "1"], "--channel: means nothing for format dicom"),
         (["--window", "liver"], "window is 'liver'; expected abdomen"),
@@ -308,7 +311,6 @@ def test_a_layout_is_checked_where_it_is_made():
             ["--window", "abdomen", "--dataset", "Dataset002"],
             r"no Dataset002\. Datasets with images there: Dataset001_T",
         ),
-        (["--window", "abdomen", "--split", "test"], r"--window: means nothing .* add --format nnunet, nifti or dicom"),
         (["--format", "nifti", "--image-glob", "x/*", "--label-glob", "y/*"], "holds images of format nifti"),
     ],
 )
@@ -332,3 +334,21 @@ def test_a_store_of_foreign_cases_trains(nnunet):
     items = [dataset[number] for number in range(len(dataset))]
     assert {tuple(item["image"].shape) for item in items} == {(3, 512, 512)}
     assert any(item["labels"].any() for item in items)
+
+
+def test_a_dry_run_shows_which_files_belong_together(nnunet, monkeypatch):
+    pairs = [[str(nnunet / "imagesTr" / f"{case}_0000.nii.gz"), str(nnunet / "labelsTr" / f"{case}.nii.gz")]
+             for case in ("a", "b")]  # fmt: skip
+    lines = run(nnunet.parent, "--window", "abdomen", "--dry-run").output.splitlines()
+    assert lines == [f"{nnunet.name}: 2 cases to write, 0 to keep", *(f"  {a} + {b}" for a, b in pairs)]
+    monkeypatch.setattr("gpuparse.cli.convert._MAX_PAIRS", 1)
+    lines = run(nnunet.parent, "--window", "abdomen", "--dry-run").output.splitlines()
+    assert lines[2:] == [f"  and 1 more of {nnunet.name}; --json lists all"]
+    found = json.loads(run(nnunet.parent, "--window", "abdomen", "--dry-run", "--json").output)
+    assert found["cases"] == [{"dataset": nnunet.name, "state": "written", "files": files} for files in pairs]
+
+
+def test_an_nnunet_folder_without_a_test_set_is_told_so(nnunet):
+    message = r"neither it nor a folder in it holds images of format nnunet\. Expected for nnunet imagesTs and labelsTs"
+    with pytest.raises(InputError, match=message):
+        run(nnunet.parent, "--window", "abdomen", "--split", "test")

@@ -225,6 +225,10 @@ def test_non_square_items_without_quarter_turns(ct):
 def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
     with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make it with `gpuparse convert"):
         SliceDataset(tmp_path)
+    (tmp_path / "above" / "AMOS").mkdir(parents=True)
+    (tmp_path / "above" / "AMOS" / "train.zarr").symlink_to(ct.store.path)
+    with pytest.raises(StoreFormatError, match=r"It holds datasets: name one of them, such as '.*/AMOS' \(AMOS\)"):
+        SliceDataset(tmp_path / "above")
     with pytest.raises(StoreFormatError, match=r"holds no val.zarr and no train.zarr"):
         SliceDataset(tmp_path, split="val")
     with pytest.raises(StoreFormatError, match=r"nope' holds no train\.zarr\. There is no such folder: name one"):

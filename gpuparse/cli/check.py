@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import counting_progress, error_console, table_console
+from gpuparse.urls import is_url
 
 # What the checks need is imported when they run: the other commands start without it.
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def check_command(
         bool, typer.Option("--repair", help="Convert broken cases of stores again, then check once more.")
     ] = False,
     source: Annotated[
-        Path | None, typer.Option("--source", help="With --repair: where the npz files are, if not beside the store.")
+        str | None, typer.Option("--source", help="With --repair: where the npz files are, if not beside the store.")
     ] = None,
 ) -> None:
     """Check source folders and stores: checksums, values, ids, prompts, duplicates.
@@ -71,6 +72,8 @@ def check_command(
 
     if source is not None and not repair_stores:
         raise typer.BadParameter("it says where --repair finds sources; add --repair.", param_hint="--source")
+    if source is not None and is_url(source):
+        raise typer.BadParameter(f"'{source}' is a URL; expected a folder.", param_hint="--source")
     num_jobs = jobs or num_usable_cpus()
     errors = error_console()
 
@@ -90,7 +93,9 @@ def check_command(
 
     report = run()
     if repair_stores:
-        outcome = repair(report, source=source, max_volume_gib=max_volume_gib, num_jobs=num_jobs)
+        outcome = repair(
+            report, source=None if source is None else Path(source), max_volume_gib=max_volume_gib, num_jobs=num_jobs
+        )
         for path, reason in outcome.left:
             errors.print(f"not repaired: {path}: {reason}", markup=False, style="yellow")
         if outcome.repaired:

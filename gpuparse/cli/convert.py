@@ -35,6 +35,8 @@ from gpuparse.volume import MAX_VOLUME_BYTES
 
 __all__ = ["convert_command"]
 
+_MAX_PAIRS = 3  # shown of a dataset by a dry run
+
 
 def convert_command(
     data_dir: Annotated[
@@ -158,8 +160,16 @@ def convert_command(
             work_dir=work_dir,
         )
     if json_output:
-        typer.echo(json.dumps(report.to_json(), indent=2))
+        found = report.to_json()
+        if dry_run:
+            found["cases"] = [
+                {"dataset": result.dataset, "state": result.state, "files": [str(path) for path in result.files]}
+                for result in progress.results
+            ]
+        typer.echo(json.dumps(found, indent=2))
     _print_report(console, report)
+    if dry_run:
+        _print_pairs(console, progress.results)
     if out is not None and is_url(out) and report.datasets and not dry_run:
         console.print(f"sent to {out}", highlight=False, soft_wrap=True)
     _print_failures(report)
@@ -180,6 +190,7 @@ class _CaseProgress:
             console=console,
             disable=not console.is_terminal,
         )
+        self.results: list[CaseResult] = []
         self._total_bytes = sum(case_bytes)
         self._task = self._bar.add_task("converting", total=max(len(case_bytes), 1), rate="")
         self._done = self._done_bytes = 0
@@ -193,6 +204,7 @@ class _CaseProgress:
         self._bar.stop()
 
     def advance(self, result: CaseResult) -> None:
+        self.results.append(result)
         self._done += 1
         self._done_bytes += result.source_bytes
         if self._bar.disable:
@@ -218,7 +230,7 @@ def _print_report(console: Console, report: ConversionReport) -> None:
         console.print(str(report).partition("\nskipped: ")[0], highlight=False, soft_wrap=True)
         return
     table = Table(title="Converted")
-    table.add_column("dataset")
+    table.add_column("dataset", overflow="fold")
     for name in ("cases", "kept", "val", "slices", "voxels", "source", "store", "time"):
         table.add_column(name, justify="right")
     for entry in report.datasets:
@@ -239,6 +251,17 @@ def _print_report(console: Console, report: ConversionReport) -> None:
         console.print(str(entry.store_path), highlight=False, soft_wrap=True)
         if entry.without_source:
             console.print(entry.notice(), highlight=False, soft_wrap=True, style="yellow")
+
+
+def _print_pairs(console: Console, results: Sequence[CaseResult]) -> None:
+    """Which files belong together, of the first cases of each dataset whose cases have several."""
+    for dataset in dict.fromkeys(result.dataset for result in results):
+        paired = [result.files for result in results if result.dataset == dataset and len(result.files) > 1]
+        for first, *others in paired[:_MAX_PAIRS]:
+            second = others[0] if len(others) == 1 else f"{len(others)} more files"
+            console.print(f"  {first} + {second}", highlight=False, soft_wrap=True)
+        if len(paired) > _MAX_PAIRS:
+            console.print(f"  and {len(paired) - _MAX_PAIRS} more of {dataset}; --json lists all", highlight=False)
 
 
 def _megabytes(num_bytes: float) -> str:
