@@ -24,7 +24,7 @@ from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
 from gpuparse.places import open_place
-from gpuparse.plan import check_epoch, check_seed, sample_streams
+from gpuparse.plan import check_epoch, check_seed, random_keys
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
 from gpuparse.remote import RemoteOptions
@@ -36,7 +36,7 @@ from gpuparse.sampling import (
     draw_among,
     draw_prompts,
     names_a_side,
-    params_from_streams,
+    params_from_keys,
     paraphrases,
     redraw_foreground,
     words_for_training,
@@ -227,16 +227,16 @@ class SliceDataset(Dataset[dict[str, Any]]):
         sample_ids = (np.uint64(zlib.crc32(self.name.encode())) << np.uint64(32)) | self._rows[indices].astype(
             np.uint64
         )
-        streams = sample_streams(self.seed, epoch, sample_ids)
-        streams.prepare(words_for_training(self.num_prompts))
+        random = random_keys(self.seed, epoch, sample_ids)
+        random.prepare(words_for_training(self.num_prompts))
         if self.redraws:
             everywhere = np.array([[0, len(self)]])
             redraw = redraw or (lambda words: draw_among(words, self._foreground, everywhere, indices))
-            indices = redraw_foreground(streams, indices, redraw, self.foreground_fraction)
+            indices = redraw_foreground(random, indices, redraw, self.foreground_fraction)
         rows = self._rows[indices]
-        params = params_from_streams(
+        params = params_from_keys(
             self.transforms,
-            streams,
+            random,
             size=self.img_size,
             recipe=self.recipe,
             allow_mirror=self.allow_mirror,
@@ -249,14 +249,14 @@ class SliceDataset(Dataset[dict[str, Any]]):
             label_ids, mode = class_ids, 1 if prompts.instance_label else 0
         elif self.all_class_masks:
             everything = np.tile(np.sort(np.array(prompts.class_ids)), (len(rows), 1))
-            class_ids, texts = everything, paraphrases(prompts, streams, everything)
+            class_ids, texts = everything, paraphrases(prompts, random, everything)
             if self.fixed:
                 texts = [[prompts.classes[i][0] for i in sorted(prompts.class_ids)]] * len(rows)
             label_ids, mode = everything[:, :1], 3 if prompts.instance_label else 2
         else:
             present = [table.classes_in(row).tolist() for row in rows] if self.present_fraction else None
             class_ids, texts = draw_prompts(
-                prompts, streams, self.num_prompts, present=present, present_fraction=self.present_fraction
+                prompts, random, self.num_prompts, present=present, present_fraction=self.present_fraction
             )
             label_ids, mode = class_ids, 1 if prompts.instance_label else 0
         places = (table.case[rows].tolist(), table.axis[rows].tolist(), table.position[rows].tolist())

@@ -23,7 +23,7 @@ __all__ = ["NIFTI_SUFFIXES", "nifti_bytes", "nifti_stem", "read_nifti"]
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_MAX_DEFLATE_RATIO = 1032  # no deflate stream grows more
+_MAX_DEFLATE_RATIO = 1032  # no deflated file grows more
 _MAX_TAIL_BYTES = 1 << 24
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
@@ -49,12 +49,12 @@ def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
         VolumeFormatError: It cannot be read, is cut short, or does not hold one volume of numbers.
         MissingDependencyError: nibabel is not installed.
     """
-    with _opened(path) as (stream, image, zooms):
+    with _opened(path) as (file, image, zooms):
         header = _header(path, image)
         num_file_bytes = path.stat().st_size
         if header.num_bytes > max_bytes:
             raise too_large(path, f"voxels {header.shape} {header.dtype} declare", header.num_bytes, max_bytes)
-        if header.num_bytes > num_file_bytes * (_MAX_DEFLATE_RATIO if isinstance(stream, gzip.GzipFile) else 1):
+        if header.num_bytes > num_file_bytes * (_MAX_DEFLATE_RATIO if isinstance(file, gzip.GzipFile) else 1):
             raise VolumeFormatError(
                 f"{path}: its header says {header.num_bytes} bytes of voxels, shape {header.shape}; a file of "
                 f"{num_file_bytes} bytes cannot hold them. It is cut short or damaged: copy it again."
@@ -62,7 +62,7 @@ def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
         proxy = image.dataobj
         affine, lost = _affine(path, image.header, zooms)
         values = np.asanyarray(proxy.get_unscaled()).reshape(header.shape, order="F")
-        if len(stream.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
+        if len(file.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
             raise VolumeFormatError(f"{path}: goes on after the voxels that its header names. Export it again.")
         return Scan(str(path), values, affine, (float(proxy.slope), float(proxy.inter)), lost)
 
@@ -97,29 +97,29 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]
     import_optional("nibabel", "to read NIfTI", "formats")
     try:
         with contextlib.ExitStack() as stack:
-            stream: Any = stack.enter_context(path.open("rb"))
-            if stream.read(2) == _GZIP_MAGIC:
-                stream.seek(0)
-                stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+            file: Any = stack.enter_context(path.open("rb"))
+            if file.read(2) == _GZIP_MAGIC:
+                file.seek(0)
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
             else:
-                stream.seek(0)
+                file.seek(0)
             from nibabel.imageglobals import LoggingOutputSuppressor
 
             with LoggingOutputSuppressor():  # its remarks would go to standard error without the file's name
-                kind = _image_class(path, stream)
+                kind = _image_class(path, file)
                 # nibabel makes sizes of 0 into 1, so they are read before it does.
-                zooms = np.asarray(kind.header_class.from_fileobj(stream, check=False)["pixdim"][1:4], np.float64)
-                stream.seek(0)
+                zooms = np.asarray(kind.header_class.from_fileobj(file, check=False)["pixdim"][1:4], np.float64)
+                file.seek(0)
                 # No memory map: a file that shrinks while it is read would end the process.
-                image = kind.from_file_map(kind.make_file_map({"image": stream}), mmap=False)
-            yield stream, image, zooms
+                image = kind.from_file_map(kind.make_file_map({"image": file}), mmap=False)
+            yield file, image, zooms
     except GpuparseError:
         raise
     except EOFError as error:
         raise VolumeFormatError(f"{path}: cut short: {error}. Copy it again.") from error
     except FileNotFoundError as error:
         raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:  # damaged headers and streams make nibabel, gzip and zlib raise nearly anything
+    except Exception as error:  # damaged headers and contents make nibabel, gzip and zlib raise nearly anything
         raise VolumeFormatError(
             f"{path}: damaged NIfTI ({type(error).__name__}: {error}). Copy or export it again."
         ) from error
@@ -144,11 +144,11 @@ def _header(path: Path, image: Any) -> _Header:
     return _Header(shape, dtype)
 
 
-def _image_class(path: Path, stream: BinaryIO) -> Any:
+def _image_class(path: Path, file: BinaryIO) -> Any:
     import nibabel
 
-    start = stream.read(348)
-    stream.seek(0)
+    start = file.read(348)
+    file.seek(0)
     if start[4:7] == b"n+2":
         return nibabel.Nifti2Image
     if start[344:347] == b"n+1":

@@ -20,7 +20,7 @@ import numpy.typing as npt
 __all__ = ["DamagedError", "Member", "NpzFile", "TooLargeError"]
 
 _MAX_HEADER_BYTES = 1 << 14  # numpy itself refuses headers above 10,000
-_MAX_DEFLATE_RATIO = 1032  # a deflate stream cannot grow by more than that
+_MAX_DEFLATE_RATIO = 1032  # deflated bytes cannot grow by more than that
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 

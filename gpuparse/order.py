@@ -22,9 +22,9 @@ from gpuparse.plan import permute
 __all__ = ["BlockOrder", "Draws", "MixedOrder", "Order", "PlainOrder"]
 
 _WEIGHT_TOTAL = 1 << 31
-# Which bijection: the order of samples, of volumes, and of the samples in block k (from _STREAM_BLOCKS on).
-_STREAM_VOLUMES = 1
-_STREAM_BLOCKS = 2
+# Which bijection: the order of samples, of volumes, and of the samples in block k (from _PURPOSE_BLOCKS on).
+_PURPOSE_VOLUMES = 1
+_PURPOSE_BLOCKS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ class MixedOrder:
         lengths = np.array(self.lengths, np.int64)[lists]
         epochs, numbers = np.divmod(draws, lengths)
         if self.shuffle:
-            numbers = permute(numbers, lengths, self.seed, epochs, stream=lists)
+            numbers = permute(numbers, lengths, self.seed, epochs, purpose=lists)
         return Draws(numbers + self._offsets[lists], epochs)
 
     def _locate(self, position: int) -> tuple[int, int]:
@@ -216,7 +216,7 @@ class BlockOrder:
         layout = self._epoch  # read once: an iterator in another epoch may replace it from its thread
         if layout is None or layout[0] != epoch:
             count = len(self._sizes)
-            volumes = permute(np.arange(count), count, self.seed, epoch, stream=_STREAM_VOLUMES)
+            volumes = permute(np.arange(count), count, self.seed, epoch, purpose=_PURPOSE_VOLUMES)
             layout = self._epoch = (epoch, volumes, np.concatenate([[0], np.cumsum(self._sizes[volumes])]))
         return layout[1], layout[2]
 
@@ -233,7 +233,7 @@ class BlockOrder:
             members = volumes[block * self.volumes_per_block :][: self.volumes_per_block]
             spans.append(np.stack([self._starts[members], self._starts[members] + self._sizes[members]], axis=1))
             start, stop = int(block_bounds[block]), int(block_bounds[block + 1])
-            moved = permute(positions[chosen] - start, stop - start, self.seed, epoch, stream=_STREAM_BLOCKS + block)
+            moved = permute(positions[chosen] - start, stop - start, self.seed, epoch, purpose=_PURPOSE_BLOCKS + block)
             inside[chosen] = start + moved
         places = np.searchsorted(bounds, inside, side="right") - 1
         numbers = self._starts[volumes[places]] + inside - bounds[places]

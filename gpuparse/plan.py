@@ -22,14 +22,14 @@ from gpuparse.errors import InputError
 __all__ = [
     "EpochPlan",
     "Ranks",
-    "Streams",
+    "RandomKeys",
     "check_epoch",
     "check_seed",
     "draw_below",
     "draw_classes",
     "permute",
     "philox4x32",
-    "sample_streams",
+    "random_keys",
 ]
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -81,8 +81,8 @@ def check_seed(seed: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
-    """The random streams of some samples: Philox keys, and a fourth counter word that sets samples apart further.
+class RandomKeys:
+    """What random words of samples come from: Philox keys, and a counter word that sets samples apart further.
 
     Attributes:
         key: (num_samples, 2) uint32.
@@ -119,8 +119,8 @@ class Streams:
             start += 4 * count
 
 
-def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -> Streams:
-    """The streams of the given samples in one epoch.
+def random_keys(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -> RandomKeys:
+    """The keys of the given samples in one epoch.
 
     Args:
         seed: 0 .. 2^64 - 1.
@@ -133,10 +133,10 @@ def sample_streams(seed: int, epoch: npt.ArrayLike, sample_ids: npt.ArrayLike) -
     whole = values.size and values.dtype.kind in "ui"
     for value in (values.min().item(), values.max().item()) if whole else values.ravel().tolist():
         check_epoch(value)
-    epochs, purpose = np.broadcast_arrays(values, np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
-    counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purpose], axis=-1)
+    epochs, purposes = np.broadcast_arrays(values, np.uint32(OPERATION_SAMPLE_KEY), id_low)[:2]
+    counter = np.stack([id_low, id_high, epochs.astype(np.uint32), purposes], axis=-1)
     words = philox4x32(counter, np.stack([seed_low, seed_high]))
-    return Streams(key=np.ascontiguousarray(words[:, :2]), salt=np.ascontiguousarray(words[:, 2]))
+    return RandomKeys(key=np.ascontiguousarray(words[:, :2]), salt=np.ascontiguousarray(words[:, 2]))
 
 
 def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -151,7 +151,7 @@ def draw_below(words: npt.NDArray[np.uint32], bound: npt.ArrayLike) -> npt.NDArr
 
 
 def permute(
-    positions: npt.ArrayLike, length: npt.ArrayLike, seed: int, epoch: npt.ArrayLike, stream: npt.ArrayLike = 0
+    positions: npt.ArrayLike, length: npt.ArrayLike, seed: int, epoch: npt.ArrayLike, purpose: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:
     """A keyed bijection of 0 .. length - 1.
 
@@ -159,10 +159,10 @@ def permute(
 
     Args:
         positions: (n,) whole numbers from 0 to length - 1.
-        length: Size of the range, below 2^63; like `epoch` and `stream` one for all positions or one each.
+        length: Size of the range, below 2^63; like `epoch` and `purpose` one for all positions or one each.
         seed: Key.
         epoch: Key, below 2^32.
-        stream: Key, below 2^28; sets permutations apart that serve different ends.
+        purpose: Key, below 2^28; sets permutations apart that serve different ends.
 
     Returns:
         (n,) int64, each position's image. Memory and time depend on n alone.
@@ -176,9 +176,9 @@ def permute(
     key = check_seed(seed)
     given = np.asarray(positions)
     values = np.ascontiguousarray(given.astype(np.uint64))
-    lengths, epochs, streams = (
+    lengths, epochs, purposes = (
         np.ascontiguousarray(np.broadcast_to(np.asarray(each).astype(dtype), values.shape))
-        for each, dtype in ((length, np.uint64), (epoch, np.uint32), (stream, np.uint32))
+        for each, dtype in ((length, np.uint64), (epoch, np.uint32), (purpose, np.uint32))
     )
     outside = values >= lengths
     if outside.any():  # walked on, it might never come inside
@@ -188,7 +188,7 @@ def permute(
         )
     kernels.host_library().gpuparse_permute(
         ctypes.c_int64(values.size),
-        *map(kernels.pointer, (lengths, epochs, streams)),
+        *map(kernels.pointer, (lengths, epochs, purposes)),
         *(ctypes.c_uint32(word) for word in (OPERATION_ORDER, key & 0xFFFFFFFF, key >> 32)),
         kernels.pointer(values),
     )
@@ -220,7 +220,7 @@ class EpochPlan:
     """One epoch cut into global batches, and each global batch into the ranks' parts.
 
     Global batch s holds the positions from `start + s * batch_size * world_size` on; rank r takes the r-th run of
-    `batch_size` of them. Joined in rank order, the ranks' batches are therefore the same stream of positions for any
+    `batch_size` of them. Joined in rank order, the ranks' batches are therefore the same sequence of positions for any
     world size with the same global batch. Every rank has `num_batches` batches. A last global batch that is short is
     left out with `drop_last`; otherwise it is shared out evenly, and where it does not divide by the world size, the
     epoch's first positions fill it up (fewer than `world_size` repeats).

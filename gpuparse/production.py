@@ -27,7 +27,7 @@ from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws, Order
 from gpuparse.pack import PackedBatch, pack
 from gpuparse.pipeline import BatchPipeline, PipelineOptions
-from gpuparse.plan import EpochPlan, sample_streams
+from gpuparse.plan import EpochPlan, random_keys
 from gpuparse.read import ChunkReader
 from gpuparse.render import Samples, render_on_host
 from gpuparse.report import FailureLog, Probes, SliceFailure
@@ -308,7 +308,7 @@ class Supply:
         for i in failed.tolist():
             name = samples.keys[i].describe()
             self.failures.add(SliceFailure(name, error.failed[i], epoch, int(positions[i])))
-        words = sample_streams(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, attempt + 1)
+        words = random_keys(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, attempt + 1)
         numbers = draws.numbers.copy()
         numbers[failed] = self.flat.replacements(numbers[failed], words[:, attempt])
         return replace(draws, numbers=numbers)

@@ -1,7 +1,7 @@
 """What is drawn for a sample: augmentation parameters and prompts, by the reference's laws or their corrected form.
 
 Drawing and applying are apart: `sample_params` fills a table, `gpuparse.augment` applies one. Every number comes from
-the sample's own Philox streams at a fixed place, so that switching one effect off moves no other.
+the sample's own Philox words at a fixed place, so that switching one effect off moves no other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gpuparse.arguments import check_flag, is_number, whole_numbers
 from gpuparse.errors import InputError
-from gpuparse.plan import Streams, draw_below, draw_classes, sample_streams
+from gpuparse.plan import RandomKeys, draw_below, draw_classes, random_keys
 from gpuparse.prompts import ClassPrompts
 from gpuparse.views import Recipe, check_recipe, check_size
 
@@ -49,7 +49,7 @@ PARAMS_DTYPE = np.dtype(
         ("wrap_ids", "<i4"),
         ("key0", "<u4"),
         ("key1", "<u4"),
-        ("stream_salt", "<u4"),
+        ("random_salt", "<u4"),
     ]
 )
 """One sample's augmentation, in the order it is applied: the struct `AugmentParams` of kernels/augment.h.
@@ -59,7 +59,7 @@ PARAMS_DTYPE = np.dtype(
 `crop_round` 1 rounds to whole grey levels then; `shift` in grey levels; `noise_std` in grey levels with `noise_mode`
 0 none, 1 Gaussian, 2 cut to 8 bits before it is added, 3 the sum cut to 8 bits too; a pixel becomes 0 or 255 where its
 31-bit random number is below `salt_threshold`; `swap` 1 exchanges channels 1 and 2; `zero` 1 blanks image and mask
-first; `wrap_ids` 1 cuts mask ids to 8 bits; `key0`, `key1`, `stream_salt` are the sample's random stream.
+first; `wrap_ids` 1 cuts mask ids to 8 bits; `key0`, `key1`, `random_salt` are the sample's random key.
 """
 
 NOISE_NONE, NOISE_GAUSSIAN, NOISE_WRAPPED, NOISE_WRAPPED_SUM = range(4)
@@ -67,7 +67,7 @@ NOISE_NONE, NOISE_GAUSSIAN, NOISE_WRAPPED, NOISE_WRAPPED_SUM = range(4)
 _MAX_NOISE_STD = 25.0
 _SALT_RATIO = (0.02, 0.1)
 
-# Which word of a sample's parameter stream decides what.
+# Which of a sample's words for its parameters decides what.
 _WORDS = ("gate", "rotate", "flip", "crop", "scale", "centre_y", "centre_x", "shift", "noise", "noise_std", "salt",
           "salt_ratio", "swap")  # fmt: skip
 
@@ -222,10 +222,10 @@ def sample_params(
             raise InputError(
                 f"{name} has shape {array.shape}; expected one for all, or for each of {len(ids)} samples."
             )
-    streams = sample_streams(seed, epochs, ids)
-    return params_from_streams(
+    random = random_keys(seed, epochs, ids)
+    return params_from_keys(
         augmentation,
-        streams,
+        random,
         size=check_size(size),
         recipe=check_recipe(recipe),
         allow_mirror=bool(allow_mirror),
@@ -233,19 +233,19 @@ def sample_params(
     )
 
 
-def params_from_streams(
+def params_from_keys(
     augmentation: Augmentation | None,
-    streams: Streams,
+    random: RandomKeys,
     *,
     size: tuple[int, int],
     recipe: Recipe,
     allow_mirror: bool,
     zeroed: npt.ArrayLike,
 ) -> npt.NDArray[Any]:
-    """`sample_params` for streams that are there already."""
-    params = identity_params(len(streams.salt))
-    params["key0"], params["key1"], params["stream_salt"] = streams.key[:, 0], streams.key[:, 1], streams.salt
-    words = dict(zip(_WORDS, streams.words(OPERATION_PARAMS, len(_WORDS)).T, strict=True))
+    """`sample_params` for keys that are there already."""
+    params = identity_params(len(random.salt))
+    params["key0"], params["key1"], params["random_salt"] = random.key[:, 0], random.key[:, 1], random.salt
+    words = dict(zip(_WORDS, random.words(OPERATION_PARAMS, len(_WORDS)).T, strict=True))
     reference = recipe == "reference"
     if reference:
         params["zero"], params["wrap_ids"] = np.asarray(zeroed) != 0, 1
@@ -312,7 +312,7 @@ def _draw_crop(
 
 def draw_prompts(
     prompts: ClassPrompts,
-    streams: Streams,
+    random: RandomKeys,
     num_prompts: int,
     *,
     present: Sequence[Sequence[int]] | None = None,
@@ -322,7 +322,7 @@ def draw_prompts(
 
     Args:
         prompts: The dataset's classes.
-        streams: The samples' random streams.
+        random: The samples' random keys.
         num_prompts: Prompts per sample.
         present: Per sample, the class ids present in its slice; needed where `present_fraction` is above 0.
         present_fraction: Probability that a prompt is drawn from the classes present, rather than from all.
@@ -333,20 +333,20 @@ def draw_prompts(
         otherwise. The first class throughout for instance datasets. And the texts, in the same order.
     """
     ids = np.array(prompts.class_ids, np.int64)
-    num_samples = len(streams.salt)
+    num_samples = len(random.salt)
     if prompts.instance_label:
         chosen = np.full((num_samples, num_prompts), ids[0])
     else:
-        words = streams.words(OPERATION_CLASSES, num_prompts)
+        words = random.words(OPERATION_CLASSES, num_prompts)
         chosen = ids[draw_classes(words, len(ids))]
         if present_fraction > 0 and present is not None:
-            from_present = _uniform(streams.words(OPERATION_PRESENT, num_prompts), 0, 1) < present_fraction
+            from_present = _uniform(random.words(OPERATION_PRESENT, num_prompts), 0, 1) < present_fraction
             for row in np.flatnonzero(from_present.any(axis=1)).tolist():
                 if len(ids) >= num_prompts:
                     chosen[row] = _choose_present(ids, present[row], from_present[row], words[row])
                 elif len(here := np.array(present[row])):
                     chosen[row] = np.where(from_present[row], here[draw_below(words[row], len(here))], chosen[row])
-    return chosen, paraphrases(prompts, streams, chosen)
+    return chosen, paraphrases(prompts, random, chosen)
 
 
 def _choose_present(
@@ -366,9 +366,9 @@ def _choose_present(
     return chosen
 
 
-def paraphrases(prompts: ClassPrompts, streams: Streams, class_ids: npt.NDArray[np.int64]) -> list[list[str]]:
+def paraphrases(prompts: ClassPrompts, random: RandomKeys, class_ids: npt.NDArray[np.int64]) -> list[list[str]]:
     """One random paraphrase for each class id of each sample; `class_ids` is (num_samples, num_prompts)."""
-    words = streams.words(OPERATION_PARAPHRASES, class_ids.shape[1])
+    words = random.words(OPERATION_PARAPHRASES, class_ids.shape[1])
     ids = sorted(prompts.classes)
     texts = [text for i in ids for text in prompts.classes[i]]
     counts = np.array([len(prompts.classes[i]) for i in ids])
@@ -378,7 +378,7 @@ def paraphrases(prompts: ClassPrompts, streams: Streams, class_ids: npt.NDArray[
 
 
 def words_for_training(num_prompts: int) -> dict[int, int]:
-    """The random words that every training sample draws: purpose -> how many. For `Streams.prepare`."""
+    """The random words that every training sample draws: purpose -> how many. For `RandomKeys.prepare`."""
     return {
         OPERATION_CLASSES: num_prompts,
         OPERATION_PARAPHRASES: num_prompts,
@@ -387,7 +387,7 @@ def words_for_training(num_prompts: int) -> dict[int, int]:
 
 
 def redraw_foreground(
-    streams: Streams,
+    random: RandomKeys,
     samples: npt.NDArray[np.int64],
     redraw: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.int64]],
     fraction: float,
@@ -395,7 +395,7 @@ def redraw_foreground(
     """Replaces each sample, with probability `fraction`, by the one that `redraw` makes of a random word for each."""
     if fraction <= 0:
         return samples
-    gate, words = streams.words(OPERATION_FOREGROUND, 2).T
+    gate, words = random.words(OPERATION_FOREGROUND, 2).T
     return np.where(_uniform(gate, 0, 1) < fraction, redraw(words), samples)
 
 

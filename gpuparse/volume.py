@@ -218,7 +218,7 @@ def _damage_reported(path: Path, num_bytes: int) -> Iterator[None]:
         raise VolumeFormatError(
             f"{path}: not a complete npz (zip) file of {num_bytes} bytes: {error}. Copy or export it again."
         ) from error
-    except Exception as error:  # damaged headers and streams make numpy and zipfile raise nearly anything
+    except Exception as error:  # damaged headers and contents make numpy and zipfile raise nearly anything
         raise VolumeFormatError(
             f"{path}: damaged npz, an array in it cannot be read ({type(error).__name__}: {error}). "
             "Copy or export it again."

@@ -26,9 +26,9 @@ struct AugmentParams {
   int32_t swap;             // 1: channels 1 and 2 change places
   int32_t zero;             // 1: image and mask are 0 before anything else
   int32_t wrap_ids;         // 1: mask ids are cut to 8 bits
-  uint32_t key0;            // the sample's random stream
+  uint32_t key0;            // the sample's random key
   uint32_t key1;
-  uint32_t stream_salt;
+  uint32_t random_salt;
 };
 
 enum { kNoiseNone = 0, kNoiseGaussian = 1, kNoiseWrapped = 2, kNoiseWrappedSum = 3 };
@@ -78,7 +78,7 @@ GP_FN float salt_or(float value, uint32_t word, uint32_t threshold) {
 // The random words that decide salt and pepper for four pixels in a row of memory.
 GP_FN PhiloxWords salt_words(const AugmentParams &params, int32_t quad) {
   if (!params.salt_threshold) return {0, 0, 0, 0};
-  return philox4x32((uint32_t)quad, kOperationSalt, 0, params.stream_salt, params.key0, params.key1);
+  return philox4x32((uint32_t)quad, kOperationSalt, 0, params.random_salt, params.key0, params.key1);
 }
 
 // Shift, noise, salt and pepper of four pixels of one channel in a row of memory, which share their random words.
@@ -86,7 +86,7 @@ GP_FN void change_intensity(const AugmentParams &params, int32_t quad, int32_t c
                             float *values) {
   float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (params.noise_mode) {
-    const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.stream_salt,
+    const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.random_salt,
                                          params.key0, params.key1);
     const NormalPair a = gp_normal_pair(words.w0, words.w1);
     const NormalPair b = gp_normal_pair(words.w2, words.w3);

@@ -215,7 +215,7 @@ void geometry_row(const Batch &batch, int64_t sample, const uint8_t *channel, in
 // Random blocks lie over the flat pixels in fours; a row may begin inside one. `first_quad` is the row's first block.
 void noise_row(const AugmentParams &params, int32_t channel, uint32_t first_quad, int32_t num_quads, int32_t skip,
                int32_t width, Scratch &scratch) {
-  philox_row({first_quad, kOperationNoise, (uint32_t)channel, params.stream_salt}, params.key0, params.key1, num_quads,
+  philox_row({first_quad, kOperationNoise, (uint32_t)channel, params.random_salt}, params.key0, params.key1, num_quads,
              scratch.words.data());
   const uint32_t *GP_RESTRICT words = scratch.words.data();
   float *GP_RESTRICT normals = scratch.normals.data();
@@ -292,7 +292,7 @@ void finish_band(const Batch &batch, int64_t sample, int32_t first_row, const ui
     const int32_t skip = (int32_t)(row_start % 4);
     const int32_t num_quads = (skip + batch.width + 3) / 4;
     if (params.salt_threshold)
-      philox_row({first_quad, kOperationSalt, 0, params.stream_salt}, params.key0, params.key1, num_quads,
+      philox_row({first_quad, kOperationSalt, 0, params.random_salt}, params.key0, params.key1, num_quads,
                  scratch.salt.data());
     for (int32_t channel = 0; channel < 3; ++channel) {
       geometry_row(batch, sample, images + channel * batch.num_pixels(), y, scratch.channels[channel], scratch);

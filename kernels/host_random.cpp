@@ -33,9 +33,9 @@ void gpuparse_philox(int64_t num_blocks, const uint32_t *counters, const uint32_
 
 // Images of `num_values` numbers, each below its length. Up to `kShuffled` the whole order is shuffled by Fisher and
 // Yates, since a Feistel network over so few bits is visibly uneven. Above, six Feistel rounds over the next power of
-// four, walked until the image is inside. Lengths are below 2^63, streams below 2^28; `operation` is the fourth counter
-// word.
-void gpuparse_permute(int64_t num_values, const uint64_t *lengths, const uint32_t *epochs, const uint32_t *streams,
+// four, walked until the image is inside. Lengths are below 2^63, purposes below 2^28; `operation` is the fourth
+// counter word.
+void gpuparse_permute(int64_t num_values, const uint64_t *lengths, const uint32_t *epochs, const uint32_t *purposes,
                       uint32_t operation, uint32_t key0, uint32_t key1, uint64_t *values) {
   uint8_t order[kShuffled] = {};
   int64_t shuffled = -1;  // for which of the values `order` was made
@@ -43,8 +43,8 @@ void gpuparse_permute(int64_t num_values, const uint64_t *lengths, const uint32_
     const uint64_t length = lengths[i];
     if (length <= kShuffled) {
       if (shuffled < 0 || lengths[shuffled] != length || epochs[shuffled] != epochs[i] ||
-          streams[shuffled] != streams[i]) {
-        shuffle(order, (uint32_t)length, 8 * streams[i] + 6, epochs[i], operation, key0, key1);
+          purposes[shuffled] != purposes[i]) {
+        shuffle(order, (uint32_t)length, 8 * purposes[i] + 6, epochs[i], operation, key0, key1);
         shuffled = i;
       }
       values[i] = order[values[i]];
@@ -57,7 +57,7 @@ void gpuparse_permute(int64_t num_values, const uint64_t *lengths, const uint32_
     do {
       uint64_t left = value >> half, right = value & mask;
       for (uint32_t round = 0; round < 6; ++round) {
-        const uint32_t word = philox4x32((uint32_t)right, 8 * streams[i] + round, epochs[i], operation, key0, key1).w0;
+        const uint32_t word = philox4x32((uint32_t)right, 8 * purposes[i] + round, epochs[i], operation, key0, key1).w0;
         const uint64_t next = (left ^ word) & mask;
         left = right;
         right = next;

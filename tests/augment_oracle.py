@@ -38,7 +38,7 @@ def field_words(params: np.void, purpose: int, channel: int, height: int, width:
     num_blocks = -(-height * width // 4)
     counters = np.zeros((num_blocks, 4), np.uint32)
     counters[:, 0], counters[:, 1], counters[:, 2] = np.arange(num_blocks), purpose, channel
-    counters[:, 3] = params["stream_salt"]
+    counters[:, 3] = params["random_salt"]
     return philox(counters, (int(params["key0"]), int(params["key1"]))).reshape(-1)
 
 
@@ -140,6 +140,6 @@ def random_params(rng: np.random.Generator, count: int, height: int, width: int)
     params["swap"] = some(1)
     params["zero"] = rng.random(count) < 0.05
     params["wrap_ids"] = some(1)
-    for name in ("key0", "key1", "stream_salt"):
+    for name in ("key0", "key1", "random_salt"):
         params[name] = rng.integers(0, 2**32, count)
     return params

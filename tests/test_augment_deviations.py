@@ -139,7 +139,7 @@ def test_without_transforms_nothing_is_drawn(convert, recipe):
     folder = convert(textured((4, 40, 40)), np.ones((4, 40, 40), np.uint8))
     dataset = SliceDataset(folder, img_size=SIZE, transforms=None, recipe=recipe)
     params = np.concatenate([dataset.describe(np.arange(4), epoch).params for epoch in range(100)])
-    for field in set(params.dtype.names) - {"key0", "key1", "stream_salt", "wrap_ids"}:
+    for field in set(params.dtype.names) - {"key0", "key1", "random_salt", "wrap_ids"}:
         assert not params[field].any(), field
     assert (params["wrap_ids"] == (recipe == "reference")).all()
     first = dataset[1]["image"]

@@ -17,7 +17,7 @@ import gpuparse
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.flat import FlatDataset
 from gpuparse.order import BlockOrder, Draws, MixedOrder, PlainOrder
-from gpuparse.plan import permute, sample_streams
+from gpuparse.plan import permute, random_keys
 from gpuparse.sampling import draw_among
 
 NUM_SLICES = 10
@@ -79,8 +79,8 @@ def expected(dataset, draws, places=None, per_block=1):
         leaf, index = samples[number]
         block = places[leaf, index // NUM_SLICES] // per_block
         name, fraction = leaves[leaf].name, leaves[leaf].foreground_fraction
-        stream = sample_streams(leaves[leaf].seed, epoch, np.array([zlib.crc32(name.encode()) << 32 | index]))
-        gate, word = stream.words(6, 2)[0].tolist()
+        keys = random_keys(leaves[leaf].seed, epoch, np.array([zlib.crc32(name.encode()) << 32 | index]))
+        gate, word = keys.words(6, 2)[0].tolist()
         pool = [i for part, i in in_order if part == leaf and places[leaf, i // NUM_SLICES] // per_block == block
                 and i % NUM_SLICES in SHOWN[name][i // NUM_SLICES]]  # fmt: skip
         if gate / 2**32 < fraction and pool:
@@ -128,7 +128,7 @@ def test_blocks_redraw_within_their_volumes(stores, per_block):
     order = BlockOrder(flat.volume_sizes(), per_block, 8)
     volumes = list(dict.fromkeys(map(volume_of, listed(dataset, []))))
     for epoch in range(3):
-        ranks = permute(np.arange(11), 11, 8, epoch, stream=1)  # the volume at each place
+        ranks = permute(np.arange(11), 11, 8, epoch, purpose=1)  # the volume at each place
         places = {volumes[v]: place for place, v in enumerate(ranks.tolist())}
         draws = order.draw(np.arange(len(flat)), epoch)
         found = described(flat, draws)

@@ -27,22 +27,22 @@ def whole(order, epoch=0):
 
 def test_permute_is_a_permutation_for_every_length_up_to_400():
     for length in range(258, 401):  # test_plan.py has those up to 257
-        order = permute(np.arange(length), length, seed=length, epoch=1, stream=2)
+        order = permute(np.arange(length), length, seed=length, epoch=1, purpose=2)
         assert np.array_equal(np.sort(order), np.arange(length)), length
 
 
-@given(length=st.integers(1, 10_000), seed=SEED, epoch=EPOCH, stream=st.integers(0, 2**28 - 1))
-@example(length=1024, seed=0, epoch=0, stream=0)
-@example(length=1025, seed=0, epoch=0, stream=0)  # the domain is four times as large: the longest walks
-@example(length=4096, seed=0, epoch=0, stream=0)
-@example(length=4097, seed=0, epoch=0, stream=0)
-@example(length=10_000, seed=0, epoch=0, stream=0)
-def test_permute_is_a_permutation_for_lengths_up_to_10000_in_every_stream(length, seed, epoch, stream):
-    order = permute(np.arange(length), length, seed, epoch, stream)
+@given(length=st.integers(1, 10_000), seed=SEED, epoch=EPOCH, purpose=st.integers(0, 2**28 - 1))
+@example(length=1024, seed=0, epoch=0, purpose=0)
+@example(length=1025, seed=0, epoch=0, purpose=0)  # the domain is four times as large: the longest walks
+@example(length=4096, seed=0, epoch=0, purpose=0)
+@example(length=4097, seed=0, epoch=0, purpose=0)
+@example(length=10_000, seed=0, epoch=0, purpose=0)
+def test_permute_is_a_permutation_for_lengths_up_to_10000_for_every_purpose(length, seed, epoch, purpose):
+    order = permute(np.arange(length), length, seed, epoch, purpose)
     np.testing.assert_array_equal(np.sort(order), np.arange(length))
 
 
-def test_permute_differs_between_epochs_seeds_and_streams():
+def test_permute_differs_between_epochs_seeds_and_purposes():
     keys = list(itertools.product((0, 1, 2**63), (0, 1, 2), (0, 1, 2, 3, 2**28 - 1)))
     orders = [permute(np.arange(500), 500, *key) for key in keys]
     for (a, left), (b, right) in itertools.combinations(zip(keys, orders, strict=True), 2):

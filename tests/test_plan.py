@@ -17,7 +17,7 @@ from gpuparse.plan import (
     draw_classes,
     permute,
     philox4x32,
-    sample_streams,
+    random_keys,
 )
 
 WORD = st.integers(0, 2**32 - 1)
@@ -36,7 +36,7 @@ def philox_in_integers(counter, key):
     return c
 
 
-def permute_in_integers(position, length, seed, epoch, stream):
+def permute_in_integers(position, length, seed, epoch, purpose):
     """The documented law in Python's integers, one position at a time.
 
     Six Feistel rounds over the next power of four, until inside; up to 64, a shuffle by Fisher and Yates.
@@ -45,7 +45,7 @@ def permute_in_integers(position, length, seed, epoch, stream):
     if length <= 64:
         order = []
         for i in range(length):
-            word = philox_in_integers([i // 4, 8 * stream + 6, epoch, 0], key)[i % 4]
+            word = philox_in_integers([i // 4, 8 * purpose + 6, epoch, 0], key)[i % 4]
             order.append(i)
             place = word * (i + 1) >> 32
             order[i], order[place] = order[place], i
@@ -54,7 +54,7 @@ def permute_in_integers(position, length, seed, epoch, stream):
     while True:
         left, right = position >> half, position & (1 << half) - 1
         for number in range(6):
-            word = philox_in_integers([right & 0xFFFFFFFF, 8 * stream + number, epoch, 0], key)[0]
+            word = philox_in_integers([right & 0xFFFFFFFF, 8 * purpose + number, epoch, 0], key)[0]
             left, right = right, (left ^ word) & (1 << half) - 1
         position = left << half | right
         if position < length:
@@ -121,17 +121,17 @@ def test_permute_stays_inside_and_apart_for_lengths_too_large_to_list(length, se
 )
 def test_permute_is_the_law_it_says_each_position_with_keys_of_its_own(keys, seed, data):
     positions = [data.draw(st.integers(0, length - 1)) for length, _, _ in keys]
-    lengths, epochs, streams = zip(*keys, strict=True)
+    lengths, epochs, purposes = zip(*keys, strict=True)
     expected = [permute_in_integers(p, n, seed, e, s) for p, (n, e, s) in zip(positions, keys, strict=True)]
-    assert permute(positions, lengths, seed, epochs, streams).tolist() == expected
+    assert permute(positions, lengths, seed, epochs, purposes).tolist() == expected
 
 
-def test_permute_of_short_ranges_changes_with_length_epoch_and_stream_from_value_to_value():
+def test_permute_of_short_ranges_changes_with_length_epoch_and_purpose_from_value_to_value():
     keys = [(5, 0, 0), (6, 0, 0), (6, 1, 0), (6, 1, 3), (6, 1, 3), (64, 1, 3), (100, 1, 3), (64, 1, 3), (64, 2, 3)]
-    lengths, epochs, streams = zip(*keys, strict=True)
+    lengths, epochs, purposes = zip(*keys, strict=True)
     for position in range(5):
         expected = [permute_in_integers(position, n, 9, e, s) for n, e, s in keys]
-        assert permute([position] * len(keys), lengths, 9, epochs, streams).tolist() == expected
+        assert permute([position] * len(keys), lengths, 9, epochs, purposes).tolist() == expected
 
 
 @pytest.mark.parametrize(("positions", "length"), [([0, 5], 5), ([-1], 5), ([0], 0)])
@@ -188,36 +188,36 @@ def test_seeds_of_64_bits_are_taken_and_others_refused():
     with pytest.raises(InputError, match="seed is -5"):
         permute([0, 1], 2, seed=-5, epoch=0)
     with pytest.raises(InputError, match="seed is -5"):
-        sample_streams(-5, 0, [1])
+        random_keys(-5, 0, [1])
 
 
 @given(seed=SEED, epoch=EPOCH, ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=12), cut=st.integers(0, 12))
-def test_streams_do_not_depend_on_the_batch_around_a_sample(seed, epoch, ids, cut):
-    whole = sample_streams(seed, epoch, ids).words(2, 7)
+def test_random_words_do_not_depend_on_the_batch_around_a_sample(seed, epoch, ids, cut):
+    whole = random_keys(seed, epoch, ids).words(2, 7)
     parts = [part for part in (ids[:cut], ids[cut:]) if part]
-    np.testing.assert_array_equal(whole, np.concatenate([sample_streams(seed, epoch, p).words(2, 7) for p in parts]))
-    np.testing.assert_array_equal(whole[:, :3], sample_streams(seed, epoch, ids).words(2, 3))  # nor on how many words
+    np.testing.assert_array_equal(whole, np.concatenate([random_keys(seed, epoch, p).words(2, 7) for p in parts]))
+    np.testing.assert_array_equal(whole[:, :3], random_keys(seed, epoch, ids).words(2, 3))  # nor on how many words
     for i, sample_id in enumerate(ids):
-        np.testing.assert_array_equal(whole[i], sample_streams(seed, epoch, [sample_id]).words(2, 7)[0])
+        np.testing.assert_array_equal(whole[i], random_keys(seed, epoch, [sample_id]).words(2, 7)[0])
 
 
-def test_streams_are_keyed_as_stated():
+def test_random_words_are_keyed_as_stated():
     seed, epoch, sample_id = 0x0123456789ABCDEF, 77, 2**40 + 5
     key = philox_in_integers([sample_id & 0xFFFFFFFF, sample_id >> 32, epoch, 1], [seed & 0xFFFFFFFF, seed >> 32])
-    words = sample_streams(seed, epoch, [sample_id]).words(3, 6)[0].tolist()
+    words = random_keys(seed, epoch, [sample_id]).words(3, 6)[0].tolist()
     expected = [w for block in (0, 1) for w in philox_in_integers([block, 3, 0, key[2]], key[:2])]
     assert words == expected[:6]
 
 
-def test_streams_of_any_two_keys_purposes_or_samples_differ():
+def test_random_words_of_any_two_keys_purposes_or_samples_differ():
     ids = np.arange(200)
-    streams = [sample_streams(s, e, ids).words(o, 4) for s in (0, 1, 2**32) for e in (0, 1) for o in (2, 3)]
-    rows = np.concatenate(streams)
+    words = [random_keys(s, e, ids).words(o, 4) for s in (0, 1, 2**32) for e in (0, 1) for o in (2, 3)]
+    rows = np.concatenate(words)
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def test_stream_words_are_uniform_bit_by_bit_and_uncorrelated_between_samples():
-    words = sample_streams(3, 0, np.arange(20_000)).words(2, 4)
+def test_random_words_are_uniform_bit_by_bit_and_uncorrelated_between_samples():
+    words = random_keys(3, 0, np.arange(20_000)).words(2, 4)
     ones = np.unpackbits(words.view(np.uint8), axis=1).sum(axis=0, dtype=np.int64)
     assert np.abs(ones - 10_000).max() < 6 * np.sqrt(5_000)
     assert uniform(np.bincount(words[:, 0] >> 24, minlength=256))
@@ -228,7 +228,7 @@ def test_stream_words_are_uniform_bit_by_bit_and_uncorrelated_between_samples():
 
 @pytest.mark.parametrize(("num_prompts", "num_classes"), [(4, 4), (4, 5), (4, 15), (1, 3), (3, 300)])
 def test_enough_classes_are_drawn_without_replacement_and_uniformly(num_prompts, num_classes):
-    drawn = draw_classes(sample_streams(1, 0, np.arange(9000)).words(2, num_prompts), num_classes)
+    drawn = draw_classes(random_keys(1, 0, np.arange(9000)).words(2, num_prompts), num_classes)
     assert drawn.shape == (9000, num_prompts)
     assert (np.diff(np.sort(drawn, axis=1), axis=1) > 0).all()
     for k in range(num_prompts):
@@ -241,7 +241,7 @@ def test_enough_classes_are_drawn_without_replacement_and_uniformly(num_prompts,
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3])
 def test_too_few_classes_are_drawn_with_replacement_and_uniformly(num_classes):
-    drawn = draw_classes(sample_streams(2, 0, np.arange(9000)).words(2, 4), num_classes)
+    drawn = draw_classes(random_keys(2, 0, np.arange(9000)).words(2, 4), num_classes)
     together = drawn @ num_classes ** np.arange(4)
     assert uniform(np.bincount(together, minlength=num_classes**4)) or num_classes == 1
     assert drawn.max() == num_classes - 1

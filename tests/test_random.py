@@ -13,7 +13,7 @@ from scipy import stats
 
 from gpuparse.augment import augment
 from gpuparse.kernels import host_library, pointer
-from gpuparse.plan import philox4x32, sample_streams
+from gpuparse.plan import philox4x32, random_keys
 from gpuparse.sampling import identity_params, sample_params
 
 WORD = st.integers(0, 2**32 - 1)
@@ -197,13 +197,13 @@ def test_salt_and_noise_do_not_know_of_each_other():
 
 
 def test_the_parameters_a_sample_gets_are_not_the_noise_it_gets():
-    """Key and salt of the streams go into the table as they are; draws of parameters use other counters."""
-    streams = sample_streams(4, 2, [1, 2, 3])
+    """Key and salt of the keys go into the table as they are; draws of parameters use other counters."""
+    keys = random_keys(4, 2, [1, 2, 3])
     params = sample_params(None, [1, 2, 3], seed=4, epoch=2)
-    np.testing.assert_array_equal(params["key0"], streams.key[:, 0])
-    np.testing.assert_array_equal(params["key1"], streams.key[:, 1])
-    np.testing.assert_array_equal(params["stream_salt"], streams.salt)
-    drawn = streams.words(4, 16)
+    np.testing.assert_array_equal(params["key0"], keys.key[:, 0])
+    np.testing.assert_array_equal(params["key1"], keys.key[:, 1])
+    np.testing.assert_array_equal(params["random_salt"], keys.salt)
+    drawn = keys.words(4, 16)
     for row, words in zip(params, drawn, strict=True):
         noise_words = np.concatenate([augment_oracle.field_words(row, 16, c, 16, 16) for c in range(3)])
         salt_words = augment_oracle.field_words(row, 17, 0, 16, 16)

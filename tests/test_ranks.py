@@ -168,17 +168,17 @@ def test_ranks_share_an_epoch_disjointly_completely_and_evenly(num_samples, batc
     for step in steps:
         assert len({len(part) for part in step}) == 1
         assert 1 <= len(step[0]) <= batch_size
-    stream = [position for batch in joined(steps) for position in batch]
-    unique = dict.fromkeys(stream)
+    sequence = [position for batch in joined(steps) for position in batch]
+    unique = dict.fromkeys(sequence)
     group = batch_size * world_size
     if drop_last:
-        assert stream == list(range(num_samples // group * group))
+        assert sequence == list(range(num_samples // group * group))
     else:
         assert list(unique) == list(range(num_samples))
-        repeats = len(stream) - num_samples
+        repeats = len(sequence) - num_samples
         assert 0 <= repeats < world_size
         # Only the last batch holds any, and they are the epoch's first positions.
-        assert stream[num_samples:] == [i % max(num_samples, 1) for i in range(repeats)]
+        assert sequence[num_samples:] == [i % max(num_samples, 1) for i in range(repeats)]
         assert len(steps) == -(-num_samples // group)
     assert all(len(part) == batch_size for step in steps[: num_samples // group] for part in step)
 
@@ -195,13 +195,13 @@ def test_datasets_smaller_than_the_world(num_samples):
 
 @given(num_samples=st.integers(0, 500), global_batch=st.sampled_from([24, 48]), drop_last=st.booleans())
 def test_joined_batches_do_not_depend_on_the_number_of_ranks(num_samples, global_batch, drop_last):
-    streams = []
+    sequences = []
     for world_size in (1, 2, 4, 8, 24):
         steps = joined(shares(num_samples, global_batch // world_size, world_size, drop_last=drop_last))
         # The last batch is filled up for each number of ranks in its own way.
-        streams.append([step[: num_samples - k * global_batch] for k, step in enumerate(steps)])
-    assert all(stream == streams[0] for stream in streams)
-    assert streams[0] == [
+        sequences.append([step[: num_samples - k * global_batch] for k, step in enumerate(steps)])
+    assert all(sequence == sequences[0] for sequence in sequences)
+    assert sequences[0] == [
         list(range(k, min(k + global_batch, num_samples)))
         for k in range(0, num_samples - (global_batch - 1 if drop_last else 0), global_batch)
     ]
@@ -209,18 +209,18 @@ def test_joined_batches_do_not_depend_on_the_number_of_ranks(num_samples, global
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_run_moves_from_24_to_16_to_48_ranks(drop_last):
-    num_samples, position, stream = 1003, 0, []
+    num_samples, position, sequence = 1003, 0, []
     for world_size, num_steps in ((24, 7), (16, 5), (48, None)):
         options = {"drop_last": drop_last, "start": position}
         steps = joined(shares(num_samples, 48 // world_size, world_size, **options))[:num_steps]
         plan = EpochPlan(num_samples, 48 // world_size, ranks=Ranks(0, world_size), **options)
         assert plan.global_batch_size == 48
         position = plan.consumed(len(steps))
-        stream += [p for step in steps for p in step]
-    assert stream[:num_samples] == list(range(1003 // 48 * 48 if drop_last else 1003))
+        sequence += [p for step in steps for p in step]
+    assert sequence[:num_samples] == list(range(1003 // 48 * 48 if drop_last else 1003))
     if not drop_last:
         assert position == 1003
-        assert stream[num_samples:] == list(range(-1003 % 48))
+        assert sequence[num_samples:] == list(range(-1003 % 48))
 
 
 @pytest.mark.parametrize(

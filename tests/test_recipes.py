@@ -259,7 +259,7 @@ class TestNoiseOnAConstant:
         table = drawn(recipe, count=4000)
         table = table[table["noise_mode"] > 0]
         plain = identity_params(len(table))
-        for name in ("noise_std", "noise_mode", "key0", "key1", "stream_salt"):
+        for name in ("noise_std", "noise_mode", "key0", "key1", "random_salt"):
             plain[name] = table[name]
         if mode_from is not None:
             plain["noise_mode"] = mode_from
@@ -321,7 +321,7 @@ def test_salt_hits_as_many_pixels_as_draws_with_replacement():
     """The number of pixels hit, from images, against drawing them; half of them white; all channels alike."""
     table = drawn(augmentation=Augmentation(prob=1), count=400, size=(64, 64))
     plain = identity_params(400)
-    for name in ("salt_threshold", "key0", "key1", "stream_salt"):
+    for name in ("salt_threshold", "key0", "key1", "random_salt"):
         plain[name] = table[name]
     image = np.full((400, 3, 64, 64), 100, np.uint8)
     values = augment(image, image[:, 0], plain, labels="classes").image

@@ -14,7 +14,7 @@ import gpuparse
 from gpuparse import plan, sampling
 from gpuparse.errors import InputError
 from gpuparse.kernels import kernel_sources
-from gpuparse.plan import draw_below, sample_streams
+from gpuparse.plan import draw_below, random_keys
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.sampling import (
     PARAMS_DTYPE,
@@ -282,14 +282,14 @@ def prompts_with_ids(ids, paraphrases=1, instance_label=0):
     return parse_class_prompts({**entry, "instance_label": instance_label}, "here")
 
 
-STREAMS = sample_streams(5, 0, np.arange(6000))
+KEYS = random_keys(5, 0, np.arange(6000))
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 4, 15])
 @pytest.mark.parametrize("num_prompts", [1, 4])
 def test_classes_are_uniform_with_or_without_replacement(num_classes, num_prompts):
     ids = np.random.default_rng(0).permutation(40)[:num_classes] + 1  # neither sorted nor without gaps
-    chosen, texts = draw_prompts(prompts_with_ids(ids), STREAMS, num_prompts)
+    chosen, texts = draw_prompts(prompts_with_ids(ids), KEYS, num_prompts)
     assert chosen.shape == (6000, num_prompts)
     assert texts == [[f"{i}-0" for i in row] for row in chosen]
     distinct = np.array([len(set(row)) for row in chosen])
@@ -306,7 +306,7 @@ def test_classes_are_uniform_with_or_without_replacement(num_classes, num_prompt
 
 def test_paraphrases_are_uniform_and_independent_of_class_and_place():
     prompts = prompts_with_ids([3, 9, 4, 7, 5], paraphrases=4)
-    chosen, texts = draw_prompts(prompts, STREAMS, 4)
+    chosen, texts = draw_prompts(prompts, KEYS, 4)
     picks = np.array([[int(text.split("-")[1]) for text in row] for row in texts])
     np.testing.assert_array_equal([[int(text.split("-")[0]) for text in row] for row in texts], chosen)
     together = np.array([[((chosen == i) & (picks == k)).sum() for k in range(4)] for i in (3, 9, 4, 7, 5)])
@@ -316,7 +316,7 @@ def test_paraphrases_are_uniform_and_independent_of_class_and_place():
 
 def test_a_prompt_that_is_a_string_is_its_only_paraphrase():
     prompts = parse_class_prompts({"1": "liver", "2": ["spleen", "milt"], "instance_label": 0}, "here")
-    chosen, texts = draw_prompts(prompts, STREAMS, 2)
+    chosen, texts = draw_prompts(prompts, KEYS, 2)
     texts = np.array(texts)
     assert set(texts[chosen == 1]) == {"liver"}
     assert set(texts[chosen == 2]) == {"spleen", "milt"}
@@ -324,7 +324,7 @@ def test_a_prompt_that_is_a_string_is_its_only_paraphrase():
 
 def test_instance_datasets_ask_for_their_first_class_throughout():
     prompts = prompts_with_ids([7, 2], paraphrases=3, instance_label=1)
-    chosen, texts = draw_prompts(prompts, STREAMS, 4, present=[[7]] * 6000, present_fraction=1.0)
+    chosen, texts = draw_prompts(prompts, KEYS, 4, present=[[7]] * 6000, present_fraction=1.0)
     assert (chosen == 7).all()
     assert likely(np.unique([t for row in texts for t in row], return_counts=True)[1])
     assert {t for row in texts for t in row} == {"7-0", "7-1", "7-2"}
@@ -337,7 +337,7 @@ IDS = list(range(10, 25))
 def test_the_share_of_present_classes_is_the_one_asked_for(fraction):
     """Six of 15 classes are present: the first prompt is one of them with p + (1 - p) 6/15; no class comes twice."""
     present = [[10, 13, 14, 18, 22, 24]] * 6000
-    chosen, _ = draw_prompts(prompts_with_ids(IDS), STREAMS, 4, present=present, present_fraction=fraction)
+    chosen, _ = draw_prompts(prompts_with_ids(IDS), KEYS, 4, present=present, present_fraction=fraction)
     here = np.isin(chosen, present[0])
     expected = fraction + (1 - fraction) * 6 / 15
     assert abs(here[:, 0].mean() - expected) <= 4 * np.sqrt(expected * (1 - expected) / 6000)
@@ -346,13 +346,13 @@ def test_the_share_of_present_classes_is_the_one_asked_for(fraction):
     if fraction == 1:
         assert here.all()
     if fraction == 0:
-        np.testing.assert_array_equal(chosen, draw_prompts(prompts_with_ids(IDS), STREAMS, 4)[0])
+        np.testing.assert_array_equal(chosen, draw_prompts(prompts_with_ids(IDS), KEYS, 4)[0])
 
 
 @pytest.mark.parametrize("num_present", [0, 1, 3, 15])
 def test_slices_with_few_classes_show_all_of_them_and_then_others(num_present):
     present = [IDS[:num_present]] * 6000
-    chosen, _ = draw_prompts(prompts_with_ids(IDS), STREAMS, 4, present=present, present_fraction=1.0)
+    chosen, _ = draw_prompts(prompts_with_ids(IDS), KEYS, 4, present=present, present_fraction=1.0)
     assert all(len(set(row)) == 4 for row in chosen)
     shown = np.isin(chosen, IDS[:num_present]).sum(axis=1)
     assert (shown == min(4, num_present)).all()
@@ -366,8 +366,8 @@ def test_datasets_with_fewer_classes_than_prompts_draw_that_share_with_replaceme
     ids = [7, 2, 30][:num_classes]
     here = ids[-num_present:] if num_present else []
     prompts = prompts_with_ids(ids)
-    chosen, _ = draw_prompts(prompts, STREAMS, 4, present=[here] * 6000, present_fraction=fraction)
-    plain, _ = draw_prompts(prompts, STREAMS, 4)
+    chosen, _ = draw_prompts(prompts, KEYS, 4, present=[here] * 6000, present_fraction=fraction)
+    plain, _ = draw_prompts(prompts, KEYS, 4)
     if not num_present:
         np.testing.assert_array_equal(chosen, plain)
         return
@@ -387,9 +387,7 @@ def test_datasets_with_fewer_classes_than_prompts_draw_that_share_with_replaceme
 @pytest.mark.parametrize(("num_classes", "num_present"), [(4, 1), (13, 1), (13, 2), (13, 6)])
 def test_with_enough_classes_none_comes_twice_which_caps_the_share(num_classes, num_present):
     ids = list(range(1, num_classes + 1))
-    chosen, _ = draw_prompts(
-        prompts_with_ids(ids), STREAMS, 4, present=[ids[:num_present]] * 6000, present_fraction=1.0
-    )
+    chosen, _ = draw_prompts(prompts_with_ids(ids), KEYS, 4, present=[ids[:num_present]] * 6000, present_fraction=1.0)
     assert all(len(set(row)) == 4 for row in chosen)
     assert (np.isin(chosen, ids[:num_present]).sum(axis=1) == min(4, num_present)).all()
 
@@ -397,7 +395,7 @@ def test_with_enough_classes_none_comes_twice_which_caps_the_share(num_classes, 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_the_share_of_redrawn_samples_is_the_one_asked_for(fraction):
     samples, foreground = np.arange(6000) % 10, np.array([2, 3, 7])
-    redrawn = redraw_foreground(STREAMS, samples, lambda words: foreground[draw_below(words, 3)], fraction)
+    redrawn = redraw_foreground(KEYS, samples, lambda words: foreground[draw_below(words, 3)], fraction)
     changed = (redrawn != samples).mean()
     expected = fraction * (1 - 1 / 10)  # one of the three may be drawn for itself: 3/10 * 1/3
     assert abs(changed - expected) <= 4 * np.sqrt(expected * (1 - expected) / 6000)

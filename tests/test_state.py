@@ -45,7 +45,7 @@ def both(ct, sample_stores):
 
 
 @pytest.fixture(scope="module")
-def streams(both):
+def runs(both):
     """Kind of order -> for three epochs, its batches of 4 and the state after each, as JSON."""
     found = {}
     for kind, options in KINDS.items():
@@ -106,14 +106,14 @@ def test_states_are_the_same_on_all_ranks(both):
     assert json.loads(texts.pop())["position"] == 12
 
 
-def test_60_random_places_to_resume_give_the_identical_rest(both, streams):
+def test_60_random_places_to_resume_give_the_identical_rest(both, runs):
     rng = random.Random(1)
     for number in range(60):
         kind = list(KINDS)[number % len(KINDS)]
         epoch = rng.randrange(2)
-        batches = [batch for batch, _ in streams[kind][epoch]]
+        batches = [batch for batch, _ in runs[kind][epoch]]
         step = rng.randint(1, len(batches))
-        state = json.loads(streams[kind][epoch][step - 1][1])
+        state = json.loads(runs[kind][epoch][step - 1][1])
         assert (state["epoch"], state["position"]) == (epoch, min(4 * step, 29))
         options = {"num_threads": rng.choice([1, 2]), "prefetch_depth": rng.choice([1, 2, 5])}
         loader = DataLoader(both, 4, seed=5, **KINDS[kind], **options)
@@ -126,14 +126,14 @@ def test_60_random_places_to_resume_give_the_identical_rest(both, streams):
         assert len(rest) == len(batches) - step
         assert all(same(a, b) for a, b in zip(rest, batches[step:], strict=True)), (kind, state)
         if number % 4 == 0:
-            assert same(next(iter(loader)), streams[kind][epoch + 1][0][0])  # and the next epoch follows
+            assert same(next(iter(loader)), runs[kind][epoch + 1][0][0])  # and the next epoch follows
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_on_another_number_of_ranks(both, streams, kind):
-    state = json.loads(streams[kind][1][2][1])
+def test_resuming_on_another_number_of_ranks(both, runs, kind):
+    state = json.loads(runs[kind][1][2][1])
     assert state["position"] == 12
-    expected = join([batch for batch, _ in streams[kind][1][3:]])
+    expected = join([batch for batch, _ in runs[kind][1][3:]])
     for world_size in (2, 4):
         loaders = [
             DataLoader(both, 4 // world_size, seed=5, rank=r, world_size=world_size, num_threads=1, **KINDS[kind])
@@ -152,12 +152,12 @@ def test_resuming_on_another_number_of_ranks(both, streams, kind):
         }
 
 
-def test_a_global_batch_of_another_size_goes_on_at_the_same_sample(both, streams):
+def test_a_global_batch_of_another_size_goes_on_at_the_same_sample(both, runs):
     loader = DataLoader(both, 5, seed=5, shuffle=True)
-    loader.load_state_dict(json.loads(streams["shuffled"][0][1][1]))
+    loader.load_state_dict(json.loads(runs["shuffled"][0][1][1]))
     rest = list(loader)
     assert [len(batch["text"]) for batch in rest] == [5, 5, 5, 5, 1]
-    assert same(join(rest), join([batch for batch, _ in streams["shuffled"][0][2:]]))
+    assert same(join(rest), join([batch for batch, _ in runs["shuffled"][0][2:]]))
 
 
 def test_the_hash_stands_for_datasets_and_order_and_nothing_else(both, ct, sample_stores):
@@ -191,8 +191,8 @@ def test_the_hash_stands_for_datasets_and_order_and_nothing_else(both, ct, sampl
 
 
 @pytest.mark.parametrize("change", ["version", "seed", "dataset", "order"])
-def test_states_of_another_run_are_refused_with_both_values_unless_told_otherwise(both, streams, change):
-    state = json.loads(streams["shuffled"][1][1][1])
+def test_states_of_another_run_are_refused_with_both_values_unless_told_otherwise(both, runs, change):
+    state = json.loads(runs["shuffled"][1][1][1])
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     if change == "version":
         state["version"] = 99
@@ -249,7 +249,7 @@ def test_things_that_are_no_states_are_refused_and_change_nothing(both, change, 
     assert loader.state_dict() == before
 
 
-def test_places_beyond_a_dataset_that_shrank_are_its_end_where_asked_for(both, streams):
+def test_places_beyond_a_dataset_that_shrank_are_its_end_where_asked_for(both, runs):
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     before = loader.state_dict()
     with pytest.raises(InputError, match="position is 30; this epoch has 29 samples"):
@@ -259,12 +259,12 @@ def test_places_beyond_a_dataset_that_shrank_are_its_end_where_asked_for(both, s
     assert json.loads(json.dumps(loader.state_dict())) == {**before, "position": 29}
     assert list(loader) == []
     assert loader.epoch == 1
-    assert same(list(loader), [batch for batch, _ in streams["shuffled"][1]])
+    assert same(list(loader), [batch for batch, _ in runs["shuffled"][1]])
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_states_at_the_very_end_of_an_epoch(both, streams, drop_last):
-    expected = [[b for b, _ in epoch][: 7 if drop_last else 8] for epoch in streams["shuffled"]]
+def test_states_at_the_very_end_of_an_epoch(both, runs, drop_last):
+    expected = [[b for b, _ in epoch][: 7 if drop_last else 8] for epoch in runs["shuffled"]]
     loader = DataLoader(both, 4, shuffle=True, seed=5, drop_last=drop_last, num_threads=1)
     inside = [loader.state_dict() for _ in loader][-1]
     after = loader.state_dict()
@@ -285,9 +285,9 @@ def test_states_at_the_very_end_of_an_epoch(both, streams, drop_last):
     assert other.epoch == 1
 
 
-def test_all_batches_of_a_mixture_keep_to_the_weights_and_draw_anew(both, streams):
+def test_all_batches_of_a_mixture_keep_to_the_weights_and_draw_anew(both, runs):
     seen = {}
-    for number, epoch in enumerate(streams["weights"]):
+    for number, epoch in enumerate(runs["weights"]):
         batch = join([batch for batch, _ in epoch])
         small = [name for name in batch["mask_file"] if "SAMPLE_CELLS" in name]
         assert abs(len(small) - 29 * 3 / 4) <= 1
@@ -302,8 +302,8 @@ def test_all_batches_of_a_mixture_keep_to_the_weights_and_draw_anew(both, stream
 # Epochs.
 
 
-def test_epochs_advance_by_themselves_after_the_end_and_after_a_break(both, streams):
-    batches = [[b for b, _ in epoch] for epoch in streams["shuffled"]]
+def test_epochs_advance_by_themselves_after_the_end_and_after_a_break(both, runs):
+    batches = [[b for b, _ in epoch] for epoch in runs["shuffled"]]
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     assert loader.epoch == 0
     assert same(step_through(loader, 3), batches[0][:3])
@@ -348,9 +348,9 @@ def test_a_loop_over_epochs_counts_those_that_are_left_before_their_end(both):
     assert loader.epoch == 6
 
 
-def test_set_epoch_starts_an_epoch_and_keeps_a_loaded_place_in_it(both, streams):
-    batches = [[b for b, _ in epoch] for epoch in streams["shuffled"]]
-    state = json.loads(streams["shuffled"][1][4][1])
+def test_set_epoch_starts_an_epoch_and_keeps_a_loaded_place_in_it(both, runs):
+    batches = [[b for b, _ in epoch] for epoch in runs["shuffled"]]
+    state = json.loads(runs["shuffled"][1][4][1])
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     loader.set_epoch(2)
     assert loader.state_dict()["position"] == 0
@@ -369,8 +369,8 @@ def test_set_epoch_starts_an_epoch_and_keeps_a_loaded_place_in_it(both, streams)
     assert same(list(loader), batches[1])
 
 
-def test_several_iterators_run_one_epoch_each_and_the_state_follows_the_last(both, streams):
-    batches = [[b for b, _ in epoch] for epoch in streams["shuffled"]]
+def test_several_iterators_run_one_epoch_each_and_the_state_follows_the_last(both, runs):
+    batches = [[b for b, _ in epoch] for epoch in runs["shuffled"]]
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     first = iter(loader)
     assert same(next(first), batches[0][0])
@@ -386,8 +386,8 @@ def test_several_iterators_run_one_epoch_each_and_the_state_follows_the_last(bot
 
 
 @pytest.mark.parametrize("how", ["set_epoch", "load_state_dict"])
-def test_an_iterator_under_way_does_not_move_a_place_that_was_set_since(both, streams, how):
-    batches = [[b for b, _ in epoch] for epoch in streams["shuffled"]]
+def test_an_iterator_under_way_does_not_move_a_place_that_was_set_since(both, runs, how):
+    batches = [[b for b, _ in epoch] for epoch in runs["shuffled"]]
     loader = DataLoader(both, 4, shuffle=True, seed=5, num_threads=1)
     iterator = iter(loader)
     next(iterator)
@@ -395,7 +395,7 @@ def test_an_iterator_under_way_does_not_move_a_place_that_was_set_since(both, st
         loader.set_epoch(2)
         expected, place = batches[2], (2, 0)
     else:
-        loader.load_state_dict(json.loads(streams["shuffled"][1][4][1]))
+        loader.load_state_dict(json.loads(runs["shuffled"][1][4][1]))
         expected, place = batches[1][5:], (1, 20)
     assert same(next(iterator), batches[0][1])
     assert (loader.epoch, loader.state_dict()["position"]) == place
