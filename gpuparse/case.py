@@ -57,7 +57,7 @@ class CaseSettings:
             "level": self.level,
         }
 
-    def describe_same_slices(self, recorded: dict[str, Any]) -> bool:
+    def means_same_slices(self, recorded: dict[str, Any]) -> bool:
         """Whether a case written under `recorded` settings means the same, though it may be compressed otherwise.
 
         Classes may have been added since: every id in it was one of those that there were.
@@ -233,7 +233,7 @@ def _summary(folder: Path, settings: CaseSettings) -> dict[str, Any] | None:
     try:
         text = (folder / "zarr.json").read_text(encoding="utf-8")
         summary: dict[str, Any] = json.loads(text)["attributes"]["gpuparse"]
-        if not settings.describe_same_slices(summary["settings"]):
+        if not settings.means_same_slices(summary["settings"]):
             return None
     except (KeyError, TypeError, ValueError, OSError):
         return None

@@ -65,8 +65,8 @@ def convert(
     writes a store. What became of each file is also written to `report.json` beside the store.
 
     Args:
-        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`, or datasets of the foreign format; or is
-            such a dataset itself. What is at a URL is fetched to `work_dir` first.
+        data_dir: Holds `class_prompts.json` and `DATASETn/<split>/*.npz`, or datasets of the foreign format, or is
+            one foreign dataset itself. What is at a URL is fetched to `work_dir` first.
         out_dir: Where `DATASETn/<split>.zarr` goes; None puts `<split>.zarr` into the dataset's own folder. To a URL
             each store is sent once it is whole in `work_dir`.
         datasets: Names of the datasets to convert; None takes all that have sources.

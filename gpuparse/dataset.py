@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -139,7 +140,6 @@ class SliceDataset(Dataset[dict[str, Any]]):
             self.store.name if self.root_dir.endswith(".zarr") else Path(os.path.abspath(self.root_dir)).name
         )
         self._rows = self._select(views)
-        self._foreground = np.flatnonzero(self.shows_a_class(np.arange(len(self._rows))))
         self.allow_mirror = self._decide_mirror()
         # Shared memory, so that persistent workers of a torch DataLoader see set_epoch.
         self._epoch, self._has_warned = torch.zeros(2, dtype=torch.int64).share_memory_().split(1)  # type: ignore[no-untyped-call]
@@ -280,6 +280,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
     def redraws(self) -> bool:
         """Whether `foreground_fraction` puts other slices in the place of some."""
         return self.foreground_fraction > 0 and not self.fixed
+
+    @functools.cached_property
+    def _foreground(self) -> npt.NDArray[np.int64]:
+        """The slices that show a class; needed only to redraw single items."""
+        return np.flatnonzero(self.shows_a_class(np.arange(len(self._rows))))
 
     def shows_a_class(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(n,) whether there is any class in each item's slice."""

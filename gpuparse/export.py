@@ -27,10 +27,11 @@ from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
-from gpuparse.places import open_place
+from gpuparse.places import Place, open_place
 from gpuparse.prompts import parse_class_prompts
+from gpuparse.remote import RemoteOptions
 from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, view_suffix, write_slices
-from gpuparse.store import Store, open_store
+from gpuparse.store import Store, read_store
 from gpuparse.urls import check_local
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
@@ -89,6 +90,7 @@ def export_store(
     splits: Sequence[str] | None = None,
     num_jobs: int = 1,
     overwrite: bool = False,
+    remote: RemoteOptions | None = None,
     on_case: Callable[[CaseExport, int], None] = lambda *_: None,
 ) -> ExportReport:
     """Writes a store's cases back to files.
@@ -101,6 +103,7 @@ def export_store(
         splits: Which parts of the store: `val`, and its own name, `train` as a rule; None takes all it has.
         num_jobs: Processes.
         overwrite: Replaces what is there.
+        remote: How a URL is read; None takes the defaults.
         on_case: Called after each case, with the number of all.
 
     Returns:
@@ -121,15 +124,15 @@ def export_store(
     check_path("out_dir", out_dir, optional=True)
     if out_dir is not None:
         check_local(out_dir, "out_dir")
-    location = _location(path)
+    place = _store_place(path, remote)
     _opened.cache_clear()  # the store may have changed since it was exported last
-    store = open_store(location)
+    store = read_store(place)
     if out_dir is None and store.is_remote:
-        raise InputError(f"'{location}' is a URL; name the local folder for the files in out_dir (--out).")
+        raise InputError(f"'{place}' is a URL; name the local folder for the files in out_dir (--out).")
     parts = _parts(store, splits)
     root = Path(out_dir) if out_dir is not None else store.path.parent.parent
     chosen = [number for number in range(len(store.cases)) if number in parts]
-    export = (_PngExport if format == "png" else _NpzExport)(location, store, root / store.name, parts, overwrite)
+    export = (_PngExport if format == "png" else _NpzExport)(store, root / store.name, parts, overwrite)
     try:
         with StoreLock(export.work, "export is writing these files"):
             export.prepare()
@@ -146,20 +149,20 @@ def export_store(
     return ExportReport(store.name, format, tuple(done), tuple(folders))
 
 
-def _location(path: str | os.PathLike[str]) -> str:
-    """The path or URL of the store that a path or URL means."""
-    place = open_place(path)
+def _store_place(path: str | os.PathLike[str], remote: RemoteOptions | None) -> Place:
+    """The store that a path or URL means."""
+    place = open_place(path, remote)
     if isinstance(place, Path):
         place = place.resolve()
     if place.name.endswith(".zarr") or (place / "zarr.json").exists():
-        return str(place)
+        return place
     if (place / "train.zarr").is_dir():
-        return str(place / "train.zarr")
-    stores = find_stores(str(place))
+        return place / "train.zarr"
+    stores = find_stores(str(place), remote=remote)
     if len(stores) > 1:
         shown = ", ".join(map(str, stores[:_MAX_NAMED])) + (", ..." if len(stores) > _MAX_NAMED else "")
         raise InputError(f"'{place}' holds {len(stores)} stores; expected one. Name it: {shown}.")
-    return str(stores[0])
+    return stores[0]
 
 
 def _parts(store: Store, splits: Sequence[str] | None) -> dict[int, str]:
@@ -203,26 +206,25 @@ def _cannot_write(path: Path, error: OSError) -> StoreWriteError:
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(location: str) -> Store:
-    return open_store(location)
+def _opened(place: Place) -> Store:
+    return read_store(place)
 
 
 class _PngExport:
     """The reference's tree.
 
     Args:
-        location: Where the store is.
         store: The store.
         target: The dataset's folder.
         parts: Number of a case -> its part.
         overwrite: Whether to replace what is there.
     """
 
-    def __init__(self, location: str, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
-        self.location, self.store, self.target, self.parts, self.overwrite = location, store, target, parts, overwrite
+    def __init__(self, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
+        self.store, self.target, self.parts, self.overwrite = store, target, parts, overwrite
         self.work = target / f".processed-{store.split}.partial"
         # The store may have changed since a run that was ended: then nothing of it can be used.
-        self._settings = json.dumps([location, store.attributes["index"], sorted(parts.items())])
+        self._settings = json.dumps([str(store.place), store.attributes["index"], sorted(parts.items())])
 
     def prepare(self) -> None:
         """Refuses what is in the way, and keeps what an earlier run has finished.
@@ -255,13 +257,13 @@ class _PngExport:
 
     def task(self, number: int) -> tuple[Any, ...]:
         """The arguments of `write` for a case."""
-        return self.location, number, self.parts[number], self.work, self._done_path(number)
+        return self.store.place, number, self.parts[number], self.work, self._done_path(number)
 
     @staticmethod
-    def write(location: str, number: int, part: str, work: Path, done_path: Path) -> GpuparseError | Literal["written"]:
+    def write(place: Place, number: int, part: str, work: Path, done_path: Path) -> GpuparseError | Literal["written"]:
         """Makes a case's files; runs in a worker."""
         try:
-            summary = write_slices(_opened(location), number, part, work)
+            summary = write_slices(_opened(place), number, part, work)
             replace_text(done_path, json.dumps(summary))
         except GpuparseError as error:
             return error
@@ -318,8 +320,8 @@ class _PngExport:
 class _NpzExport:
     """Volumes in BiomedParse's layout; the arguments are those of `_PngExport`."""
 
-    def __init__(self, location: str, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
-        self.location, self.store, self.target, self.parts, self.overwrite = location, store, target, parts, overwrite
+    def __init__(self, store: Store, target: Path, parts: dict[int, str], overwrite: bool) -> None:
+        self.store, self.target, self.parts, self.overwrite = store, target, parts, overwrite
         self.work = target / f".{store.split}.npz"  # only its lock is ever there
         # Where conversion puts stores unless told otherwise: what lies there is what they were made from.
         self._is_home = not store.is_remote and target.resolve() == store.path.parent.resolve()
@@ -352,15 +354,15 @@ class _NpzExport:
     def task(self, number: int) -> tuple[Any, ...]:
         """The arguments of `write` for a case."""
         name = f"{self.store.cases[number].name}.npz"
-        return self.location, number, self.target / self.parts[number] / name, self.overwrite, self._is_home
+        return self.store.place, number, self.target / self.parts[number] / name, self.overwrite, self._is_home
 
     @staticmethod
     def write(
-        location: str, number: int, target: Path, overwrite: bool, is_home: bool
+        place: Place, number: int, target: Path, overwrite: bool, is_home: bool
     ) -> GpuparseError | Literal["written", "kept"]:
         """Makes a case's file; runs in a worker."""
         try:
-            case = StoredCase(_opened(location), number)
+            case = StoredCase(_opened(place), number)
             spacing = np.array(case.spacing_mm()[::-1], np.float64)
             arrays: dict[str, npt.NDArray[Any]] = {"imgs": case.image(), "gts": case.labels(), "spacing": spacing}
             if target.exists():

@@ -35,7 +35,7 @@ class FolderLayout:
         channel: Which channel of an image to take, for `nnunet`; None where there is only one.
 
     Raises:
-        InputError: A value is of another type, or no format.
+        InputError: A value is of another type, or the format is not one of the three.
     """
 
     format: Literal["nnunet", "nifti", "dicom"]

@@ -33,7 +33,7 @@ class ValSplit:
 
     Raises:
         InputError: The fraction is out of range or given beside a file, or something is of another type; the expression
-            is none.
+            is no regular expression.
     """
 
     fraction: float = 0.0

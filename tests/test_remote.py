@@ -364,6 +364,15 @@ def test_export_reads_a_remote_store(server, sample_stores, tmp_path, monkeypatc
     assert len(list((tmp_path / "far").rglob("*.*"))) == 2 * 114 + 1 + 4 + 1
 
 
+def test_export_takes_options(server, options, sample_stores, tmp_path):
+    from gpuparse.export import export_store
+
+    export_store("s3://bucket/data/SAMPLE_CT", tmp_path / "far", format="npz", remote=options, num_jobs=2)
+    export_store(sample_stores["SAMPLE_CT"], tmp_path / "near", format="npz")
+    for path in (tmp_path / "near").rglob("*.*"):
+        assert (tmp_path / "far" / path.relative_to(tmp_path / "near")).read_bytes() == path.read_bytes()
+
+
 def test_other_commands_say_that_they_need_a_local_store(server, options):
     with pytest.raises(StoreFormatError, match=r"no store but holds train\.zarr\. Name 's3://bucket/data/SAMPLE_CT/tr"):
         gpuparse.open_store("s3://bucket/data/SAMPLE_CT", remote=options)

@@ -156,11 +156,6 @@ def _first_batch(part: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _step_seconds(item: tuple[str, dict[str, Any]]) -> float:
-    seconds: float = item[1]["seconds_per_step"]["loader"]["median"]
-    return seconds
-
-
 def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
     """Side, step with its loader, step with a held batch, their ratio, the side over gpuparse, ahead."""
     return [

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from gpuparse.check.findings import CheckedDataset, CheckReport, Finding
-from gpuparse.check.repair import repair
+from gpuparse.check.repair import RepairReport, repair
 from gpuparse.check.rules import RULES, Rule, Severity
 from gpuparse.check.run import check
 
-__all__ = ["RULES", "CheckReport", "CheckedDataset", "Finding", "Rule", "Severity", "check", "repair"]
+__all__ = ["RULES", "CheckReport", "CheckedDataset", "Finding", "RepairReport", "Rule", "Severity", "check", "repair"]

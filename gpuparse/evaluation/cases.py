@@ -291,7 +291,7 @@ def find_cases(
     dataset_dir = Path(os.path.abspath(folder)).parent
     called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
     entries = Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
-    images = [folder / name for name in npz_names(folder)]
+    images = [folder / file_name for file_name in npz_names(folder)]
     labels_dir = _labels_folder(folder)
     if labels_dir is None and not _holds_labels(images[0]):
         raise InputError(
@@ -307,9 +307,9 @@ def find_cases(
         )
     cases = []
     for path in images:
-        name, (case_prompts, group) = check_name(path.stem, f"{path}: case name"), entries.of_case(path.stem)
+        case_name, (case_prompts, group) = check_name(path.stem, f"{path}: case name"), entries.of_case(path.stem)
         labels_path = path if labels_dir is None else labels_dir / path.name
-        cases.append(NpzCase(name, case_prompts, path, labels_path, group))
+        cases.append(NpzCase(case_name, case_prompts, path, labels_path, group))
     return CaseSet(called[0], split, tuple(cases))
 
 

@@ -110,10 +110,10 @@ def count_case(store: Store, case: int) -> Counter[int]:
     keys = [SliceKey(store, case, 0, position) for position in range(0, layout.shape[0], layout.chunks[0])]
     layer_bytes = layout.chunk_bytes * layout.grid[1] * layout.grid[2]
     step = max(1, _BATCH_BYTES // layer_bytes)
-    total: Counter[int] = Counter()
+    reader, total = ChunkReader(), Counter[int]()
     for first in range(0, len(keys), step):
         batch = keys[first : first + step]
-        slices = ChunkReader().read(batch, gather_labels(batch))
+        slices = reader.read(batch, gather_labels(batch))
         arena = decode_on_host(slices)
         for start in slices.blocks[slices.blocks >= 0].tolist():
             total.update(_ids_in(arena[start : start + layout.chunk_bytes].view(layout.dtype)))

@@ -31,7 +31,6 @@ class _ZarrDataset:
     def __init__(self, data: BenchData, settings: BenchSettings) -> None:
         self._data, self._size = data, settings.size
         self._refs, self._prompts = data.slices, data.prompts
-        self._groups: dict[str, Any] = {}
         self._arrays: dict[tuple[str, str], tuple[Any, Any]] = {}
         self.reseed(0)
 
@@ -40,7 +39,7 @@ class _ZarrDataset:
 
         # Each worker has a core: one thread to decode with, and files opened here, since zarr's loop survives no fork.
         zarr.config.set({"threading.max_workers": 1})
-        self._groups, self._arrays = {}, {}
+        self._arrays = {}
         self._random = np.random.RandomState(seed)
         self._augment = ReferenceAugmentation(seed, vectorised_salt=True)
 
