@@ -74,6 +74,10 @@ sanitize() {
 
 # The checkout itself is what runs, not a copy that was installed earlier.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if ! "$python" -c 'import gpuparse.convert, gpuparse.loader' >>"$log" 2>&1; then
+  say "=== gpuparse cannot be imported: $(tail -n 1 "$log"). Install what it names; no part was run."
+  exit 1
+fi
 if ! "$python" -c 'from gpuparse.kernels import host_library; host_library()' >>"$log" 2>&1; then
   run install 60 bench/install_offline.sh
 fi

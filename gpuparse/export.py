@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from gpuparse.arguments import check_choice, check_flag, check_path, check_selec
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
-from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text
+from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text, replacing
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
 from gpuparse.places import Place, open_place
@@ -379,13 +378,8 @@ class _NpzExport:
                         "--out."
                     )
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
-            try:
-                with temporary.open("wb") as file:
-                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(target) as temporary, temporary.open("xb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         except GpuparseError as error:
             return error
         except OSError as error:

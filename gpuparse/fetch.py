@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from gpuparse.connections import import_obstore
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreWriteError
-from gpuparse.folders import replace_text
+from gpuparse.folders import replace_text, replacing
 from gpuparse.lock import StoreLock
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.proposal import PROPOSAL_FILE
@@ -176,17 +175,13 @@ def _read_notes(path: Path) -> dict[str, ObjectInfo]:
 
 def _download(place: RemotePath, info: ObjectInfo, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.new")
-    try:
+    with replacing(path) as temporary:
         with temporary.open("wb") as file:
             for offset in range(0, info.num_bytes, _PIECE_BYTES):
                 num_bytes = min(_PIECE_BYTES, info.num_bytes - offset)
                 file.write(_read_piece(place, offset, num_bytes, info.etag or ""))
         time_ns = int(info.modified_seconds * 1e9)
         os.utime(temporary, ns=(time_ns, time_ns))  # a later run knows by it that nothing has changed
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_piece(place: RemotePath, offset: int, num_bytes: int, etag: str) -> memoryview:

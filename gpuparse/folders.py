@@ -1,14 +1,16 @@
-"""Folders that change as a whole: put in place, replaced and removed by renames, so that none is ever half there."""
+"""Files and folders that change as a whole: put in place, replaced and removed by renames."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["discard_folder", "remove_discarded", "replace_folder", "replace_text"]
+__all__ = ["beside", "discard_folder", "remove_discarded", "replace_folder", "replace_text", "replacing"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -68,12 +70,33 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; the file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, ending: str = ".new") -> Iterator[Path]:
+    """A name beside `path` to write a file to, which takes its place at the end; where that is not reached, it is gone.
+
+    Args:
+        path: The file; readers see the old one or the new one.
+        ending: Of the name, for writers that go by it. What a killed process leaves under `.new` is removed by the next
+            conversion.
+    """
+    with beside(path, ending) as temporary:
+        yield temporary
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def beside(path: Path, ending: str = ".new") -> Iterator[Path]:
+    """A name in the folder of `path`, no longer than others; what is there in the end is removed."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}{ending}")
+    try:
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide what went wrong
+            temporary.unlink(missing_ok=True)
 
 
 def _other_name(path: Path, suffix: str) -> Path:

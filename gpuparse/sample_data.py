@@ -12,18 +12,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuparse.errors import InputError
+from gpuparse.folders import replacing
 
 __all__ = ["make_sample_data"]
 
@@ -104,12 +103,12 @@ def make_sample_data(out_dir: str | os.PathLike[str], *, seed: int = 0) -> Path:
                 )
         for path, arrays in missing:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _atomic_writer(path) as file:
+            with replacing(path) as temporary, temporary.open("xb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         # The prompts come last: where they are present, the volumes are complete.
         if not prompts_path.exists():
-            with _atomic_writer(prompts_path) as file:
-                file.write(prompts)
+            with replacing(prompts_path) as temporary:
+                temporary.write_bytes(prompts)
     except OSError as error:
         raise InputError(
             f"{root}: cannot write sample data there ({error}). Pass a writable folder with 12 MB to spare."
@@ -137,18 +136,6 @@ def _holds_arrays(path: Path, arrays: _Arrays) -> bool:
     # AttributeError and TypeError: a bare .npy under this name loads as an array, which has no `files`.
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError):
         return False
-
-
-@contextmanager
-def _atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a hidden sibling for writing and rename it to `path` once the block has ended well."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], cell_px: _Triple, amplitude: float) -> _Field:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gpuparse.errors import InputError
+from gpuparse.folders import replacing
 from gpuparse.panel import COLOURS, Layer, Panel, check_panel, choose_slot, contours, slot_colour, slot_dash
 
 __all__ = ["contact_sheet"]
@@ -182,15 +182,10 @@ def _drawn(panels: Sequence[Panel], columns: int, title: str | None) -> Figure:
 def _write(figure: Figure, target: Path) -> None:
     """Write the PNG beside its place, then rename it."""
     canvas: Any = FigureCanvasAgg(figure)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                canvas.print_png(file, metadata={"Software": None}, pil_kwargs={"compress_level": _PNG_LEVEL})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as temporary, temporary.open("xb") as file:
+            canvas.print_png(file, metadata={"Software": None}, pil_kwargs={"compress_level": _PNG_LEVEL})
     except OSError as error:
         raise InputError(
             f"{target}: cannot write the contact sheet ({error}). Pass a path that can be written."

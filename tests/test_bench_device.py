@@ -335,7 +335,9 @@ class TestScripts:
         done = subprocess.run([BENCH / "run_on_gpu.sh"], capture_output=True, encoding="utf-8", env=stubs())
         assert done.returncode == 0, done.stdout + done.stderr
         calls = [
-            line for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines() if "host_library" not in line
+            line
+            for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+            if "host_library" not in line and "gpuparse.loader" not in line
         ]
         out = tmp_path / "out"
         assert calls[0].startswith("nvidia-smi")
@@ -365,6 +367,14 @@ class TestScripts:
         *_, passed, failed = done.stdout.splitlines()
         assert passed == "=== passed: bench"
         assert failed.strip() == "=== FAILED: tests (status 3); racecheck (status 3);"
+
+    def test_what_cannot_be_imported_is_said_before_any_part(self, stubs, tmp_path):
+        done = subprocess.run(
+            [BENCH / "run_on_gpu.sh"], capture_output=True, encoding="utf-8", env=stubs(fail=("*gpuparse.loader*",))
+        )
+        assert done.returncode == 1
+        assert "gpuparse cannot be imported" in done.stdout
+        assert len((tmp_path / "calls").read_text(encoding="utf-8").splitlines()) == 1
 
     def test_time_and_parts_are_limited(self, stubs):
         environment = {**stubs(), "LIMIT_SECONDS": "0"}

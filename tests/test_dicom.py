@@ -162,6 +162,15 @@ def test_files_cut_short_or_foreign_are_named(folder):
     assert len(look_into(folder).files) == len(IMAGE)
 
 
+def test_a_header_that_says_nothing_of_its_series_is_damaged(folder):
+    path = sorted(folder.iterdir())[0]
+    header = pydicom.dcmread(path)
+    del header.SeriesInstanceUID
+    header.save_as(path)
+    with pytest.raises(VolumeFormatError, match=rf"{path.name}: damaged DICOM .*its header ends too early"):
+        look_into(folder)
+
+
 def test_a_folder_with_several_series_is_refused_unless_a_segmentation_chooses(folder, tmp_path):
     other = write_series(folder / "second", SeriesDescription="thick")
     with pytest.raises(VolumeFormatError, match=r"2 series \(CT '', 7 files; CT 'thick', 7 files\); expected one"):

@@ -38,3 +38,23 @@ def test_without_exchange_a_rename_that_fails_leaves_what_was_there(pair, monkey
         folders.replace_folder(*pair)
     assert sorted(path.name for path in pair[1].parent.iterdir()) == ["new", "there"]
     assert (pair[1] / "text").read_text() == "there"
+
+
+def fail_half_way(path):
+    path.write_text("half")
+    raise OSError("made to fail")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, is_there):
+    path = tmp_path / "text"
+    if is_there:
+        path.write_text("old")
+    with pytest.raises(OSError, match="made to fail"), folders.replacing(path) as temporary:
+        fail_half_way(temporary)
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["old"] * is_there
+    with folders.replacing(path, ".npz") as temporary:
+        temporary.write_text("new")
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".npz")
+        assert len(list(tmp_path.iterdir())) == 1 + is_there
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["new"]

@@ -49,3 +49,41 @@ def test_a_member_before_which_another_name_stands_is_refused():
     raw = npz(imgs=IMAGE).replace(b"imgs.npy", b"sgmi.npy", 1)  # the header in front; its entry is at the end
     with pytest.raises(zipfile.BadZipFile, match=r"File name in directory 'imgs\.npy' and header b'sgmi\.npy' differ"):
         NpzFile(raw).read("imgs", 100)
+
+
+def with_member(content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("imgs.npy", content)
+    return buffer.getvalue()
+
+
+def npy_header(text, version=1):
+    length = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"words, words, words", "an array does not begin like one"),
+        (b"\x93NUMPY\x01", "an array does not begin like one"),
+        (b"\x93NUMPY\x09\x00" + bytes(20), "an array does not begin like one"),
+        (b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\x3f" + b" " * 20_000, "an array's header is longer than can be"),
+        (npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-2, 3), }\n"),
+         r"an array has the shape \(-2, 3\)"),
+        (npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 3), }\n", 2) + b"abc",
+         r"imgs declares \(2, 3\) elements of uint8, 6 bytes, and its member has 3"),
+    ],
+)  # fmt: skip
+def test_a_header_that_cannot_be_is_refused(content, message):
+    with pytest.raises(DamagedError, match=message):
+        NpzFile(with_member(content)).read("imgs", 100)
+
+
+def test_values_that_differ_from_their_checksum_are_damaged():
+    image = np.arange(40_000, dtype=np.uint8).reshape(200, 10, 20)  # beyond what is read for the header
+    raw = bytearray(npz(imgs=image))
+    raw[raw.index(image.tobytes()) + 39_000] ^= 1
+    with pytest.raises(DamagedError, match=r"imgs\.npy does not match its CRC-32"):
+        NpzFile(bytes(raw)).read("imgs", 40_000)

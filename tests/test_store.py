@@ -241,6 +241,9 @@ def test_a_missing_or_damaged_index_is_named(store_path):
     chunk.write_bytes(raw)
     with pytest.raises(StoreFormatError, match=rf"column 'position' of the slice index is damaged .*{REMEDY}"):
         assert open_store(store_path).slices
+    chunk.unlink()  # zeros, as Zarr has it
+    with pytest.raises(StoreFormatError, match=r"'position' of .* damaged .*its values do not match their crc32c"):
+        assert open_store(store_path).slices
     shutil.rmtree(index / "case_shape")
     with pytest.raises(StoreFormatError, match=r"column 'case_shape' of the slice index is damaged"):
         assert open_store(store_path).cases

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from gpuparse.check.store import opened_store
 from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
+from gpuparse.folders import replacing
 from gpuparse.memory import GIB, gib_to_bytes
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.store import Store, open_store
@@ -232,6 +232,5 @@ def _unsettle(path: Path, saved: dict[Path, bytes]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from gpuparse.arrays import serial_blosc, write_group, write_voxels
 from gpuparse.errors import InputError, StoreFormatError, StoreWriteError
-from gpuparse.folders import replace_folder
+from gpuparse.folders import beside, replace_folder, replacing
 from gpuparse.layout import read_json
 from gpuparse.optional import import_optional
 from gpuparse.scan import orientation_of
@@ -205,7 +205,7 @@ def check_can_write(path: Path) -> None:
     Raises:
         InputError: It cannot be written there.
     """
-    with _beside(path) as temporary:
+    with _written(path), beside(path) as temporary:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary.touch()
@@ -213,24 +213,18 @@ def check_can_write(path: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; the file is renamed when all went well, and gone when not."""
-    with _beside(path) as temporary:
+    """A name beside `path` to write to, which ends as that does: nibabel goes by it."""
+    with _written(path), replacing(path, path.name[-len(".nii.gz") :]) as temporary:
         yield temporary
-        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name beside `path`, which ends as that does and is no longer than others; what is left there is removed."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.name[-len('.nii.gz') :]}")
+def _written(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}. Name a place that can.") from error
-    finally:
-        with contextlib.suppress(OSError):  # it would hide what went wrong
-            temporary.unlink(missing_ok=True)
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
