@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ def memory_limit_bytes() -> int | None:
     return min(limits, default=None)
 
 
+@functools.cache
 def cpu_quota() -> float | None:
-    """Processors' worth of time that the process's group is granted, None where nothing bounds it."""
+    """Processors' worth of time that the process's group is granted, None where nothing bounds it; asked for once."""
     quotas = []
     for folder in _groups("cpu"):
         for read in (_quota_v2, _quota_v1):

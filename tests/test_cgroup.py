@@ -23,7 +23,9 @@ def tree(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
-    return write
+    cgroup.cpu_quota.cache_clear()
+    yield write
+    cgroup.cpu_quota.cache_clear()
 
 
 STEP = "system.slice/slurmstepd.scope/job_7/step_0"
