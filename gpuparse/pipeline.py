@@ -134,10 +134,11 @@ class BatchPipeline:
             outputs = self._pipeline.run(stream) if stream is not None else self._pipeline.run()
         except GpuparseError:
             raise
-        except Exception as error:
-            if _is_of_a_handler(error):
-                raise
-            error.__traceback__ = None  # its frames would keep the pipeline alive after close
+        except BaseException as error:
+            is_passed_on = not isinstance(error, Exception) or _is_of_a_handler(error)
+            error = error.with_traceback(None)  # its frames would keep the pipeline alive after close
+            if is_passed_on:
+                raise error
             failure = self._failures.pop(step, None)
             raise failure or PipelineError(
                 f"DALI failed at batch {step} of this iteration: {error} If the device is out of memory, lower "

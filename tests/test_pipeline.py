@@ -75,7 +75,7 @@ def test_exceptions_come_in_place_of_their_batches(prefetch_depth, stage):
     pipeline.close()
 
 
-@pytest.mark.parametrize("stage", ["fetch", "render", "dali"])
+@pytest.mark.parametrize("stage", ["fetch", "render", "dali", "interrupt", "handler"])
 def test_closing_ends_dali_while_an_exception_is_kept(monkeypatch, stage):
     def fail_in(name):
         if stage == name:
@@ -86,12 +86,19 @@ def test_closing_ends_dali_while_an_exception_is_kept(monkeypatch, stage):
         return packed(step)
 
     pipeline = BatchPipeline(fetch, lambda *_: fail_in("render"), PipelineOptions(4, 2))
+    if stage in ("interrupt", "handler"):
+        error = KeyboardInterrupt(stage) if stage == "interrupt" else OverflowError(stage)
+
+        def raise_inside(self, *_):
+            raise error
+
+        monkeypatch.setattr(type(pipeline._pipeline), "run", raise_inside)
     if stage == "dali":
         monkeypatch.setattr(type(pipeline._pipeline), "run", lambda self, *_: fail_as_dali(RuntimeError("dali")))
     ended = weakref.ref(pipeline._pipeline)
     gc.disable()  # not by the collector, which may run in DALI's own thread
     try:
-        with pytest.raises((KeyError, PipelineError), match=stage) as kept:
+        with pytest.raises((KeyError, PipelineError, KeyboardInterrupt, OverflowError), match=stage) as kept:
             pipeline.run()
         pipeline.close()
         assert ended() is None
