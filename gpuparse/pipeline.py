@@ -10,6 +10,7 @@ figures).
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import math
 import os
@@ -168,18 +169,27 @@ class BatchPipeline:
             return
         for future in self._ahead.values():
             future.cancel()
-        try:
+        with contextlib.ExitStack() as on_exit:  # all of it, also where a signal's handler raises in between
+            on_exit.callback(self._forget)
+            on_exit.callback(self._reading.shutdown, wait=True)
+            on_exit.callback(self._end_dali)
+            on_exit.callback(self._launched.clear)
             while self._launched:
                 self._end_oldest()
-        finally:
-            self._launched.clear()
-            self._pipeline = None  # waits for what DALI has begun
-            self._reading.shutdown(wait=True)
-            # DALI's graph is a circle that holds this object until the next collection of garbage: it holds no more.
-            self._given.clear()
-            self._ahead.clear()
-            self._failures.clear()
-            del self._fetch, self._render
+
+    def _end_dali(self) -> None:
+        """Waits for what DALI has begun; its finalizer does so, too, but swallows what signal handlers raise in it."""
+        pipeline, self._pipeline = self._pipeline, None
+        shutdown = getattr(pipeline, "_shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _forget(self) -> None:
+        """Lets go of everything: DALI's graph is a circle that holds this object until garbage is collected."""
+        self._given.clear()
+        self._ahead.clear()
+        self._failures.clear()
+        del self._fetch, self._render
 
     def _graph(self, fn: Any, types: Any) -> tuple[Any, ...]:
         # no_copy: a batch keeps its buffer until it is rendered, so DALI need not have one of its own. For a GPU DALI

@@ -52,11 +52,11 @@ def train(settings, rank, world_size):
         for epoch in range(loader.epoch, settings["num_epochs"]):
             loader.set_epoch(epoch)
             for step, batch in enumerate(loader, start=1):
+                state = loader.state_dict()
+                print(json.dumps({"state": state, "samples": samples_of(batch)}), file=log, flush=True)
                 # As gradients would be: hangs, and then fails, where ranks have different numbers of batches.
                 count = torch.tensor([len(batch["text"])])
                 torch.distributed.all_reduce(count)
-                state = loader.state_dict()
-                print(json.dumps({"state": state, "samples": samples_of(batch)}), file=log, flush=True)
                 if rank == 0 and step % settings["save_every"] == 0:
                     temporary = checkpoint.with_suffix(".new")
                     temporary.write_text(json.dumps(state))
