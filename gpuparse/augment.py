@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arguments import check_choice, check_num_threads, whole_numbers
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import InputError
 from gpuparse.sampling import PARAMS_DTYPE
 from gpuparse.views import (
@@ -336,7 +337,7 @@ def launch_finish(
     p = kernels.pointer
     kernels.host_library().gpuparse_augment(
         ctypes.c_int64(num_samples),
-        ctypes.c_int32(num_threads or kernels.default_num_threads()),
+        ctypes.c_int32(num_threads or num_usable_cpus()),
         *map(p, (images, arena, blocks, label_planes, tables.nearest)),
         ctypes.c_int32(tables.length),
         *map(p, crop_arrays),

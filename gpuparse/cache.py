@@ -114,17 +114,12 @@ class ChunkCache:
             was_in_use, self._in_use = self._in_use, True
             return not was_in_use
 
-    def release(self, *, failed: bool = False) -> None:
-        """Ends an iteration: chunks of batches that were never made are forgotten.
-
-        Args:
-            failed: Whether it ended in an error. All chunks are forgotten then: batches behind the one that failed may
-                have been made, so that nobody knows whose chunks were decoded.
-        """
+    def release(self) -> None:
+        """Ends an iteration: chunks of batches that were never made are forgotten; all chunks where one has failed."""
         with self._lock:
             while self._unmade:
                 self._forget(self._unmade.pop())
-            if failed or self._is_spoilt:
+            if self._is_spoilt:
                 self._forget(list(self._places))
             self._in_use = self._is_spoilt = False
 
@@ -179,7 +174,10 @@ class ChunkCache:
             self._unmade.popleft()
 
     def spoil(self) -> None:
-        """A batch could not be made: all chunks are forgotten when the iteration ends, also where it is left early."""
+        """Something failed: all chunks are forgotten when the iteration ends, in whatever way it does.
+
+        Batches behind the one that failed may have been made, so that nobody knows whose chunks were decoded.
+        """
         with self._lock:
             self._is_spoilt = True
 

@@ -14,7 +14,7 @@ from rich.panel import Panel as TextPanel
 from rich.table import Table
 from torch.utils.data import ConcatDataset
 
-from gpuparse import kernels
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.convert import ConversionReport, convert
 from gpuparse.dataset import SliceDataset
 from gpuparse.loader import DataLoader
@@ -92,7 +92,7 @@ def run_demo(out_dir: Path, *, batch_size: int, num_epochs: int, console: Consol
     with console.status("drawing the contact sheet"):
         sheet = _draw_sheet(datasets, out_dir / "contact_sheet.png")
     return DemoReport(
-        report, str(loader.device), kernels.default_num_threads(), batch_size, tuple(rates), first_batch_seconds, sheet
+        report, str(loader.device), num_usable_cpus(), batch_size, tuple(rates), first_batch_seconds, sheet
     )
 
 

@@ -178,7 +178,6 @@ class DeviceRenderer:
     """
 
     def __init__(self, device: torch.device, size: tuple[int, int], types: OutputTypes, cache_bytes: int = 0) -> None:
-
         self._device = device
         self._size = size
         self._types = types

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arguments import check_num_threads, whole_numbers
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import InputError
 from gpuparse.views import (
     Recipe,
@@ -210,7 +211,7 @@ def encode_masks(
 def _host_head(arena: Any, blocks: Any, planes: Any, num_threads: int | None) -> tuple[Any, ...]:
     return (
         ctypes.c_int64(len(planes)),
-        ctypes.c_int32(num_threads or kernels.default_num_threads()),
+        ctypes.c_int32(num_threads or num_usable_cpus()),
         kernels.pointer(arena),
         kernels.pointer(blocks),
         kernels.pointer(planes),

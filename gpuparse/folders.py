@@ -10,7 +10,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["beside", "discard_folder", "remove_discarded", "replace_folder", "replace_text", "replacing"]
+__all__ = [
+    "beside",
+    "discard_folder",
+    "remove_discarded",
+    "replace_bytes",
+    "replace_folder",
+    "replace_text",
+    "replacing",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -70,8 +78,17 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; the file is as it was.
     """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole: readers see the old bytes or the new ones.
+
+    Raises:
+        OSError: It cannot be written; the file is as it was.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import KernelError
 
 __all__ = [
     "cupy_stream",
-    "default_num_threads",
     "host_library",
     "is_device_array",
     "kernel_sources",
@@ -175,8 +173,3 @@ def launch_on_device(file_name: str, kernel: str, num_elements: int, arguments: 
     function = _device_function(file_name, kernel, cupy.cuda.Device().id)
     num_blocks = max(1, min(-(-num_elements // 256), 2**31 - 1))
     function((num_blocks,), (256,), (np.int64(num_elements), *arguments))
-
-
-def default_num_threads() -> int:
-    """CPU cores this process may use: those it is allowed, within its control group's quota."""
-    return num_usable_cpus()

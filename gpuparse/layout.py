@@ -18,9 +18,9 @@ from gpuparse.arrays import BLOSC_BLOCK_BYTES, blosc_typesize
 from gpuparse.errors import StorageError, StoreFormatError
 from gpuparse.places import Place, local_path
 
-__all__ = ["ArrayLayout", "parse_layout", "read_json", "shard_sizes"]
+__all__ = ["CASE_REMEDY", "ArrayLayout", "parse_layout", "read_json", "shard_sizes"]
 
-_REMEDY = "Convert this case again: `gpuparse check STORE --repair`."
+CASE_REMEDY = "Convert this case again: `gpuparse check STORE --repair`."
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: a store makes one per array
@@ -140,12 +140,12 @@ def shard_sizes(case: Place) -> dict[str, int] | None:
         StoreFormatError: The case's metadata is missing or damaged.
         StorageError: Remote storage failed.
     """
-    data = read_json(case / "zarr.json", _REMEDY)
+    data = read_json(case / "zarr.json", CASE_REMEDY)
     try:
         files = data.get("attributes", {}).get("gpuparse", {}).get("files")
         return None if files is None else {key: operator.index(size) for key, size in files.items()}
     except (AttributeError, TypeError) as error:
-        raise StoreFormatError(f"'{case}': zarr.json is damaged ({error}). {_REMEDY}") from error
+        raise StoreFormatError(f"'{case}': zarr.json is damaged ({error}). {CASE_REMEDY}") from error
 
 
 def parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[str, int] | None) -> ArrayLayout:
@@ -160,11 +160,11 @@ def parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[
         StoreFormatError: The array is missing or is not in the store's format.
         StorageError: Remote storage failed.
     """
-    meta = read_json(path / "zarr.json", _REMEDY)
+    meta = read_json(path / "zarr.json", CASE_REMEDY)
 
     def expect(what: str, got: Any, wanted: Any) -> None:
         if got != wanted:
-            raise StoreFormatError(f"'{path}': {what} is {got!r}; the format asks for {wanted!r}. {_REMEDY}")
+            raise StoreFormatError(f"'{path}': {what} is {got!r}; the format asks for {wanted!r}. {CASE_REMEDY}")
 
     try:
         expect("zarr_format", meta["zarr_format"], 3)
@@ -197,5 +197,5 @@ def parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[
         if isinstance(error, StoreFormatError):
             raise
         reason = f"{type(error).__name__}: {error}"
-        raise StoreFormatError(f"'{path}': zarr.json is incomplete ({reason}). {_REMEDY}") from error
+        raise StoreFormatError(f"'{path}': zarr.json is incomplete ({reason}). {CASE_REMEDY}") from error
     return ArrayLayout(path, shape, dtype, chunks, shards, shard_bytes)  # type: ignore[arg-type]

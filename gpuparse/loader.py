@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from gpuparse import kernels
 from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.augment import OutputTypes
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
@@ -124,7 +124,7 @@ class DataLoader:
         self.seed = check_seed(seed)
         self.prefetch_depth = whole_number("prefetch_depth", prefetch_depth, 1)
         self.log_every = whole_number("log_every", log_every, 0, expected="a number of batches, or 0")
-        self.num_threads = check_num_threads(num_threads) or kernels.default_num_threads()
+        self.num_threads = check_num_threads(num_threads) or num_usable_cpus()
         self.device = choose_device(device)
         self._flat = FlatDataset(dataset)
         self._types = OutputTypes(image_dtype, labels_dtype)

@@ -88,7 +88,6 @@ class BatchPipeline:
         self._render = render
         self._options = options
         self._failures: dict[int, BaseException] = {}
-        self._interrupt: BaseException | None = None
         self._ahead: dict[int, concurrent.futures.Future[PackedBatch]] = {}
         # What DALI has been given and not yet rendered, in order; it works off its input in that order.
         # With it go the arrays that DALI reads where they are, for as long as it may.
@@ -147,7 +146,7 @@ class BatchPipeline:
             ) from error
         self._num_taken += 1
         given = self._given.popleft() if self._options.device_index is not None else None
-        failure = self._interrupt or self._failures.pop(step, None)
+        failure = self._failures.pop(step, None)
         if failure is not None:
             raise failure
         if given is not None:
@@ -242,8 +241,8 @@ class BatchPipeline:
             future = self._ahead.pop(step)
             try:
                 failure = future.exception()
-            except BaseException as error:  # of the waiting itself: an interrupt, for which `run` ends at once
-                failure = self._interrupt = error.with_traceback(None)
+            except BaseException as error:  # of the waiting itself: an interrupt, for the batch that `run` is about
+                failure, step = error.with_traceback(None), self._num_taken
             # Kept, not raised: DALI would repeat it for ever, and its frames would keep the pipeline alive after close.
             if failure is None:
                 packed = future.result()

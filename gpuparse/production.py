@@ -381,7 +381,6 @@ def produce(
 
     with contextlib.ExitStack() as on_exit:
         on_exit.callback(end_here(maker.finish))
-        on_exit.callback(work.clear)  # DALI's objects refer to this function's until the next collection of garbage
         on_exit.callback(pipeline.close)
         on_exit.callback(end_here(ring.close))
         for _ in range(plan.num_batches):

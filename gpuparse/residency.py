@@ -121,16 +121,17 @@ class Caches:
     def lend(self) -> Iterator[tuple[ChunkCache | None, PageCacheBudget | None]]:
         """The caches for one iteration; a second one at the same time goes without the cache of decoded chunks."""
         mine = self._chunks if self._chunks is not None and self._chunks.acquire() else None
-        failed = True
         try:
             yield mine, self._budget
-            failed = False
         except GeneratorExit:  # left early
-            failed = False
+            raise
+        except BaseException:
+            if mine is not None:
+                mine.spoil()
             raise
         finally:
             if mine is not None:
-                mine.release(failed=failed)
+                mine.release()
 
     def status(self) -> CacheStatus | None:
         """How full the cache is, None without one."""

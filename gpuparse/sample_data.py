@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuparse.errors import InputError
-from gpuparse.folders import replacing
+from gpuparse.folders import replace_bytes, replacing
 
 __all__ = ["make_sample_data"]
 
@@ -107,8 +107,7 @@ def make_sample_data(out_dir: str | os.PathLike[str], *, seed: int = 0) -> Path:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         # The prompts come last: where they are present, the volumes are complete.
         if not prompts_path.exists():
-            with replacing(prompts_path) as temporary:
-                temporary.write_bytes(prompts)
+            replace_bytes(prompts_path, prompts)
     except OSError as error:
         raise InputError(
             f"{root}: cannot write sample data there ({error}). Pass a writable folder with 12 MB to spare."

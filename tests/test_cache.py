@@ -184,7 +184,8 @@ def test_an_iteration_that_failed_leaves_no_chunk():
     cache.release()
     assert cache.status().num_chunks == 1
     reserve(cache, [(layout, 1)])
-    cache.release(failed=True)
+    cache.spoil()
+    cache.release()
     assert cache.status() == CacheStatus(64, 0, 0, 0)
     assert reserve(cache, [(layout, i) for i in range(4)]) == ([0, 16, 32, 48], [False] * 4)
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gpuparse import cgroup, kernels
+from gpuparse import cgroup
 from gpuparse.memory import default_memory_bytes
 
 
@@ -57,5 +57,4 @@ V1 = "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n1:name=systemd:/docker/ab\n
 def test_the_least_limit_from_the_own_group_up_holds(tree, membership, files, limit, quota, num_cpus):
     tree(membership, files)
     assert (cgroup.memory_limit_bytes(), cgroup.cpu_quota(), cgroup.num_usable_cpus()) == (limit, quota, num_cpus)
-    assert kernels.default_num_threads() == num_cpus
     assert limit is None or default_memory_bytes() == limit // 2

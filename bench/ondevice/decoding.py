@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpuparse import kernels
 from gpuparse.augment import OutputTypes
 from gpuparse.bench.context import NotRunError
 from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.device import DeviceRenderer
 from gpuparse.pack import PackedBatch
 from gpuparse.pipeline import BatchPipeline, PipelineOptions, inflate_inputs
@@ -60,7 +60,7 @@ def host_slots(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
     blocks = packed.compressed.copy()
     blocks["target"] = np.arange(len(blocks)) * packed.slot_bytes
     decoded = np.zeros(len(blocks) * packed.slot_bytes, np.uint8)
-    inflate_on_host(packed.buffer, blocks, decoded, kernels.default_num_threads())
+    inflate_on_host(packed.buffer, blocks, decoded, num_usable_cpus())
     return decoded, (np.arange(packed.slot_bytes) < blocks["decoded_bytes"][:, None]).reshape(-1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from gpuparse import kernels
 from gpuparse.augment import AugmentedBatch, OutputTypes, launch_finish
 from gpuparse.bench.data import BenchData
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.encode import encode_planes
 from gpuparse.pack import PackedBatch
 from gpuparse.read import inflate_on_host
@@ -27,7 +28,7 @@ class _Prepared:
 
     def __init__(self, packed: PackedBatch, settings: Settings, types: OutputTypes) -> None:
         arena = np.empty(max(packed.arena_bytes, 1), np.uint8)
-        inflate_on_host(packed.buffer, packed.compressed, arena, kernels.default_num_threads())
+        inflate_on_host(packed.buffer, packed.compressed, arena, num_usable_cpus())
         self.packed, self.size, self.types = packed, settings.size, types
         image_shape, labels_shape = packed.shapes(settings.size)
         image_type, labels_type = types.arrays
@@ -42,7 +43,7 @@ class _Prepared:
             array_module.empty(image_shape, image_type), array_module.empty(labels_shape, labels_type)
         )
         self.tables = packed.tables(self.buffer)
-        self.num_threads = kernels.default_num_threads()
+        self.num_threads = num_usable_cpus()
 
     def encode(self) -> None:
         t = self.tables

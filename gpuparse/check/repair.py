@@ -23,7 +23,7 @@ from gpuparse.check.store import opened_store
 from gpuparse.conversion_report import REPORT_FILE
 from gpuparse.convert import convert
 from gpuparse.errors import GpuparseError, InputError
-from gpuparse.folders import replacing
+from gpuparse.folders import replace_bytes
 from gpuparse.memory import GIB, gib_to_bytes
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.store import Store, open_store
@@ -176,7 +176,7 @@ class _Repair:
             self._convert(data_dir, len(folders), overwrite=False)
         except BaseException:
             for path, content in saved.items():
-                _replace(path, content)
+                replace_bytes(path, content)
             raise
 
     def _convert(self, data_dir: Path, max_jobs: int, *, overwrite: bool) -> None:
@@ -192,7 +192,7 @@ class _Repair:
         finally:
             opened_store.cache_clear()
             if said is not None:  # of the dataset's own files, not of links to some of them
-                _replace(report, said)
+                replace_bytes(report, said)
             else:
                 report.unlink(missing_ok=True)
 
@@ -228,9 +228,4 @@ def _unsettle(path: Path, saved: dict[Path, bytes]) -> None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return  # what cannot be read is not taken for finished either
     saved[path] = content
-    _replace(path, json.dumps(metadata, indent=2).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    replace_bytes(path, json.dumps(metadata, indent=2).encode())

@@ -79,30 +79,28 @@ def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume
         return None, [*findings, place.finding(_REFUSED[about[1]] if about else "GP101", found)]
 
 
-def _read_headers(archive: NpzFile) -> dict[str, Member | None]:
-    """The header of each array; None for one that conversion does not read and that cannot be read."""
-    headers: dict[str, Member | None] = {}
+def _read_headers(archive: NpzFile) -> dict[str, Member]:
+    """The header of each array, but of those that cannot be read and that conversion does not read."""
+    headers = {}
     for name in archive.keys:
         try:
             headers[name] = archive.header(name)
         except Exception:
             if name in _MEMBERS:
                 raise
-            headers[name] = None
-    for name in _MEMBERS:
-        header = headers.get(name)
-        if header is not None and not header.dtype.hasobject:  # of objects the header knows the number, not the bytes
+    for name, header in headers.items():
+        if name in _MEMBERS and not header.dtype.hasobject:  # of objects the header knows the number, not the bytes
             archive.check_size(name, header)
     return headers
 
 
-def _check_headers(place: Place, headers: Mapping[str, Member | None], max_volume_bytes: int) -> list[Finding]:
+def _check_headers(place: Place, headers: Mapping[str, Member], max_volume_bytes: int) -> list[Finding]:
     missing = [name for name in _MEMBERS if name not in headers]
     findings = []
     if missing:
         findings.append(place.finding("GP102", f"no {', '.join(missing)}, only {', '.join(headers) or 'nothing'}."))
     for name, header in headers.items():
-        if name not in _MEMBERS or header is None:
+        if name not in _MEMBERS:
             continue
         if header.dtype.hasobject:
             findings.append(place.finding("GP103", f"{name} holds Python objects."))
@@ -113,13 +111,13 @@ def _check_headers(place: Place, headers: Mapping[str, Member | None], max_volum
     image, labels = headers.get("imgs"), headers.get("gts")
     if image and labels and image.shape != labels.shape:
         findings.append(place.finding("GP104", f"imgs has shape {image.shape} and gts {labels.shape}."))
-    declared = sum(header.nbytes for name, header in headers.items() if name in _MEMBERS and header is not None)
+    declared = sum(header.nbytes for name, header in headers.items() if name in _MEMBERS)
     if declared > max_volume_bytes:
         gib = f"{declared / 2**30:.1f} GiB, more than {max_volume_bytes / 2**30:g} GiB"
         findings.append(place.finding("GP106", f"its arrays declare {gib}."))
     if image and image.dtype.kind == "f":
         findings.append(place.finding("GP111", f"imgs has dtype {image.dtype}; conversion cuts fractions off."))
-    extras = [name for name, header in headers.items() if name not in _MEMBERS and header and header.dtype.hasobject]
+    extras = [name for name, header in headers.items() if name not in _MEMBERS and header.dtype.hasobject]
     if extras:
         findings.append(place.finding("GP112", f"{', '.join(extras)}."))
     return findings

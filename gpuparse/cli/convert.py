@@ -193,7 +193,7 @@ class _CaseProgress:
         self.results: list[CaseResult] = []
         self._total_bytes = sum(case_bytes)
         self._task = self._bar.add_task("converting", total=max(len(case_bytes), 1), rate="")
-        self._done = self._done_bytes = 0
+        self._done_bytes = 0
         self._start = time.perf_counter()
 
     def __enter__(self) -> _CaseProgress:
@@ -205,12 +205,11 @@ class _CaseProgress:
 
     def advance(self, result: CaseResult) -> None:
         self.results.append(result)
-        self._done += 1
         self._done_bytes += result.source_bytes
         if self._bar.disable:
             return
         seconds = time.perf_counter() - self._start
-        speed = f"{self._done / seconds:.1f} cases/s  {_megabytes(self._done_bytes / seconds)}/s"
+        speed = f"{len(self.results) / seconds:.1f} cases/s  {_megabytes(self._done_bytes / seconds)}/s"
         rate = f"{speed} of {_megabytes(self._total_bytes)}"
         self._bar.update(self._task, advance=1, description=result.dataset, rate=rate)
 

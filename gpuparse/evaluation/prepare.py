@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from gpuparse import kernels
 from gpuparse.arguments import check_num_threads, whole_number
+from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import InputError
 from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
 from gpuparse.evaluation.resampling import fixed_point_table
@@ -86,7 +87,7 @@ def prepare_slices(
     out = np.empty((len(positions), size, size), np.uint8) if out is None else out
     kernels.host_library().gpuparse_prepare(
         ctypes.c_int64(len(planes)),
-        ctypes.c_int32(num_threads or kernels.default_num_threads()),
+        ctypes.c_int32(num_threads or num_usable_cpus()),
         *(kernels.pointer(a) for a in (arena, blocks, planes, *table_arrays)),
         *(ctypes.c_int32(n) for n in numbers),
         kernels.pointer(out),

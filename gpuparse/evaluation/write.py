@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gpuparse.arrays import serial_blosc, write_group, write_voxels
 from gpuparse.errors import InputError, StoreFormatError, StoreWriteError
 from gpuparse.folders import beside, replace_folder, replacing
-from gpuparse.layout import read_json
+from gpuparse.layout import CASE_REMEDY, read_json
 from gpuparse.optional import import_optional
 from gpuparse.scan import orientation_of
 from gpuparse.store import LABELS_PATH, Store, shard_shape
@@ -34,7 +34,6 @@ __all__ = ["as_path", "check_can_write", "replace_file", "write_label_image", "w
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 _MAX_NIFTI1_SIDE = 32767  # its header has 16 bits for each
-_REMEDY = "Convert this case again: `gpuparse check STORE --repair`."
 _LEAST_VOLUME = 1e-6  # of a voxel, relative to its sides: what the reader asks for
 
 
@@ -148,12 +147,12 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
     layout = store.layout(names[case], LABELS_PATH)
     labels_dir = folder / "labels"
     try:
-        metadata = read_json(labels_dir / "gts" / "zarr.json", _REMEDY)["attributes"]["ome"]
+        metadata = read_json(labels_dir / "gts" / "zarr.json", CASE_REMEDY)["attributes"]["ome"]
         metadata["multiscales"][0]["name"] = name
-        _ = read_json(labels_dir / "zarr.json", _REMEDY)["attributes"]["ome"]["labels"]
+        _ = read_json(labels_dir / "zarr.json", CASE_REMEDY)["attributes"]["ome"]["labels"]
     except (KeyError, IndexError, TypeError) as error:
         raise StoreFormatError(
-            f"'{labels_dir}': the OME metadata are damaged ({type(error).__name__}: {error}). {_REMEDY}"
+            f"'{labels_dir}': the OME metadata are damaged ({type(error).__name__}: {error}). {CASE_REMEDY}"
         ) from error
     temporary = labels_dir / f".{name}.{uuid.uuid4().hex}"
     try:
@@ -169,7 +168,7 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     with _alone(labels_dir):
-        listing = read_json(labels_dir / "zarr.json", _REMEDY)
+        listing = read_json(labels_dir / "zarr.json", CASE_REMEDY)
         listed = listing["attributes"]["ome"]["labels"]
         if name not in listed:
             listed.append(name)
