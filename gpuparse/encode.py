@@ -30,8 +30,8 @@ from gpuparse.views import (
 
 __all__ = ["EncodedSlices", "encode", "encode_masks", "encode_planes"]
 
-# What one GPU thread makes: kStripRows and kStripColumns of kernels/encode.cu.
-_STRIP_ROWS, _STRIP_COLUMNS = 16, 2
+# What 256 threads of a GPU make together: kTileRows and kTileColumns of kernels/encode.cu.
+_TILE_ROWS, _TILE_COLUMNS = 32, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +135,9 @@ def _bytes_of(array: Any) -> Any:
     return array.reshape(-1).view(np.uint8)
 
 
-def num_strips(num_planes: int, size: tuple[int, int]) -> int:
-    """Elements of the device's encoding: an element makes some rows of two columns."""
-    return num_planes * -(-size[0] // _STRIP_ROWS) * -(-size[1] // _STRIP_COLUMNS)
+def num_elements(num_planes: int, size: tuple[int, int]) -> int:
+    """Elements of the device's encoding, as many as threads: 256 make a tile."""
+    return num_planes * -(-size[0] // _TILE_ROWS) * -(-size[1] // _TILE_COLUMNS) * 256
 
 
 def encode_planes(
@@ -165,10 +165,8 @@ def encode_planes(
     """
     if kernels.is_device_array(arena):
         table_arrays = (tables.cubic_index, tables.cubic_weights)
-        num_elements = num_strips(len(planes), size)
-        return _on_device(
-            "encode", arena, blocks, planes, table_arrays, tables.length, size, num_elements, np.uint8, out
-        )
+        count = num_elements(len(planes), size)
+        return _on_device("encode", arena, blocks, planes, table_arrays, tables.length, size, count, np.uint8, out)
     out = np.empty((len(planes), *size), np.uint8) if out is None else out
     kernels.host_library().gpuparse_encode(
         *_host_head(arena, blocks, planes, num_threads),
@@ -194,9 +192,9 @@ def encode_masks(
         (num_planes, rows, columns) uint32 ids on the arena's device.
     """
     if kernels.is_device_array(arena):
-        num_elements = len(planes) * size[0] * size[1]
+        count = len(planes) * size[0] * size[1]
         return _on_device(
-            "encode_mask", arena, blocks, planes, (tables.nearest,), tables.length, size, num_elements, np.uint32, None
+            "encode_mask", arena, blocks, planes, (tables.nearest,), tables.length, size, count, np.uint32, None
         )
     out = np.empty((len(planes), *size), np.uint32)
     kernels.host_library().gpuparse_encode_mask(
@@ -226,7 +224,7 @@ def _on_device(
     table_arrays: tuple[Any, ...],
     table_length: int,
     size: tuple[int, int],
-    num_elements: int,
+    count: int,
     dtype: Any,
     out: Any | None,
 ) -> Any:
@@ -236,5 +234,5 @@ def _on_device(
         out = cupy.empty((len(planes), *size), dtype) if out is None else out
         on_device = [kernels.on_device(array) for array in (blocks, planes, *table_arrays)]
         arguments = (arena, *on_device, *(np.int32(n) for n in (table_length, *size)), out)
-        kernels.launch_on_device("encode.cu", kernel, num_elements, arguments)
+        kernels.launch_on_device("encode.cu", kernel, count, arguments)
     return out

@@ -28,6 +28,7 @@ __all__ = [
     "nvrtc_options",
     "on_device",
     "pointer",
+    "short_calls",
     "source_digest",
 ]
 
@@ -93,6 +94,19 @@ def host_library(variant: str | None = None) -> ctypes.CDLL:
     if variant not in ("baseline", "avx2"):
         raise KernelError(f"CPU kernel variant is {variant!r}; expected 'baseline' or 'avx2'.")
     return baseline if variant == "baseline" else _load("libgpuparse_kernels_avx2.so")
+
+
+@functools.cache
+def short_calls() -> ctypes.PyDLL:
+    """The CPU kernels for calls of some microseconds, which keep the interpreter.
+
+    A call that gives it away gets it back when another thread lets go of it: while batches are launched on a GPU, that
+    takes longer than what is done in such a call.
+
+    Raises:
+        KernelError: As `host_library`.
+    """
+    return ctypes.PyDLL(host_library()._name)
 
 
 def _load(file_name: str) -> ctypes.CDLL:

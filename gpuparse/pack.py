@@ -51,10 +51,11 @@ class Section(NamedTuple):
 
     def view(self, buffer: Any) -> Any:
         """The array in `buffer`, numpy or CuPy; on a GPU a structured type becomes rows of bytes."""
-        part = buffer[self.offset : self.offset + self.num_bytes]
-        if is_device_array(buffer) and self.dtype.names:
-            return part.reshape(*self.shape, self.dtype.itemsize)
-        return part.view(self.dtype).reshape(self.shape)
+        if is_device_array(buffer):  # made at once: there are fifteen a batch
+            rows = self.dtype.names is not None
+            shape = (*self.shape, self.dtype.itemsize) if rows else self.shape
+            return type(buffer)(shape, np.uint8 if rows else self.dtype, buffer.data + self.offset)
+        return buffer[self.offset : self.offset + self.num_bytes].view(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)

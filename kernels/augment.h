@@ -84,19 +84,18 @@ GP_FN PhiloxWords salt_words(const AugmentParams &params, int32_t quad) {
 // Shift, noise, salt and pepper of four pixels of one channel in a row of memory, which share their random words.
 GP_FN void change_intensity(const AugmentParams &params, int32_t quad, int32_t channel, const PhiloxWords &salt,
                             float *values) {
-  float normals[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = gp_add(values[i], params.shift);
   if (params.noise_mode) {
     const PhiloxWords words = philox4x32((uint32_t)quad, kOperationNoise, (uint32_t)channel, params.random_salt,
                                          params.key0, params.key1);
     const NormalPair a = gp_normal_pair(words.w0, words.w1);
     const NormalPair b = gp_normal_pair(words.w2, words.w3);
-    normals[0] = a.first, normals[1] = a.second, normals[2] = b.first, normals[3] = b.second;
+    const float normals[4] = {a.first, a.second, b.first, b.second};
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = add_noise(values[i], normals[i], params);
   }
-  const uint32_t words[4] = {salt.w0, salt.w1, salt.w2, salt.w3};
-  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
-    values[i] = gp_add(values[i], params.shift);
-    if (params.noise_mode) values[i] = add_noise(values[i], normals[i], params);
-    if (params.salt_threshold) values[i] = salt_or(values[i], words[i], params.salt_threshold);
+  if (params.salt_threshold) {
+    const uint32_t words[4] = {salt.w0, salt.w1, salt.w2, salt.w3};
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = salt_or(values[i], words[i], params.salt_threshold);
   }
 }
 

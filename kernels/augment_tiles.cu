@@ -1,15 +1,16 @@
 // Augmentation for slices whose sides are multiples of 32: the work of augment.cu, in an order that suits a GPU.
 //
-// Eight elements in a row make 32 pixels, 256 a tile of 32 x 32: so a block of threads reads a slice that is turned by
-// a quarter from few rows, and a warp (4 rows of 32 pixels) writes whole sectors of memory. An element makes four
-// neighbouring pixels of the image, which share their random blocks. Of 64-bit labels it makes two pairs, 16 pixels
-// apart, so that what eight elements write at once lies side by side.
+// A block of threads makes a tile of 32 x 32: so it reads a slice that is turned by a quarter from few rows, and a warp
+// (4 rows of 32 pixels) writes whole sectors of memory. A thread makes four neighbouring pixels, which share their
+// random blocks. Where a tile's rows and columns of labels come from is found once for all pixels in them. Of 64-bit
+// labels a thread makes two pairs, 16 pixels apart, so that what eight threads write at once lies side by side.
 #include "augment.h"
 
-enum { kTileSide = 32, kQuadsPerTileRow = kTileSide / 4, kQuadsPerTile = kTileSide * kQuadsPerTileRow };
+enum { kTileSide = 32, kQuadsPerTileRow = kTileSide / 4 };
 enum { kOutside = -(1 << 30) };  // stays negative whatever offset inside a slice is added to it
 
-// Pixel (y, x) of the turned and flipped slice comes from origin + y * down + x * right.
+// Pixel (y, x) of the turned and flipped slice comes from origin + y * down + x * right; what is where in an encoded
+// one.
 struct Symmetry {
   Position origin, down, right;
 };
@@ -21,15 +22,17 @@ GP_FN Symmetry find_symmetry(const AugmentParams &params, int32_t height, int32_
   return {origin, {down.y - origin.y, down.x - origin.x}, {right.y - origin.y, right.x - origin.x}};
 }
 
-// Four neighbouring pixels of an encoded channel, of which the first is at `index` and the others `step` further on
-// each. Steps of one are read at once: such a run starts, or ends, at a multiple of four.
-GP_FN void load_run(const uint8_t *GP_RESTRICT channel, int32_t index, int32_t step, float *values) {
-  if (step == 1 || step == -1) {
-    const uint32_t word = ((const Bytes4 *)(channel + (step == 1 ? index : index - 3)))->words[0];
-    GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = (float)(word >> 8 * (step == 1 ? i : 3 - i) & 255u);
-    return;
-  }
-  GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = (float)channel[index + i * step];
+// Four pixels of an encoded channel, of which the first is at `index` and the others `step` further on each, in the
+// bytes of a word. Steps of one are read at once: such a run starts, or ends, at a multiple of four.
+GP_FN uint32_t load_run(const uint8_t *GP_RESTRICT channel, int32_t index, int32_t step) {
+  if (step == 1) return ((const Bytes4 *)(channel + index))->words[0];
+  if (step == -1) return gp_reverse_bytes(((const Bytes4 *)(channel + index - 3))->words[0]);
+  return channel[index] | (uint32_t)channel[index + step] << 8 | (uint32_t)channel[index + 2 * step] << 16 |
+         (uint32_t)channel[index + 3 * step] << 24;
+}
+
+GP_FN float load_tap(const uint8_t *GP_RESTRICT channel, int32_t row, int32_t column) {
+  return row + column < 0 ? 0.0f : gp_byte_float(channel[row + column]);
 }
 
 // What four neighbouring pixels of a crop are made from: parts of an index, the sum of a row's and a column's, and
@@ -64,10 +67,6 @@ GP_FN CropTaps find_crop_taps(const AugmentParams &params, const int32_t *crop_t
   return taps;
 }
 
-GP_FN float load_tap(const uint8_t *GP_RESTRICT channel, int32_t row, int32_t column) {
-  return row + column < 0 ? 0.0f : (float)channel[row + column];
-}
-
 GP_FN float crop_pixel(const uint8_t *GP_RESTRICT channel, const CropTaps &taps, int32_t i, bool round) {
   const float weight = taps.column_weights[i];
   const float top = lerp(load_tap(channel, taps.rows[0], taps.columns[i][0]),
@@ -78,136 +77,183 @@ GP_FN float crop_pixel(const uint8_t *GP_RESTRICT channel, const CropTaps &taps,
   return round ? gp_round_even(value) : value;
 }
 
-// One of the two directions in which a plane of native labels is read.
-struct LabelAxis {
-  const int32_t *nearest;  // encoded coordinate -> padded one
-  int32_t pad, length;     // zeros before the slice, and its length
-  int32_t block_length;    // of a tile
-  int64_t stride;          // bytes from one place to the next inside a tile
-  int32_t block_step;      // from one tile to the next in the table of tiles
-};
-
-GP_FN LabelAxis label_axis(const Plane &plane, const int32_t *GP_RESTRICT nearest, int32_t nearest_length,
-                           bool is_row) {
-  if (is_row)
-    return {nearest + (int64_t)plane.row_table * nearest_length,
-            plane.pad_top,
-            plane.height,
-            plane.block_height,
-            plane.row_stride,
-            plane.blocks_per_row};
-  return {nearest + (int64_t)plane.column_table * nearest_length,
-          plane.pad_left,
-          plane.width,
-          plane.block_width,
-          plane.column_stride,
-          1};
-}
-
-// A place along an axis: its tile's part of a number in the table of tiles (-1: padding), and its bytes into the tile.
-struct LabelPlace {
-  int32_t tile;
-  int64_t offset;
-};
-
-GP_FN LabelPlace label_place(const LabelAxis &axis, int32_t encoded) {
-  const int32_t place = axis.nearest[encoded] - axis.pad;
-  if (place < 0 || place >= axis.length) return {-1, 0};
-  const int32_t tile = place < axis.block_length ? 0 : place / axis.block_length;
-  return {tile * axis.block_step, (place - tile * axis.block_length) * axis.stride};
-}
-
-// Ids of four pixels of one output row: augmentation's geometry and encoding's composed, both nearest. A row of the
-// output runs along one axis of the native labels and stands at one place of the other.
-GP_FN void find_ids(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
-                    const int32_t *GP_RESTRICT nearest, int32_t nearest_length, const AugmentParams &params,
-                    const int32_t *crop_table, const CropTables &tables, const Symmetry &symmetry, int32_t height,
-                    int32_t width, int32_t y, const int32_t *xs, uint32_t *ids) {
-  GP_UNROLL for (int32_t i = 0; i < 4; ++i) ids[i] = 0;
-  if (params.zero) return;
-  if (params.crop) y = params.crop_top + tables.nearest[(int64_t)crop_table[0] * tables.length + y];
-  if (y < 0 || y >= height) return;
-  const bool turned = params.rotate & 1;  // then a row of the output is a column of the slice
-  const LabelAxis across = label_axis(plane, nearest, nearest_length, !turned);
-  const LabelAxis along = label_axis(plane, nearest, nearest_length, turned);
-  const LabelPlace line = label_place(
-      across, turned ? symmetry.origin.x + y * symmetry.down.x : symmetry.origin.y + y * symmetry.down.y);
-  if (line.tile < 0) return;
-  const int64_t *line_blocks = blocks + plane.first_block + line.tile;
-  const int32_t origin = turned ? symmetry.origin.y : symmetry.origin.x;
-  const int32_t step = turned ? symmetry.right.y : symmetry.right.x;
-  int32_t tile = -1;
-  int64_t start = -1;
-  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
-    int32_t x = xs[i];
-    if (params.crop) x = params.crop_left + tables.nearest[(int64_t)crop_table[1] * tables.length + x];
-    if (x < 0 || x >= width) continue;
-    const LabelPlace place = label_place(along, origin + x * step);
-    if (place.tile < 0) continue;
-    if (place.tile != tile) tile = place.tile, start = line_blocks[tile];
-    if (start < 0) continue;
-    const uint32_t id = load_unsigned(arena + start + line.offset + place.offset, plane.itemsize);
-    ids[i] = params.wrap_ids ? id & 255u : id;
+// Four pixels of all channels, the first at (y, x), from the encoded slice to the output. All that is read is asked for
+// before anything is done with it.
+GP_FN void augment_pixels(const uint8_t *GP_RESTRICT slice, const AugmentParams &params, const int32_t *crop_table,
+                          const CropTables &tables, const Symmetry &symmetry, int32_t height, int32_t width, int32_t y,
+                          int32_t x, int32_t image_type, void *GP_RESTRICT out, int64_t element) {
+  const int32_t num_pixels = height * width;
+  float values[3][4];
+  if (params.crop && !params.zero) {
+    const CropTaps taps = find_crop_taps(params, crop_table, tables, symmetry, height, width, y, x);
+    GP_LOOP for (int32_t channel = 0; channel < 3; ++channel, slice += num_pixels)
+        GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
+      values[0][i] = values[1][i], values[1][i] = values[2][i];
+      values[2][i] = crop_pixel(slice, taps, i, params.crop_round);
+    }
+  } else {
+    const int32_t step = symmetry.right.y * width + symmetry.right.x;
+    const int32_t index = (symmetry.origin.y + y * symmetry.down.y) * width + symmetry.origin.x + y * symmetry.down.x +
+                          x * step;
+    uint32_t words[3] = {0, 0, 0};
+    if (!params.zero)
+      GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel)
+          words[channel] = load_run(slice + (int64_t)channel * num_pixels, index, step);
+    GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) GP_UNROLL for (int32_t i = 0; i < 4; ++i)
+        values[channel][i] = gp_byte_float(words[channel], i);
+  }
+  const int32_t first = params.swap ? 2 * num_pixels : num_pixels, second = 3 * num_pixels - first;
+  if (!params.noise_mode && !params.salt_threshold) {
+    GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) GP_UNROLL for (int32_t i = 0; i < 4; ++i)
+        values[channel][i] = gp_add(values[channel][i], params.shift);
+    store_image(out, element, values[0], 4, true, image_type);
+    store_image(out, element + first, values[1], 4, true, image_type);
+    store_image(out, element + second, values[2], 4, true, image_type);
+    return;
+  }
+  const int32_t quad = (int32_t)((uint32_t)(y * width + x) / 4);
+  const PhiloxWords salt = salt_words(params, quad);
+  GP_LOOP for (int32_t channel = 0; channel < 3; ++channel) {
+    change_intensity(params, quad, channel, salt, values[0]);
+    store_image(out, element + (channel == 0 ? 0 : channel == 1 ? first : second), values[0], 4, true, image_type);
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[0][i] = values[1][i], values[1][i] = values[2][i];
   }
 }
 
-GP_FN void augment_tiles_element(int64_t element, GP_AUGMENT_PARAMETERS) {
-  const int32_t num_pixels = height * width;
-  const int32_t num_quads = num_pixels / 4;
-  const int32_t sample = (int32_t)gp_divide(element, num_quads);
-  const int32_t number = (int32_t)(element - (int64_t)sample * num_quads);
-  const int32_t tile = number / kQuadsPerTile, inside = number % kQuadsPerTile;
-  const int32_t tile_row = tile / (width / kTileSide);
-  const int32_t y = tile_row * kTileSide + inside / kQuadsPerTileRow;
-  const int32_t tile_x = (tile - tile_row * (width / kTileSide)) * kTileSide;
-  const int32_t column = inside % kQuadsPerTileRow;
-  const int32_t x = tile_x + 4 * column;
-  const int32_t quad = (y * width + x) / 4;
+// Where the labels of a tile's columns or rows come from, augmentation's geometry and encoding's composed, both
+// nearest: parts of a number in the table of the native slice's tiles (-1: no label there), and parts of the bytes into
+// that tile.
+struct LabelSources {
+  int32_t tiles[kTileSide];
+  int64_t offsets[kTileSide];
+};
 
+struct TileShared {
+  LabelSources columns, rows;
+};
+
+GP_FN void find_labels(const AugmentParams &params, const int32_t *crop_table, const CropTables &tables,
+                       const Symmetry &symmetry, const Plane &plane, const int32_t *GP_RESTRICT nearest,
+                       int32_t nearest_length, int32_t length, bool is_row, int32_t place, int32_t i,
+                       LabelSources &sources) {
+  sources.tiles[i] = -1;
+  sources.offsets[i] = 0;
+  if (params.zero) return;
+  if (params.crop)
+    place = (is_row ? params.crop_top : params.crop_left) +
+            tables.nearest[(int64_t)crop_table[is_row ? 0 : 1] * tables.length + place];
+  if (place < 0 || place >= length) return;
+  const Position step = is_row ? symmetry.down : symmetry.right;
+  const bool down = step.y != 0;  // along the rows of the native slice, or along its columns
+  const int32_t encoded = down ? symmetry.origin.y + place * step.y : symmetry.origin.x + place * step.x;
+  const int32_t native = nearest[(int64_t)(down ? plane.row_table : plane.column_table) * nearest_length + encoded] -
+                         (down ? plane.pad_top : plane.pad_left);
+  if (native < 0 || native >= (down ? plane.height : plane.width)) return;
+  const int32_t tile_length = down ? plane.block_height : plane.block_width;
+  const int32_t tile = native < tile_length ? 0 : native / tile_length;
+  sources.tiles[i] = down ? tile * plane.blocks_per_row : tile;
+  sources.offsets[i] = (native - tile * tile_length) * (down ? plane.row_stride : plane.column_stride);
+}
+
+// The ids under two pairs of neighbouring pixels of a row, the first at `pair_x` and the second `gap` further right.
+// Where no row meets several tiles, a row's offset counts from the arena.
+GP_FN void load_ids(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT tile_starts, int32_t itemsize,
+                    bool tiles_are_rows, const TileShared &shared, int32_t row, int32_t pair_x, int32_t gap,
+                    uint32_t *ids) {
+  const int32_t row_tile = shared.rows.tiles[row];
+  if (row_tile < 0) return;
+  const int64_t row_offset = shared.rows.offsets[row];
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) {
+    const int32_t x = pair_x + (i < 2 ? i : gap + i - 2);
+    const int32_t column_tile = shared.columns.tiles[x];
+    if (column_tile < 0) continue;
+    int64_t offset = row_offset + shared.columns.offsets[x];
+    if (!tiles_are_rows) {
+      const int64_t start = tile_starts[row_tile + column_tile];
+      if (start < 0) continue;
+      offset += start;
+    }
+    ids[i] = load_unsigned(arena + offset, itemsize);
+  }
+}
+
+GP_FN void prompt_labels(const uint32_t *ids, int32_t mode, int32_t prompt_id, uint32_t *labels) {
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) labels[i] = mode == kLabelsPerPrompt
+                                                            ? ids[i] == (uint32_t)prompt_id
+                                                            : (uint32_t)label_value(ids[i], mode, prompt_id);
+}
+
+// Writes what four ids are to each prompt: two pairs of 64 bits, 16 pixels apart, or four bytes, `step` bytes from one
+// prompt to the next. Of 64 bits the upper half is 0: ids have 32. A prompt is under way while one is written.
+GP_FN void store_prompts(const uint32_t *ids, int32_t mode, const int32_t *GP_RESTRICT prompts, int32_t num_prompts,
+                         bool pairs, int64_t step, uint8_t *GP_RESTRICT target) {
+  int32_t prompt_id = prompts[0];
+  uint32_t labels[4];
+  if (pairs) {
+    GP_LOOP for (int32_t i = 0; i < num_prompts; ++i, target += step) {
+      prompt_labels(ids, mode, prompt_id, labels);
+      prompt_id = prompts[gp_min(i + 1, num_prompts - 1)];
+      gp_stream(target, Bytes16{{labels[0], 0, labels[1], 0}});
+      gp_stream(target + kTileSide / 2 * sizeof(int64_t), Bytes16{{labels[2], 0, labels[3], 0}});
+    }
+    return;
+  }
+  GP_LOOP for (int32_t i = 0; i < num_prompts; ++i, target += step) {
+    prompt_labels(ids, mode, prompt_id, labels);
+    prompt_id = prompts[gp_min(i + 1, num_prompts - 1)];
+    gp_stream(target,
+              Bytes4{{(labels[0] & 255u) | (labels[1] & 255u) << 8 | (labels[2] & 255u) << 16 | labels[3] << 24}});
+  }
+}
+
+GP_FN void augment_tiles_block(int64_t block, TileShared &shared, GP_AUGMENT_PARAMETERS) {
+  const int32_t num_pixels = height * width;
+  const int32_t across = width / kTileSide;
+  const int32_t sample = (int32_t)gp_divide(block, num_pixels / kTileSide / kTileSide);
+  const int32_t number = (int32_t)(block - (int64_t)sample * (num_pixels / kTileSide / kTileSide));
+  const int32_t tile_y = number / across * kTileSide;
+  const int32_t tile_x = number % across * kTileSide;
   const AugmentParams &params = all_params[sample];
+  const Plane &plane = label_planes[sample];
+  const int64_t *tile_starts = blocks + plane.first_block;
+  const bool turned = params.rotate & 1;  // then a row of the output is a column of the slice
+  const bool tiles_are_rows = turned ? plane.height <= plane.block_height : plane.width <= plane.block_width;
+
   const int32_t *crop_table = crop_tables + 2 * sample;
   const CropTables tables = {linear_index, linear_weight, crop_nearest, crop_length};
-  const Symmetry symmetry = find_symmetry(params, height, width);
-  const PhiloxWords salt = salt_words(params, quad);
-  CropTaps taps = {};
-  const bool crop = params.crop && !params.zero;
-  if (crop) taps = find_crop_taps(params, crop_table, tables, symmetry, height, width, y, x);
-  const int32_t step = symmetry.right.y * width + symmetry.right.x;
-  const int32_t index = (symmetry.origin.y + y * symmetry.down.y + x * symmetry.right.y) * width + symmetry.origin.x +
-                        y * symmetry.down.x + x * symmetry.right.x;
-  GP_UNROLL for (int32_t channel = 0; channel < 3; ++channel) {
-    const uint8_t *source = images + ((int64_t)sample * 3 + channel) * num_pixels;
-    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (crop)
-      GP_UNROLL for (int32_t i = 0; i < 4; ++i) values[i] = crop_pixel(source, taps, i, params.crop_round);
-    else if (!params.zero)
-      load_run(source, index, step, values);
-    change_intensity(params, quad, channel, salt, values);
-    const int32_t target = params.swap && channel ? 3 - channel : channel;
-    store_image(out_image, ((int64_t)sample * 3 + target) * num_pixels + 4 * quad, values, 4, true, image_type);
+
+  GP_THREADS(thread) if (thread < 2 * kTileSide) {
+    const Symmetry symmetry = find_symmetry(params, height, width);
+    const bool is_row = thread >= kTileSide;
+    const int32_t i = thread % kTileSide;
+    LabelSources &sources = is_row ? shared.rows : shared.columns;
+    find_labels(params, crop_table, tables, symmetry, plane, nearest, nearest_length, is_row ? height : width, is_row,
+                (is_row ? tile_y : tile_x) + i, i, sources);
+    if (is_row && tiles_are_rows && sources.tiles[i] >= 0) {
+      const int64_t start = tile_starts[sources.tiles[i]];
+      sources.offsets[i] += start;
+      if (start < 0) sources.tiles[i] = -1;
+    }
   }
 
-  const bool pairs = label_type == kLabelsInt64;
-  const int32_t first_x = pairs ? tile_x + 2 * column : x;
-  const int32_t second_x = first_x + (pairs ? kTileSide / 2 : 2);
-  const int32_t xs[4] = {first_x, first_x + 1, second_x, second_x + 1};
-  uint32_t ids[4];
-  find_ids(arena, blocks, label_planes[sample], nearest, nearest_length, params, crop_table, tables, symmetry, height,
-           width, y, xs, ids);
-  const int32_t mode = label_modes[sample];
-  for (int32_t prompt = 0; prompt < num_prompts; ++prompt) {
-    const int32_t prompt_id = prompt_ids[sample * num_prompts + prompt];
-    const int64_t pixel = ((int64_t)sample * num_prompts + prompt) * num_pixels + y * width;
-    uint32_t labels[4];  // of 64 bits the upper half is 0: ids have 32
-    GP_UNROLL for (int32_t i = 0; i < 4; ++i) labels[i] = (uint32_t)label_value(ids[i], mode, prompt_id);
-    if (pairs) {
-      gp_stream((int64_t *)out_labels + pixel + first_x, Bytes16{{labels[0], 0, labels[1], 0}});
-      gp_stream((int64_t *)out_labels + pixel + second_x, Bytes16{{labels[2], 0, labels[3], 0}});
-    } else {
-      gp_stream((uint8_t *)out_labels + pixel + x,
-                Bytes4{{(labels[0] & 255u) | (labels[1] & 255u) << 8 | (labels[2] & 255u) << 16 | labels[3] << 24}});
-    }
+  GP_THREADS(thread) {
+    const bool pairs = label_type == kLabelsInt64;
+    const int32_t row = thread / kQuadsPerTileRow;
+    const int32_t pair_x = thread % kQuadsPerTileRow * (pairs ? 2 : 4);
+    uint32_t ids[4] = {0, 0, 0, 0};  // on their way while the image's pixels are made
+    load_ids(arena, tile_starts, plane.itemsize, tiles_are_rows, shared, row, pair_x, pairs ? kTileSide / 2 : 2, ids);
+
+    const int32_t y = tile_y + row, x = tile_x + thread % kQuadsPerTileRow * 4;
+    const int64_t start = (int64_t)sample * 3 * num_pixels;
+    augment_pixels(images + start, params, crop_table, tables, find_symmetry(params, height, width), height, width, y,
+                   x, image_type, out_image, start + y * width + x);
+
+    if (params.wrap_ids) GP_UNROLL for (int32_t i = 0; i < 4; ++i) ids[i] &= 255u;
+    const int32_t label_bytes = pairs ? sizeof(int64_t) : 1;
+    const int64_t pixel = (int64_t)sample * num_prompts * num_pixels + y * width + tile_x + pair_x;
+    store_prompts(ids, label_modes[sample], prompt_ids + (int64_t)sample * num_prompts, num_prompts, pairs,
+                  (int64_t)num_pixels * label_bytes, (uint8_t *)out_labels + pixel * label_bytes);
   }
 }
 
-GP_KERNEL(augment_tiles, (GP_AUGMENT_PARAMETERS), (GP_AUGMENT_ARGUMENTS))
+GP_BLOCK_KERNEL(augment_tiles, TileShared, (GP_AUGMENT_PARAMETERS), (GP_AUGMENT_ARGUMENTS))

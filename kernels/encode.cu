@@ -3,6 +3,9 @@
 // Bicubic with A = -0.75 in the arithmetic that cv2.resize(INTER_CUBIC) has on x86 for uint8 (its IPP path):
 // horizontal first, (p0*w0 + p1*w1) + (p2*w2 + p3*w3), then vertical with two fused multiply-adds, round half to
 // even, saturate. The weights come from tables that the host computes in double precision (gpuparse/views.py).
+#ifndef GP_MIN_BLOCKS
+#define GP_MIN_BLOCKS 6  // most of the time goes into waiting, for memory and for one another
+#endif
 #include "planes.h"
 
 // One table resamples one source length to one output length: entry d has its second tap at table_index[table][d]
@@ -23,125 +26,222 @@ GP_FN uint8_t saturate_uint8(float value) {
   return (uint8_t)gp_float_bits(gp_add(low < 255.0f ? low : 255.0f, 8388608.0f));
 }
 
-// Rows of output that one element makes, one below the other: neighbours share most of their source rows.
-// Mirrored by num_strips in gpuparse/encode.py.
-enum { kStripRows = 16 };
-// And two columns, half a width apart: they share what is computed for a row.
-enum { kStripColumns = 2 };
+// A block of threads makes a tile of the output: first it collects the pixels of the padded slice under the tile, as
+// floats, then each thread makes a column of it from them, top to bottom.
+// Mirrored by num_elements in gpuparse/encode.py.
+enum { kTileRows = 32, kTileColumns = kBlockThreads };
 
-// A column of a plane: the tile it runs through in every row of tiles (-1: padding), and its bytes into a tile's row.
-struct PlaneColumn {
-  int32_t tile;
-  int64_t offset;
+struct GP_WIDE(16) TapWeights {
+  float w[4];
 };
 
-GP_FN PlaneColumn find_column(const Plane &plane, int32_t padded_x) {
-  const int32_t x = padded_x - plane.pad_left;
-  if (x < 0 || x >= plane.width) return {-1, 0};
-  const int32_t tile = x < plane.block_width ? 0 : x / plane.block_width;
-  return {tile, (x - tile * plane.block_width) * plane.column_stride};
+struct GP_WIDE(16) RowTaps {
+  TapWeights weights;
+  int32_t index;
+};
+
+struct EncodeShared {
+  RowTaps rows[kTileRows];
+  float pixels[9216];  // six blocks fit on a multiprocessor
+};
+enum { kMostPixels = sizeof(EncodeShared::pixels) / sizeof(float) };
+
+// One row of the padded slice: what lies in one of its tiles is found at once.
+struct SliceRow {
+  const uint8_t *pixels;  // of that tile: from `first` on there are `count`
+  int32_t first, count;
+  const int64_t *tiles;  // null: a row of padding
+  int64_t down;          // bytes from a tile's start to this row
+};
+
+GP_FN SliceRow find_row(const uint8_t *arena, const int64_t *blocks, const Plane &plane, int32_t padded_y,
+                        int32_t padded_x) {
+  const int32_t y = padded_y - plane.pad_top;
+  if (y < 0 || y >= plane.height) return {nullptr, 0, 0, nullptr, 0};
+  const int32_t tile_y = y < plane.block_height ? 0 : y / plane.block_height;
+  const int64_t *tiles = blocks + plane.first_block + (int64_t)tile_y * plane.blocks_per_row;
+  const int64_t down = (y - tile_y * plane.block_height) * plane.row_stride;
+  const int32_t x = gp_min(gp_max(padded_x - plane.pad_left, 0), plane.width - 1);
+  const int32_t tile_x = x < plane.block_width ? 0 : x / plane.block_width;
+  const int32_t first = tile_x * plane.block_width;
+  const int64_t start = tiles[tile_x];
+  return {arena + start + down, first, start < 0 ? 0 : gp_min(plane.block_width, plane.width - first), tiles, down};
 }
 
-// Runs of neighbouring columns of the padded slice that are read row by row: where each column starts in the row of
-// tiles at hand.
-template <int32_t kTaps>
-struct ColumnReader {
-  int32_t first_columns[kStripColumns];         // those outside the padded slice stand for its border
-  const uint8_t *starts[kStripColumns][kTaps];  // null: 0
-  int32_t first_row, end_row;                   // of the slice, the rows of that row of tiles
-};
+// Where a pixel of it lies; null: it is 0.
+GP_FN const uint8_t *find_pixel(const uint8_t *arena, const SliceRow &row, const Plane &plane, int32_t padded_x) {
+  const int32_t x = padded_x - plane.pad_left;
+  const uint32_t stride = (uint32_t)plane.column_stride;  // a row of a tile has less than 4 GiB
+  const int32_t inside = x - row.first;
+  if ((uint32_t)inside < (uint32_t)row.count) return row.pixels + (uint32_t)inside * stride;
+  if (!row.tiles || x < 0 || x >= plane.width) return nullptr;
+  const int32_t tile = x / plane.block_width;
+  const int64_t start = row.tiles[tile];
+  return start < 0 ? nullptr : arena + start + row.down + (uint32_t)(x - tile * plane.block_width) * stride;
+}
 
-template <int32_t kTaps>
-GP_FN void enter_tiles(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
-                       int32_t y, ColumnReader<kTaps> &reader) {
-  const int32_t tile = y < plane.block_height ? 0 : y / plane.block_height;
-  const int64_t first = plane.first_block + (int64_t)tile * plane.blocks_per_row;
-  reader.first_row = tile * plane.block_height;
-  reader.end_row = reader.first_row + plane.block_height;
-  GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) GP_UNROLL for (int32_t i = 0; i < kTaps; ++i) {
-    const int32_t x = gp_min(gp_max(reader.first_columns[k] + i, 0), plane.padded_width - 1);
-    const PlaneColumn column = find_column(plane, x);
-    const int64_t start = column.tile < 0 ? -1 : blocks[first + column.tile];
-    reader.starts[k][i] = start < 0 ? nullptr : arena + start + column.offset;
+GP_FN uint32_t read_pixel(const uint8_t *arena, const SliceRow &row, const Plane &plane, int32_t padded_x) {
+  const uint8_t *pixel = find_pixel(arena, row, plane, padded_x);
+  return pixel ? gp_load(pixel) : 0;
+}
+
+// Pixels `left`, `left` + 1 ... of it as floats; those outside the padded slice are the nearest inside. Several loads
+// of a thread are under way at once.
+GP_FN void collect_row(const uint8_t *arena, const SliceRow &row, const Plane &plane, int32_t left, int32_t count,
+                       int32_t lane, float *pixels) {
+  enum { kAtOnce = 4 };
+  GP_LOOP for (int32_t i = lane; i < count; i += kAtOnce * kWarpThreads) {
+    uint32_t values[kAtOnce];
+    GP_UNROLL for (int32_t k = 0; k < kAtOnce; ++k) {
+      const int32_t x = gp_min(gp_max(left + i + k * kWarpThreads, 0), plane.padded_width - 1);
+      values[k] = i + k * kWarpThreads < count ? read_pixel(arena, row, plane, x) : 0;
+    }
+    GP_UNROLL for (int32_t k = 0; k < kAtOnce; ++k) if (i + k * kWarpThreads < count)
+        pixels[i + k * kWarpThreads] = gp_byte_float(values[k]);
   }
 }
 
-// The pixels of a row of the padded slice in the reader's columns.
-template <int32_t kTaps>
-GP_FN void read_row(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane &plane,
-                    int32_t padded_y, ColumnReader<kTaps> &reader, uint8_t (&pixels)[kStripColumns][kTaps]) {
-  const int32_t y = padded_y - plane.pad_top;
-  if (y < 0 || y >= plane.height) {
-    GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) GP_UNROLL for (int32_t i = 0; i < kTaps; ++i)
-        pixels[k][i] = 0;
+// A tile of a slice that has the output's size already.
+GP_FN void copy_tile(int32_t thread, const uint8_t *arena, const int64_t *blocks, const Plane &plane, int32_t first_y,
+                     int32_t first_x, int32_t num_rows, int32_t num_columns, int32_t out_width, uint8_t *out) {
+  // Of words where it is one piece of one of the slice's tiles, and they lie at multiples of their size.
+  const SliceRow top = find_row(arena, blocks, plane, first_y, first_x);
+  const int32_t x = first_x - plane.pad_left - top.first;
+  const int32_t y = first_y - plane.pad_top;
+  const bool whole = x >= 0 && x + num_columns <= top.count && plane.column_stride == 1 &&
+                     y + num_rows <= plane.height && y % plane.block_height + num_rows <= plane.block_height;
+  const uint8_t *source = top.pixels + x;
+  if (whole &&
+      ((uint64_t)source | (uint64_t)plane.row_stride | (uint64_t)out | (uint64_t)(out_width | num_columns)) % 4 == 0) {
+    enum { kWords = kTileColumns / 4 };
+    if (thread % kWords * 4 >= num_columns) return;
+    source += thread / kWords * plane.row_stride + thread % kWords * 4;
+    out += (int64_t)(thread / kWords) * out_width + thread % kWords * 4;
+    GP_UNROLL for (int32_t i = 0; i < kTileRows; i += kBlockThreads / kWords) if (thread / kWords + i < num_rows) *
+        (Bytes4 *)(out + (int64_t)i * out_width) = {{gp_load((const Bytes4 *)(source + i * plane.row_stride))}};
     return;
   }
-  if (y < reader.first_row || y >= reader.end_row) enter_tiles(arena, blocks, plane, y, reader);
-  const int64_t offset = (y - reader.first_row) * plane.row_stride;
-  GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) GP_UNROLL for (int32_t i = 0; i < kTaps; ++i)
-      pixels[k][i] = reader.starts[k][i] ? reader.starts[k][i][offset] : 0;
+  GP_LOOP for (int32_t i = thread / kWarpThreads; i < num_rows; i += kBlockThreads / kWarpThreads) {
+    const SliceRow row = find_row(arena, blocks, plane, first_y + i, first_x);
+    GP_LOOP for (int32_t j = thread % kWarpThreads; j < num_columns; j += kWarpThreads)
+        out[(int64_t)i * out_width + j] = (uint8_t)read_pixel(arena, row, plane, first_x + j);
+  }
 }
 
-GP_FN void encode_element(int64_t element, const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks,
-                          const Plane *GP_RESTRICT planes, const int32_t *GP_RESTRICT table_index,
-                          const float *GP_RESTRICT table_weights, int32_t table_length, int32_t out_height,
-                          int32_t out_width, uint8_t *GP_RESTRICT out) {
-  const int32_t num_strips = (out_height + kStripRows - 1) / kStripRows;
-  const int32_t half = (out_width + kStripColumns - 1) / kStripColumns;
-  const int64_t strip = gp_divide(element, half);
-  const int32_t out_x = (int32_t)(element - strip * half);
-  // A width that is odd leaves the last element one column: its other one is made twice and not stored.
-  const int32_t columns[kStripColumns] = {out_x, out_x + half < out_width ? out_x + half : out_x};
-  const int64_t number = gp_divide(strip, num_strips);
-  const int32_t first_y = (int32_t)(strip - number * num_strips) * kStripRows;
-  const int32_t end_y = gp_min(first_y + kStripRows, out_height);
-  const Plane &plane = planes[number];
+struct CubicTable {
+  const int32_t *GP_RESTRICT index;
+  const float *GP_RESTRICT weights;
+  int32_t length;
+};
+
+GP_FN CubicTable cubic_table(const int32_t *GP_RESTRICT table_index, const float *GP_RESTRICT table_weights,
+                             int32_t table_length, int32_t number) {
+  return {table_index + (int64_t)number * table_length, table_weights + (int64_t)number * 4 * table_length,
+          table_length};
+}
+
+GP_FN TapWeights tap_weights(const CubicTable &table, int32_t place) {
+  const float *weights = table.weights + place;
+  return {{weights[0], weights[table.length], weights[2 * (int64_t)table.length], weights[3 * (int64_t)table.length]}};
+}
+
+GP_FN float cubic_row(const float *pixels, const TapWeights &weights) {
+  return cubic_horizontal(pixels[0], pixels[1], pixels[2], pixels[3], weights.w[0], weights.w[1], weights.w[2],
+                          weights.w[3]);
+}
+
+// A pixel of the output by itself, where the slice is so large that what lies under a row of a tile cannot be kept.
+GP_FN uint8_t encode_pixel(const uint8_t *arena, const int64_t *blocks, const Plane &plane,
+                           const TapWeights &row_weights, const TapWeights &column_weights, int32_t top, int32_t left) {
+  float r0 = 0.0f, r1 = 0.0f, r2 = 0.0f, r3 = 0.0f;
+  GP_LOOP for (int32_t j = 0; j < 4; ++j) {
+    const int32_t y = gp_min(gp_max(top + j, 0), plane.padded_height - 1);
+    const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
+    float pixels[4];
+    GP_UNROLL for (int32_t i = 0; i < 4; ++i)
+        pixels[i] = gp_byte_float(read_pixel(arena, row, plane, gp_min(gp_max(left + i, 0), plane.padded_width - 1)));
+    r0 = r1, r1 = r2, r2 = r3, r3 = cubic_row(pixels, column_weights);
+  }
+  const float *b = row_weights.w;
+  return saturate_uint8(cubic_vertical(r0, r1, r2, r3, b[0], b[1], b[2], b[3]));
+}
+
+GP_FN void encode_block(int64_t block, EncodeShared &shared, const uint8_t *GP_RESTRICT arena,
+                        const int64_t *GP_RESTRICT blocks, const Plane *GP_RESTRICT planes,
+                        const int32_t *GP_RESTRICT table_index, const float *GP_RESTRICT table_weights,
+                        int32_t table_length, int32_t out_height, int32_t out_width, uint8_t *GP_RESTRICT out) {
+  const int32_t tiles_across = (out_width + kTileColumns - 1) / kTileColumns;
+  const int32_t tiles_down = (out_height + kTileRows - 1) / kTileRows;
+  const int64_t line = gp_divide(block, tiles_across);
+  const int32_t first_x = (int32_t)(block - line * tiles_across) * kTileColumns;
+  const int32_t end_x = gp_min(first_x + kTileColumns, out_width);
+  const int64_t number = gp_divide(line, tiles_down);
+  const int32_t first_y = (int32_t)(line - number * tiles_down) * kTileRows;
+  const int32_t num_rows = gp_min(kTileRows, out_height - first_y);
+  const Plane plane = planes[number];
   out += (number * out_height + first_y) * out_width;
   if (plane.padded_height == out_height && plane.padded_width == out_width) {
-    ColumnReader<1> reader = {{columns[0], columns[1]}, {}, 0, 0};
-    for (int32_t y = first_y; y < end_y; ++y, out += out_width) {
-      uint8_t pixels[kStripColumns][1];
-      read_row(arena, blocks, plane, y, reader, pixels);
-      GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) out[columns[k]] = pixels[k][0];
-    }
+    GP_THREADS(thread)
+    copy_tile(thread, arena, blocks, plane, first_y, first_x, num_rows, end_x - first_x, out_width, out + first_x);
     return;
   }
-  const int32_t *column_index = table_index + (int64_t)plane.column_table * table_length;
-  const float *weights = table_weights + (int64_t)plane.column_table * 4 * table_length;
-  ColumnReader<4> reader = {{column_index[columns[0]] - 1, column_index[columns[1]] - 1}, {}, 0, 0};
-  float column_weights[kStripColumns][4];
-  GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) GP_UNROLL for (int32_t i = 0; i < 4; ++i)
-      column_weights[k][i] = weights[(int64_t)i * table_length + columns[k]];
-  const int32_t *row_index = table_index + (int64_t)plane.row_table * table_length;
-  const float *row_weights = table_weights + (int64_t)plane.row_table * 4 * table_length;
-  // The four rows under the taps, from `top` on; each source row is resampled once on the way down.
-  int32_t top = row_index[first_y] - 5;
-  float rows[kStripColumns][4] = {};
-  for (int32_t y = first_y; y < end_y; ++y, out += out_width) {
-    const int32_t wanted = row_index[y] - 1;
-    top = gp_max(top, wanted - 4);
-    for (; top < wanted; ++top) {
-      uint8_t taps[kStripColumns][4];
-      read_row(arena, blocks, plane, gp_min(gp_max(top + 4, 0), plane.padded_height - 1), reader, taps);
-      GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) {
-        rows[k][0] = rows[k][1], rows[k][1] = rows[k][2], rows[k][2] = rows[k][3];
-        rows[k][3] = cubic_horizontal((float)taps[k][0], (float)taps[k][1], (float)taps[k][2], (float)taps[k][3],
-                                      column_weights[k][0], column_weights[k][1], column_weights[k][2],
-                                      column_weights[k][3]);
+  const CubicTable columns = cubic_table(table_index, table_weights, table_length, plane.column_table);
+  const CubicTable rows = cubic_table(table_index, table_weights, table_length, plane.row_table);
+  GP_THREADS(thread) if (thread < num_rows) {
+    shared.rows[thread] = {tap_weights(rows, first_y + thread), rows.index[first_y + thread]};
+  }
+  const int32_t left = columns.index[first_x] - 1;
+  const int32_t width = columns.index[end_x - 1] + 3 - left;
+  const int32_t most_rows = kMostPixels / width;
+  GP_LOOP for (int32_t begin = 0, end; begin < num_rows; begin = end) {
+    const int32_t top = shared.rows[begin].index - 1;
+    int32_t height = 0;  // of what lies under as many rows of the tile as there is space for
+    GP_LOOP for (end = num_rows;; end = begin + (end - begin) / 2) {
+      height = shared.rows[end - 1].index + 3 - top;
+      if (height <= most_rows || end == begin + 1) break;
+    }
+    if (height > most_rows) {
+      GP_THREADS(thread) {
+        const int32_t x = first_x + thread;
+        if (x < end_x)
+          out[(int64_t)begin * out_width + x] = encode_pixel(arena, blocks, plane, shared.rows[begin].weights,
+                                                             tap_weights(columns, x), top, columns.index[x] - 1);
+      }
+      continue;
+    }
+    GP_THREADS(thread)
+    GP_LOOP for (int32_t i = thread / kWarpThreads; i < height; i += kBlockThreads / kWarpThreads) {
+      const int32_t y = gp_min(gp_max(top + i, 0), plane.padded_height - 1);
+      const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
+      collect_row(arena, row, plane, left, width, thread % kWarpThreads, shared.pixels + i * width);
+    }
+    GP_THREADS(thread) if (first_x + thread < end_x) {
+      const int32_t x = first_x + thread;
+      const TapWeights weights = tap_weights(columns, x);
+      const float *taps = shared.pixels + (columns.index[x] - 1 - left);
+      const RowTaps *at = shared.rows + begin;
+      uint8_t *target = out + (int64_t)begin * out_width + x;
+      // The four rows under the taps; each row of pixels is resampled once on the way down.
+      float r0 = 0.0f, r1 = 0.0f, r2 = 0.0f, r3 = 0.0f;
+      int32_t row = top;
+      GP_LOOP for (int32_t i = end - begin; i > 0; --i, ++at, target += out_width) {
+        const int32_t below = at->index + 3;
+        GP_LOOP for (; row < below; ++row, taps += width) {
+          r0 = r1, r1 = r2, r2 = r3;
+          r3 = cubic_row(taps, weights);
+        }
+        *target = saturate_uint8(
+            cubic_vertical(r0, r1, r2, r3, at->weights.w[0], at->weights.w[1], at->weights.w[2], at->weights.w[3]));
       }
     }
-    const float b0 = row_weights[y], b1 = row_weights[table_length + y];
-    const float b2 = row_weights[2 * (int64_t)table_length + y], b3 = row_weights[3 * (int64_t)table_length + y];
-    GP_UNROLL for (int32_t k = 0; k < kStripColumns; ++k) out[columns[k]] = saturate_uint8(
-        cubic_vertical(rows[k][0], rows[k][1], rows[k][2], rows[k][3], b0, b1, b2, b3));
   }
 }
 
-GP_KERNEL(encode,
-          (const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane *GP_RESTRICT planes,
-           const int32_t *GP_RESTRICT table_index, const float *GP_RESTRICT table_weights, int32_t table_length,
-           int32_t out_height, int32_t out_width, uint8_t *GP_RESTRICT out),
-          (arena, blocks, planes, table_index, table_weights, table_length, out_height, out_width, out))
+GP_BLOCK_KERNEL(encode, EncodeShared,
+                (const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks, const Plane *GP_RESTRICT planes,
+                 const int32_t *GP_RESTRICT table_index, const float *GP_RESTRICT table_weights, int32_t table_length,
+                 int32_t out_height, int32_t out_width, uint8_t *GP_RESTRICT out),
+                (arena, blocks, planes, table_index, table_weights, table_length, out_height, out_width, out))
 
 // The mask half: nearest neighbour, index table per source length. Ids keep their width up to 32 bits.
 GP_FN void encode_mask_element(int64_t element, const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT blocks,

@@ -16,6 +16,7 @@ typedef long long int64_t;
 #define GP_FN static __host__ __device__ __forceinline__
 #define GP_RESTRICT __restrict__
 #define GP_UNROLL _Pragma("unroll")  // arrays stay in registers only where their indices are known
+#define GP_LOOP _Pragma("unroll 1")  // large bodies stay in the cache of instructions only where there is one of each
 #else
 #include <cmath>
 #include <cstdint>
@@ -23,15 +24,23 @@ typedef long long int64_t;
 #define GP_FN static inline __attribute__((always_inline))
 #define GP_RESTRICT __restrict__
 #define GP_UNROLL
+#define GP_LOOP
 #endif
 
 #if defined(__CUDA_ARCH__)
-GP_FN float gp_add(float a, float b) { return __fadd_rn(a, b); }
-GP_FN float gp_sub(float a, float b) { return __fsub_rn(a, b); }
-GP_FN float gp_mul(float a, float b) { return __fmul_rn(a, b); }
-GP_FN float gp_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-GP_FN float gp_div(float a, float b) { return __fdiv_rn(a, b); }
-GP_FN float gp_sqrt(float a) { return __fsqrt_rn(a); }
+// In PTX, since CuPy compiles with -ftz=true behind all options, which makes intrinsics lose the smallest numbers.
+#define GP_FLOAT_OPERATION(name, parameters, operation, ...) \
+  GP_FN float name parameters {                              \
+    float result;                                            \
+    asm(operation : "=f"(result) : __VA_ARGS__);             \
+    return result;                                           \
+  }
+GP_FLOAT_OPERATION(gp_add, (float a, float b), "add.rn.f32 %0, %1, %2;", "f"(a), "f"(b))
+GP_FLOAT_OPERATION(gp_sub, (float a, float b), "sub.rn.f32 %0, %1, %2;", "f"(a), "f"(b))
+GP_FLOAT_OPERATION(gp_mul, (float a, float b), "mul.rn.f32 %0, %1, %2;", "f"(a), "f"(b))
+GP_FLOAT_OPERATION(gp_fma, (float a, float b, float c), "fma.rn.f32 %0, %1, %2, %3;", "f"(a), "f"(b), "f"(c))
+GP_FLOAT_OPERATION(gp_div, (float a, float b), "div.rn.f32 %0, %1, %2;", "f"(a), "f"(b))
+GP_FLOAT_OPERATION(gp_sqrt, (float a), "sqrt.rn.f32 %0, %1;", "f"(a))
 GP_FN float gp_round_even(float a) { return rintf(a); }
 GP_FN uint32_t gp_float_bits(float a) { return __float_as_uint(a); }
 GP_FN float gp_bits_float(uint32_t a) { return __uint_as_float(a); }
@@ -71,6 +80,15 @@ struct GP_WIDE(4) Bytes4 {
   uint32_t words[1];
 };
 
+// A load of what no kernel at work writes.
+#if defined(__CUDA_ARCH__)
+GP_FN uint32_t gp_load(const uint8_t *address) { return __ldg(address); }
+GP_FN uint32_t gp_load(const Bytes4 *address) { return __ldg((const unsigned int *)address); }
+#else
+GP_FN uint32_t gp_load(const uint8_t *address) { return *address; }
+GP_FN uint32_t gp_load(const Bytes4 *address) { return address->words[0]; }
+#endif
+
 // Stores past the cache: what a batch's outputs are is not read again by the kernel that makes them.
 #if defined(__CUDA_ARCH__)
 GP_FN void gp_stream(void *address, Bytes16 value) {
@@ -91,11 +109,36 @@ GP_FN int64_t gp_divide(int64_t value, int32_t divisor) {
   return value <= 0x7fffffff ? (int64_t)((uint32_t)value / (uint32_t)divisor) : value / divisor;
 }
 
+#if defined(__CUDA_ARCH__)
+GP_FN uint32_t gp_reverse_bytes(uint32_t word) { return __byte_perm(word, 0, 0x0123); }
+#else
+GP_FN uint32_t gp_reverse_bytes(uint32_t word) { return __builtin_bswap32(word); }
+#endif
+
 GP_FN int32_t gp_min(int32_t a, int32_t b) { return a < b ? a : b; }
 GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// GP_KERNEL(name, count, (parameters), (arguments)): from a body `name_element(int64_t element, parameters)` makes a
+// A byte as a float, or one of a word's four, the lowest first. At 2^23 a float's last bit is worth 1, so a byte fits
+// into the low bits of that number; a GPU converts several times as slowly as it adds.
+#if defined(__CUDA_ARCH__)
+GP_FN float gp_byte_float(uint32_t byte) { return gp_sub(gp_bits_float(0x4b000000u | byte), 8388608.0f); }
+GP_FN float gp_byte_float(uint32_t word, int32_t byte) {
+  return gp_sub(gp_bits_float(__byte_perm(word, 0x4b000000u, 0x7540u | byte)), 8388608.0f);
+}
+#else
+GP_FN float gp_byte_float(uint32_t byte) { return (float)(int32_t)byte; }
+GP_FN float gp_byte_float(uint32_t word, int32_t byte) { return (float)(int32_t)(word >> 8 * byte & 255u); }
+#endif
+
+// GP_KERNEL(name, (parameters), (arguments)): from a body `name_element(int64_t element, parameters)` makes a
 // grid-stride kernel `name` on the device, or `name_elements`, the same elements in a plain loop, on the host.
+//
+// GP_BLOCK_KERNEL(name, Shared, (parameters), (arguments)): the same from a body `name_block(int64_t block, Shared
+// &shared, parameters)`, the work of kBlockThreads threads together, which are as many elements. Such a body consists
+// of parts `GP_THREADS(thread) {...}`: on the device each thread runs a part and waits for the others behind it; on the
+// host one part after the other is run for all threads. From part to part only `shared` is kept, and what is the same
+// for all threads.
+enum { kBlockThreads = 256, kWarpThreads = 32 };
 #define GP_UNWRAP(...) __VA_ARGS__
 #ifdef GPUPARSE_DEVICE
 #ifndef GP_MIN_BLOCKS
@@ -108,11 +151,29 @@ GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
     for (int64_t element = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; element < num_elements; element += step)   \
       name##_element(element, GP_UNWRAP arguments);                                                                   \
   }
+#define GP_BLOCK_KERNEL(name, Shared, parameters, arguments)                                                          \
+  extern "C" __global__ void __launch_bounds__(256, GP_MIN_BLOCKS) name(int64_t num_elements, GP_UNWRAP parameters) { \
+    __shared__ Shared shared;                                                                                         \
+    name##_block(blockIdx.x, shared, GP_UNWRAP arguments);                                                            \
+  }
 #else
 #define GP_KERNEL(name, parameters, arguments)                                                                 \
   extern "C" void name##_elements(int64_t num_elements, GP_UNWRAP parameters) {                                \
     for (int64_t element = 0; element < num_elements; ++element) name##_element(element, GP_UNWRAP arguments); \
   }
+#define GP_BLOCK_KERNEL(name, Shared, parameters, arguments)                    \
+  extern "C" void name##_elements(int64_t num_elements, GP_UNWRAP parameters) { \
+    Shared shared;                                                              \
+    for (int64_t block = 0; block * kBlockThreads < num_elements; ++block) {    \
+      memset(&shared, 0xff, sizeof(shared)); /* what nobody wrote shows */      \
+      name##_block(block, shared, GP_UNWRAP arguments);                         \
+    }                                                                           \
+  }
+#endif
+#if defined(__CUDA_ARCH__)
+#define GP_THREADS(thread) for (int32_t thread = threadIdx.x, once = 1; once; once = 0, __syncthreads())
+#else
+#define GP_THREADS(thread) for (int32_t thread = 0; thread < kBlockThreads; ++thread)
 #endif
 
 #endif  // GPUPARSE_PORTABLE_H

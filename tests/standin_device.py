@@ -151,13 +151,17 @@ class StandInDali:
 
 
 class Event:
-    """Happens at once; notes who recorded it and who waited for it. CUDA has to be asked on the event's device."""
+    """Happens when it is waited for, or at once; notes who did. CUDA has to be asked on the event's device."""
 
     def __init__(self, stand_in, number):
         self._stand_in, self._number = stand_in, number
 
     def record(self, stream):
         self._stand_in.log.append(("record", stream.name))
+
+    def query(self):
+        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        return not self._stand_in.is_waited_for
 
     def synchronize(self):
         assert self._stand_in.current_device() == torch.device("cuda", 0)
@@ -203,6 +207,7 @@ class StandInTorch:
         self.milliseconds = itertools.count()
         self.num_timed_events = 0
         self.is_done = True
+        self.is_waited_for = True
         self._thread = threading.local()
         self.cuda = SimpleNamespace(
             Stream=lambda device: Stream(log, "home", HOME_STREAM),

@@ -304,6 +304,13 @@ def test_staging_buffers_wait_for_their_copies(mixture, cuda):
     assert len(waits) == len(loader) - num_slots + len(loader)
 
 
+def test_what_has_happened_is_not_waited_for(mixture, cuda):
+    cuda.torch.is_waited_for = False
+    loader = DataLoader(mixture, device="cuda", prefetch_depth=1, batch_size=2, num_threads=1)
+    assert len(list(loader)) > 8
+    assert [entry for entry in cuda.log if entry[0] == "synchronize"] == []
+
+
 def test_device_memory_does_not_grow(mixture, cuda):
     loader = DataLoader(mixture, device="cuda", cache="device", cache_gib=1, **OPTIONS)
     list(loader)

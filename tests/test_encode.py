@@ -14,7 +14,7 @@ from oracle import encode_with_cv2, gather, neighbours, pad_as_reference, pad_to
 
 import gpuparse
 from gpuparse import kernels
-from gpuparse.encode import encode, encode_masks, encode_planes, num_strips
+from gpuparse.encode import encode, encode_masks, encode_planes, num_elements
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
 from gpuparse.store import open_store
@@ -199,8 +199,8 @@ def run_library(library, function, slices, arena, tables, size, *, num_threads=N
     masks = "mask" in function
     planes = slices.label_planes if masks else slices.image_planes
     out = np.full((len(planes), *size), 77, np.uint32 if masks else np.uint8)
-    # An element is a pixel of a mask, or a strip of pixels of an image.
-    head = [ctypes.c_int64(out.size if masks else num_strips(len(planes), size))]
+    # An element is a pixel of a mask, or a thread's share of a tile of an image.
+    head = [ctypes.c_int64(out.size if masks else num_elements(len(planes), size))]
     if num_threads is not None:
         head = [ctypes.c_int64(len(planes)), ctypes.c_int32(num_threads)]
     arrays = (tables.nearest,) if masks else (tables.cubic_index, tables.cubic_weights)
@@ -240,6 +240,10 @@ def test_every_build_and_thread_count_gives_the_bits_of_the_kernels_body(sample_
 )  # fmt: skip
 @example(height=1, width=1, rows=9, columns=9, axis=0, recipe="corrected")
 @example(height=64, width=63, rows=64, columns=63, axis=2, recipe="reference")  # equal sizes: the copy path
+@example(height=96, width=320, rows=320, columns=320, axis=0, recipe="corrected")  # copied by words, behind padding
+@example(height=300, width=320, rows=40, columns=300, axis=1, recipe="corrected")  # a tile in several parts
+@example(height=4, width=5000, rows=3, columns=280, axis=0, recipe="corrected")  # not even a row of a tile fits
+@example(height=2500, width=9, rows=300, columns=5, axis=2, recipe="reference")
 def test_builds_agree_for_any_shape(height, width, rows, columns, axis, recipe):
     baseline, avx2 = kernels.host_library("baseline"), avx2_or_skip()
     shape = [height, width]

@@ -65,7 +65,7 @@ def fetch(program: ctypes.c_void_p, what: str) -> bytes:
 
 def kernel_names(source: str) -> list[str]:
     text = (kernels.kernel_sources() / source).read_text(encoding="utf-8")
-    return re.findall(r"^GP_KERNEL\((\w+),", text, re.MULTILINE)
+    return re.findall(r"^GP_(?:BLOCK_)?KERNEL\((\w+),", text, re.MULTILINE)
 
 
 def imprecise_instructions(ptx: str) -> list[str]:
@@ -88,6 +88,7 @@ def imprecise_instructions(ptx: str) -> list[str]:
 def test_there_are_kernels_to_test():
     assert "encode.cu" in SOURCES
     assert kernel_names("encode.cu") == ["encode", "encode_mask"]
+    assert kernel_names("augment_tiles.cu") == ["augment_tiles"]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -112,6 +113,21 @@ def test_device_code_rounds_every_float_operation_to_nearest(source, fused):
         assert not re.search(r"\.f(16|32|64)\b", ptx)
     elif source not in MOVES_ONLY:
         assert re.search(r"\b(fma|add|mul)\.rn\.f32\b", ptx)  # the lint has seen arithmetic
+
+
+def test_short_calls_keep_the_interpreter():
+    library = kernels.short_calls()
+    assert type(library) is ctypes.PyDLL
+    assert library._name == kernels.host_library()._name
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_arithmetic_flushes_the_smallest_numbers_with_what_cupy_adds(source):
+    # CuPy adds this behind everyone's options. Where it reaches, such numbers and 0 give the same.
+    options = (*(o for o in kernels.nvrtc_options() if "ftz" not in o), "-ftz=true")
+    ptx = compile_kernel(f'#include "{source}"\n', "compute_80", options).decode()
+    flushing = {line.split(".ftz")[0] for line in imprecise_instructions(ptx)}
+    assert flushing <= {"cvt.rzi", "neg", "max", "min"}
 
 
 @pytest.mark.parametrize(

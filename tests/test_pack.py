@@ -115,10 +115,24 @@ def test_shapes_of_the_outputs(mixed_store):
         assert packed.shapes(SIZE) == ((2, 3, *SIZE), labels)
 
 
+class DevicePointer:
+    """Host memory that a place in it can be counted from, as CuPy's pointers."""
+
+    def __init__(self, memory):
+        self._memory = memory
+
+    def __add__(self, offset):
+        return self._memory[offset:]
+
+
 class DeviceBytes(np.ndarray):
     """Host memory that says it is CuPy's, which has no structured types."""
 
     __module__ = "cupy"
+
+    @property
+    def data(self):
+        return DevicePointer(memoryview(np.asarray(self)))
 
 
 def test_on_a_gpu_structs_are_rows_of_bytes(packed):
