@@ -2,8 +2,9 @@
 //
 // A block of threads makes a tile of 32 x 32: so it reads a slice that is turned by a quarter from few rows, and a warp
 // (4 rows of 32 pixels) writes whole sectors of memory. A thread makes four neighbouring pixels, which share their
-// random blocks. Where a tile's rows and columns of labels come from is found once for all pixels in them. Of 64-bit
-// labels a thread makes two pairs, 16 pixels apart, so that what eight threads write at once lies side by side.
+// random blocks. Where a tile's rows and columns of labels come from is found once for all pixels in them, while image
+// pixels are on their way. Of 64-bit labels a thread makes two pairs, 16 pixels apart, so that what eight threads write
+// at once lies side by side.
 #include "augment.h"
 
 enum { kTileSide = 32, kQuadsPerTileRow = kTileSide / 4 };
@@ -219,38 +220,38 @@ GP_FN void augment_tiles_block(int64_t block, TileShared &shared, GP_AUGMENT_PAR
   const bool turned = params.rotate & 1;  // then a row of the output is a column of the slice
   const bool tiles_are_rows = turned ? plane.height <= plane.block_height : plane.width <= plane.block_width;
 
-  const int32_t *crop_table = crop_tables + 2 * sample;
-  const CropTables tables = {linear_index, linear_weight, crop_nearest, crop_length};
-
-  GP_THREADS(thread) if (thread < 2 * kTileSide) {
+  GP_THREADS(thread) {
+    const int32_t *crop_table = crop_tables + 2 * sample;
+    const CropTables tables = {linear_index, linear_weight, crop_nearest, crop_length};
     const Symmetry symmetry = find_symmetry(params, height, width);
-    const bool is_row = thread >= kTileSide;
     const int32_t i = thread % kTileSide;
-    LabelSources &sources = is_row ? shared.rows : shared.columns;
-    find_labels(params, crop_table, tables, symmetry, plane, nearest, nearest_length, is_row ? height : width, is_row,
-                (is_row ? tile_y : tile_x) + i, i, sources);
-    if (is_row && tiles_are_rows && sources.tiles[i] >= 0) {
-      const int64_t start = tile_starts[sources.tiles[i]];
-      sources.offsets[i] += start;
-      if (start < 0) sources.tiles[i] = -1;
+    if (thread < kTileSide) {
+      find_labels(params, crop_table, tables, symmetry, plane, nearest, nearest_length, width, false, tile_x + i, i,
+                  shared.columns);
+    } else if (thread < 2 * kTileSide) {
+      find_labels(params, crop_table, tables, symmetry, plane, nearest, nearest_length, height, true, tile_y + i, i,
+                  shared.rows);
+      if (tiles_are_rows && shared.rows.tiles[i] >= 0) {
+        const int64_t start = tile_starts[shared.rows.tiles[i]];
+        shared.rows.offsets[i] += start;
+        if (start < 0) shared.rows.tiles[i] = -1;
+      }
     }
+    const int32_t y = tile_y + thread / kQuadsPerTileRow, x = tile_x + thread % kQuadsPerTileRow * 4;
+    const int64_t start = (int64_t)sample * 3 * num_pixels;
+    augment_pixels(images + start, params, crop_table, tables, symmetry, height, width, y, x, image_type, out_image,
+                   start + y * width + x);
   }
 
   GP_THREADS(thread) {
     const bool pairs = label_type == kLabelsInt64;
     const int32_t row = thread / kQuadsPerTileRow;
     const int32_t pair_x = thread % kQuadsPerTileRow * (pairs ? 2 : 4);
-    uint32_t ids[4] = {0, 0, 0, 0};  // on their way while the image's pixels are made
+    uint32_t ids[4] = {0, 0, 0, 0};
     load_ids(arena, tile_starts, plane.itemsize, tiles_are_rows, shared, row, pair_x, pairs ? kTileSide / 2 : 2, ids);
-
-    const int32_t y = tile_y + row, x = tile_x + thread % kQuadsPerTileRow * 4;
-    const int64_t start = (int64_t)sample * 3 * num_pixels;
-    augment_pixels(images + start, params, crop_table, tables, find_symmetry(params, height, width), height, width, y,
-                   x, image_type, out_image, start + y * width + x);
-
     if (params.wrap_ids) GP_UNROLL for (int32_t i = 0; i < 4; ++i) ids[i] &= 255u;
     const int32_t label_bytes = pairs ? sizeof(int64_t) : 1;
-    const int64_t pixel = (int64_t)sample * num_prompts * num_pixels + y * width + tile_x + pair_x;
+    const int64_t pixel = (int64_t)sample * num_prompts * num_pixels + (tile_y + row) * width + tile_x + pair_x;
     store_prompts(ids, label_modes[sample], prompt_ids + (int64_t)sample * num_prompts, num_prompts, pairs,
                   (int64_t)num_pixels * label_bytes, (uint8_t *)out_labels + pixel * label_bytes);
   }
