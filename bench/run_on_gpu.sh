@@ -56,9 +56,10 @@ run() {
   esac
 }
 
-# sanitize TOOL: the short run under one of compute-sanitizer's tools.
+# sanitize TOOL: a short run under one of compute-sanitizer's tools: of the loader, or for the slower ones of the kernels.
 sanitize() {
-  local sanitizer
+  local sanitizer program=bench/small_kernels.py
+  [[ $1 == memcheck ]] && program=bench/small_pipeline.py
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   if [[ ! -x $sanitizer ]]; then
     say "=== $1: compute-sanitizer is not installed"
@@ -67,7 +68,7 @@ sanitize() {
   fi
   # Each allocation by itself, not a piece of a pool: else a kernel that leaves its array stays inside the pool.
   run "$1" 55 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 DALI_USE_DEVICE_MEM_POOL=0 DALI_USE_VMM=0 \
-    "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 "$python" bench/small_pipeline.py
+    "$sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 "$python" "$program"
   say "=== $1: lines that name gpuparse's kernels: $(sed -n "/^=== $1: env/,/^=== $1: status/p" "$log" \
     | grep -cE '^=========.*\b(encode|encode_mask|augment|augment_tiles|place_blocks)\b')"
 }
@@ -80,6 +81,10 @@ if ! "$python" -c 'import gpuparse.convert, gpuparse.loader' >>"$log" 2>&1; then
 fi
 if ! "$python" -c 'from gpuparse.kernels import host_library; host_library()' >>"$log" 2>&1; then
   run install 60 bench/install_offline.sh
+fi
+if [[ " ${parts[*]} " == *" peers "* ]] && ! "$python" -m gpuparse --version >>"$log" 2>&1; then
+  say "=== the command line cannot run, which peers needs: $(tail -n 1 "$log"). No part was run."
+  exit 1
 fi
 
 for part in "${parts[@]}"; do

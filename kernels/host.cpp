@@ -15,6 +15,8 @@
 #include "host_read.cpp"
 #include "place.cu"
 
+int32_t gpuparse_thread_step = 1;
+
 extern "C" const char *gpuparse_source_digest() { return GPUPARSE_SOURCE_DIGEST; }
 
 // 1 where the processor runs the AVX2 build of this library.

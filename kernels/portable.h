@@ -173,7 +173,11 @@ enum { kBlockThreads = 256, kWarpThreads = 32 };
 #if defined(__CUDA_ARCH__)
 #define GP_THREADS(thread) for (int32_t thread = threadIdx.x, once = 1; once; once = 0, __syncthreads())
 #else
-#define GP_THREADS(thread) for (int32_t thread = 0; thread < kBlockThreads; ++thread)
+// In any order: a test chooses odd steps, each of which comes by all threads.
+extern "C" int32_t gpuparse_thread_step;
+#define GP_THREADS(thread)                                         \
+  for (int32_t gp_count = 0, thread = 0; gp_count < kBlockThreads; \
+       ++gp_count, thread = gp_count * gpuparse_thread_step % kBlockThreads)
 #endif
 
 #endif  // GPUPARSE_PORTABLE_H

@@ -343,9 +343,9 @@ class TestScripts:
         assert calls[0].startswith("nvidia-smi")
         assert calls[1] == f"python3 bench/bench_device.py --about --json {out}/environment.json require="
         assert re.fullmatch(r"python3 -m pytest -m gpu .*tests/test_gpu_loader\.py.* require=1", calls[2])
-        for i, tool in ((3, "memcheck"), (5, "racecheck"), (6, "initcheck")):
+        for i, tool, program in ((3, "memcheck", "pipeline"), (5, "racecheck", "kernels"), (6, "initcheck", "kernels")):
             assert calls[i].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9")
-            assert "python3 bench/small_pipeline.py" in calls[i]
+            assert f"python3 bench/small_{program}.py" in calls[i]
         assert calls[4] == f"python3 bench/bench_device.py --json {out}/device.json require="
         assert len(calls) == 7
         last = (out / "run-on-gpu.log").read_text(encoding="utf-8").splitlines()[-1]
@@ -376,6 +376,15 @@ class TestScripts:
         assert "gpuparse cannot be imported" in done.stdout
         assert len((tmp_path / "calls").read_text(encoding="utf-8").splitlines()) == 1
 
+    def test_peers_want_the_command_line(self, stubs, tmp_path):
+        done = subprocess.run(
+            [BENCH / "run_on_gpu.sh", "tests", "peers"], capture_output=True, encoding="utf-8",
+            env=stubs(fail=('*"gpuparse --version"*',)),
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "the command line cannot run, which peers needs" in done.stdout
+        assert "pytest" not in (tmp_path / "calls").read_text(encoding="utf-8")
+
     def test_time_and_parts_are_limited(self, stubs):
         environment = {**stubs(), "LIMIT_SECONDS": "0"}
         done = subprocess.run(
@@ -389,8 +398,9 @@ class TestScripts:
         assert done.returncode == 2
         assert "part is 'speed'; expected some of: environment tests memcheck" in done.stderr
 
-    def test_the_short_run_for_the_sanitizers_finds_no_difference(self):
-        command = [sys.executable, str(BENCH / "small_pipeline.py"), "--device", "cpu"]
+    @pytest.mark.parametrize(("program", "what"), [("small_pipeline.py", "batch"), ("small_kernels.py", "result")])
+    def test_the_short_runs_for_the_sanitizers_find_no_difference(self, program, what):
+        command = [sys.executable, str(BENCH / program), "--device", "cpu"]
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("every batch equals the CPU's\n")
+        assert done.stdout.endswith(f"every {what} equals the CPU's\n")

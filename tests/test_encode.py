@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from types import SimpleNamespace
 
@@ -213,6 +214,17 @@ def run_library(library, function, slices, arena, tables, size, *, num_threads=N
     return out
 
 
+@contextlib.contextmanager
+def in_steps_of(library, step):
+    """A library that runs the threads of a block in another order."""
+    chosen = ctypes.c_int32.in_dll(library, "gpuparse_thread_step")
+    chosen.value = step
+    try:
+        yield
+    finally:
+        chosen.value = 1
+
+
 def avx2_or_skip():
     if not kernels.host_library("baseline").gpuparse_supports_avx2():
         pytest.skip("this processor has no AVX2")
@@ -254,6 +266,10 @@ def test_builds_agree_for_any_shape(height, width, rows, columns, axis, recipe):
     for driver in ("gpuparse_encode", "gpuparse_encode_mask"):
         body = driver.removeprefix("gpuparse_") + "_elements"
         expected = run_library(baseline, body, slices, arena, tables, (rows, columns))
+        for step in (77, 255):  # a GPU's threads go in any order between two barriers; 255 is backwards
+            with in_steps_of(baseline, step):
+                got = run_library(baseline, body, slices, arena, tables, (rows, columns))
+            np.testing.assert_array_equal(got, expected)
         for library in (baseline, avx2):
             got = run_library(library, driver, slices, arena, tables, (rows, columns), num_threads=1)
             np.testing.assert_array_equal(got, expected)
