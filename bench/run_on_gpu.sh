@@ -98,7 +98,12 @@ for part in "${parts[@]}"; do
       run tests 140 env GPUPARSE_REQUIRE_GPU=1 "$python" -m pytest -m gpu -p no:cacheprovider --durations=8 "${files[@]}"
       ;;
     memcheck | racecheck | initcheck) sanitize "$part" ;;
-    bench) run bench 190 "$python" bench/bench_device.py --json "$out/device.json" ${DATA:+--data "$DATA"} ;;
+    bench)
+      run bench 190 "$python" bench/bench_device.py --json "$out/device.json" ${DATA:+--data "$DATA"}
+      # Some of the generated volumes have three views, and their slices lie in many chunks.
+      [[ -z ${DATA:-} ]] \
+        || run bench-generated 40 "$python" bench/bench_device.py --part kernels --json "$out/device-generated.json"
+      ;;
     peers)
       # Those of the peers that have something to do on a GPU, where they are installed, beside the reference. Each of
       # MONAI's trials fills its cache by one thread; results are written part by part.

@@ -65,6 +65,7 @@ def test_figures_belong_together(toy):
     parts = toy[1]["parts"]
     for name, itemsize in (("int64", 8), ("uint8", 1)):
         found = parts["kernels"]["labels"][name]
+        assert 0 < found["fraction_of_planes_in_several_chunks"] < 1
         assert found["equals_the_host"] is True
         moved = found["bytes_per_batch"]
         assert moved["image_written"] == 4 * 3 * 64 * 64 * 4

@@ -84,9 +84,12 @@ def measure(data: BenchData, settings: Settings) -> dict[str, Any]:
         clock.synchronize()
         equal = all(batch.equals_the_host() for batch in prepared)
         moved = [traffic(packed, settings.size, types) for packed in batches]
+        planes = np.concatenate([packed.tables().image_planes for packed in batches])
+        cut = (planes["height"] > planes["block_height"]) | (planes["width"] > planes["block_width"])
         floor = float(np.mean([t.seconds(bandwidth) for t in moved]))
         result["labels"][labels] = {
             "equals_the_host": equal,
+            "fraction_of_planes_in_several_chunks": float(cut.mean()),
             "bytes_per_batch": {name: float(np.mean([asdict(t)[name] for t in moved])) for name in asdict(moved[0])},
             "floor_microseconds": floor * 1e6,
             "floor_samples_per_second": settings.batch_size / floor,
