@@ -44,6 +44,8 @@ LabelMode = Literal["prompts", "instances", "classes", "foreground"]
 # Side of the tiles that the GPU's faster kernel works in: kTileSide of kernels/augment_tiles.cu.
 TILE_SIDE = 32
 
+_MOST_GREY_LEVELS = 1e8
+
 _MODES = {"prompts": 0, "instances": 1, "classes": 2, "foreground": 3}
 _IMAGE_TYPES = {"float32": (0, np.float32), "float16": (1, np.float16), "bfloat16": (2, np.uint16)}
 _LABEL_TYPES = {"int64": (0, np.int64), "uint8": (1, np.uint8)}
@@ -164,10 +166,9 @@ def augment(
     planes = array_planes(view, num_samples, (view.width * mask.itemsize, mask.itemsize), mask.itemsize)
     blocks = np.arange(num_samples, dtype=np.int64) * (view.height * view.width * mask.itemsize)
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
-    contiguous = mask if mask.flags.c_contiguous else mask.copy()
     return finish_batch(
-        image if image.flags.c_contiguous else image.copy(),
-        contiguous.reshape(-1).view(np.uint8),
+        kernels.in_words(image, 4),
+        kernels.in_words(mask, mask.itemsize).reshape(-1).view(np.uint8),
         blocks,
         planes,
         tables,
@@ -213,10 +214,15 @@ def _check_params(params: npt.NDArray[Any], num_samples: int, height: int, width
             raise InputError(f"params[{name!r}] has values {np.unique(params[name])}; expected {low} to {high}.")
     if height != width and bool(np.any(params["rotate"] % 2)):
         raise InputError(f"params['rotate'] asks for a quarter turn of {height}x{width} slices; expected square ones.")
-    # A sum that is cut to 8 bits goes through an integer, which infinity has none of.
+    # A sum that is cut to 8 bits goes through an integer, which infinity has none of, nor has 2^31.
     for name, used in (("noise_std", params["noise_mode"] > 0), ("shift", params["noise_mode"] == 3)):
-        if not np.isfinite(params[name][used]).all():
+        values = params[name][used]
+        if not np.isfinite(values).all():
             raise InputError(f"params[{name!r}] holds NaN or infinity; expected grey levels.")
+        if np.abs(values).max(initial=0) > _MOST_GREY_LEVELS:
+            raise InputError(
+                f"params[{name!r}] has values up to {np.abs(values).max():g}; expected grey levels, 1e8 at most."
+            )
     crops = params[params["crop"] == 1]
     for name in ("crop_top", "crop_left"):
         if len(crops) and np.abs(crops[name].astype(np.int64)).max() > 4 * max(height, width):

@@ -130,9 +130,7 @@ def _check_volume(name: str, array: Any, dtypes: tuple[str, ...], on_device: boo
 
 
 def _bytes_of(array: Any) -> Any:
-    if not array.flags.c_contiguous:
-        array = array.copy(order="C")
-    return array.reshape(-1).view(np.uint8)
+    return kernels.in_words(array, array.itemsize).reshape(-1).view(np.uint8)
 
 
 def num_elements(num_planes: int, size: tuple[int, int]) -> int:

@@ -246,7 +246,7 @@ def _want(keys: Sequence[SliceKey]) -> _Wanted:
 
 def _gather(keys: Sequence[SliceKey], size: tuple[int, int], with_images: bool) -> Gathering:
     wanted = _want(keys)
-    library, num_slices = kernels.short_calls(), ctypes.c_int64(len(keys))
+    library, num_slices = kernels.library_for(len(keys)), ctypes.c_int64(len(keys))
     head = [kernels.pointer(array) for array in (wanted.views, wanted.positions)]
     counts = np.zeros(1, COUNTS_DTYPE)
     count_tiles = library.gpuparse_count_tiles

@@ -109,7 +109,7 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
             rows += (shard.index_address, shard.num_bytes, start, end, shard.file)
     runs = np.array(rows, np.int64)  # the structs `ShardRun` of kernels/host_locate.cpp
     found = np.zeros(num_chunks, np.uint8)
-    look_up = kernels.short_calls().gpuparse_look_up
+    look_up = kernels.library_for(num_chunks).gpuparse_look_up
     look_up.restype = ctypes.c_int64
     num_bad = look_up(ctypes.c_int64(len(starts)), *map(kernels.pointer, (runs, entries, located.chunks, found)))
     located.present = found == _PRESENT

@@ -58,8 +58,9 @@ def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uin
     counters = np.ascontiguousarray(np.broadcast_to(counters, (*shape, 4)))
     keys = np.ascontiguousarray(np.broadcast_to(keys, (*shape, 2)))
     words = np.empty((*shape, 4), np.uint32)
-    kernels.short_calls().gpuparse_philox(
-        ctypes.c_int64(math.prod(shape)), *map(kernels.pointer, (counters, keys, words))
+    num_blocks = math.prod(shape)
+    kernels.library_for(num_blocks).gpuparse_philox(
+        ctypes.c_int64(num_blocks), *map(kernels.pointer, (counters, keys, words))
     )
     return words
 
@@ -186,7 +187,7 @@ def permute(
             f"position {given[outside][0]} is outside the range that is permuted; expected 0 to "
             f"{int(lengths[outside][0]) - 1}."
         )
-    kernels.short_calls().gpuparse_permute(
+    kernels.library_for(values.size).gpuparse_permute(
         ctypes.c_int64(values.size),
         *map(kernels.pointer, (lengths, epochs, purposes)),
         *(ctypes.c_uint32(word) for word in (OPERATION_ORDER, key & 0xFFFFFFFF, key >> 32)),

@@ -331,7 +331,9 @@ def _place(
 def _lay_out(requests: npt.NDArray[Any]) -> tuple[int, int]:
     """Gives each chunk its entries in the list of blocks and its room in the buffer; returns how much that is."""
     totals = np.zeros(2, np.int64)
-    kernels.short_calls().gpuparse_lay_out(ctypes.c_int64(len(requests)), *map(kernels.pointer, (requests, totals)))
+    kernels.library_for(len(requests)).gpuparse_lay_out(
+        ctypes.c_int64(len(requests)), *map(kernels.pointer, (requests, totals))
+    )
     num_blocks, data_bytes = totals.tolist()
     return num_blocks, data_bytes
 

@@ -78,8 +78,8 @@ GP_FN float crop_pixel(const uint8_t *GP_RESTRICT channel, const CropTaps &taps,
   return round ? gp_round_even(value) : value;
 }
 
-// Four pixels of all channels, the first at (y, x), from the encoded slice to the output. All that is read is asked for
-// before anything is done with it.
+// Four pixels of all channels, the first at (y, x), from the encoded slice to the output. Where there is no crop, all
+// that is read is asked for before anything is done with it.
 GP_FN void augment_pixels(const uint8_t *GP_RESTRICT slice, const AugmentParams &params, const int32_t *crop_table,
                           const CropTables &tables, const Symmetry &symmetry, int32_t height, int32_t width, int32_t y,
                           int32_t x, int32_t image_type, void *GP_RESTRICT out, int64_t element) {

@@ -42,7 +42,7 @@ struct GP_WIDE(16) RowTaps {
 
 struct EncodeShared {
   RowTaps rows[kTileRows];
-  float pixels[9216];  // six blocks fit on a multiprocessor
+  float pixels[9216];  // six blocks fit on a multiprocessor of 228 KiB
 };
 enum { kMostPixels = sizeof(EncodeShared::pixels) / sizeof(float) };
 
@@ -65,19 +65,20 @@ GP_FN SliceRow find_row(const uint8_t *arena, const int64_t *blocks, const Plane
   const int32_t tile_x = x < plane.block_width ? 0 : x / plane.block_width;
   const int32_t first = tile_x * plane.block_width;
   const int64_t start = tiles[tile_x];
-  return {arena + start + down, first, start < 0 ? 0 : gp_min(plane.block_width, plane.width - first), tiles, down};
+  if (start < 0) return {nullptr, first, 0, tiles, down};
+  return {arena + start + down, first, gp_min(plane.block_width, plane.width - first), tiles, down};
 }
 
 // Where a pixel of it lies; null: it is 0.
 GP_FN const uint8_t *find_pixel(const uint8_t *arena, const SliceRow &row, const Plane &plane, int32_t padded_x) {
   const int32_t x = padded_x - plane.pad_left;
-  const uint32_t stride = (uint32_t)plane.column_stride;  // a row of a tile has less than 4 GiB
+  const uint32_t stride = (uint32_t)plane.column_stride;
   const int32_t inside = x - row.first;
-  if ((uint32_t)inside < (uint32_t)row.count) return row.pixels + (uint32_t)inside * stride;
+  if ((uint32_t)inside < (uint32_t)row.count) return row.pixels + (uint64_t)(uint32_t)inside * stride;
   if (!row.tiles || x < 0 || x >= plane.width) return nullptr;
   const int32_t tile = x / plane.block_width;
   const int64_t start = row.tiles[tile];
-  return start < 0 ? nullptr : arena + start + row.down + (uint32_t)(x - tile * plane.block_width) * stride;
+  return start < 0 ? nullptr : arena + start + row.down + (uint64_t)(uint32_t)(x - tile * plane.block_width) * stride;
 }
 
 GP_FN uint32_t read_pixel(const uint8_t *arena, const SliceRow &row, const Plane &plane, int32_t padded_x) {
@@ -110,7 +111,7 @@ GP_FN void copy_tile(int32_t thread, const uint8_t *arena, const int64_t *blocks
   const int32_t y = first_y - plane.pad_top;
   const bool whole = x >= 0 && x + num_columns <= top.count && plane.column_stride == 1 &&
                      y + num_rows <= plane.height && y % plane.block_height + num_rows <= plane.block_height;
-  const uint8_t *source = top.pixels + x;
+  const uint8_t *source = whole ? top.pixels + x : nullptr;
   if (whole &&
       ((uint64_t)source | (uint64_t)plane.row_stride | (uint64_t)out | (uint64_t)(out_width | num_columns)) % 4 == 0) {
     enum { kWords = kTileColumns / 4 };

@@ -133,9 +133,10 @@ GP_FN float gp_byte_float(uint32_t word, int32_t byte) { return (float)(int32_t)
 // GP_KERNEL(name, (parameters), (arguments)): from a body `name_element(int64_t element, parameters)` makes a
 // grid-stride kernel `name` on the device, or `name_elements`, the same elements in a plain loop, on the host.
 //
-// GP_BLOCK_KERNEL(name, Shared, (parameters), (arguments)): the same from a body `name_block(int64_t block, Shared
-// &shared, parameters)`, the work of kBlockThreads threads together, which are as many elements. Such a body consists
-// of parts `GP_THREADS(thread) {...}`: on the device each thread runs a part and waits for the others behind it; on the
+// GP_BLOCK_KERNEL(name, Shared, (parameters), (arguments)): from a body `name_block(int64_t block, Shared &shared,
+// parameters)`, the work of kBlockThreads threads together, which are as many elements, a kernel `name` on the device,
+// of which each block of threads does one, or `name_elements`, one after the other on the host. Such a body consists of
+// parts `GP_THREADS(thread) {...}`: on the device each thread runs a part and waits for the others behind it; on the
 // host one part after the other is run for all threads. From part to part only `shared` is kept, and what is the same
 // for all threads.
 enum { kBlockThreads = 256, kWarpThreads = 32 };
@@ -165,7 +166,7 @@ enum { kBlockThreads = 256, kWarpThreads = 32 };
   extern "C" void name##_elements(int64_t num_elements, GP_UNWRAP parameters) { \
     Shared shared;                                                              \
     for (int64_t block = 0; block * kBlockThreads < num_elements; ++block) {    \
-      memset(&shared, 0xff, sizeof(shared)); /* what nobody wrote shows */      \
+      memset(&shared, 0x7f, sizeof(shared)); /* what nobody wrote shows */      \
       name##_block(block, shared, GP_UNWRAP arguments);                         \
     }                                                                           \
   }

@@ -275,6 +275,23 @@ def test_builds_agree_for_any_shape(height, width, rows, columns, axis, recipe):
             np.testing.assert_array_equal(got, expected)
 
 
+def test_a_row_of_a_volume_may_be_longer_than_4_gib():
+    side = 70_000
+    arena = np.zeros(side * side, np.uint8)  # most of it is never touched, and takes no memory
+    plane = np.zeros(1, PLANE_DTYPE)
+    plane["height"] = plane["padded_height"] = plane["block_height"] = 1
+    plane["width"] = plane["padded_width"] = plane["block_width"] = side
+    plane["row_stride"], plane["column_stride"] = 1, side
+    plane["blocks_per_row"] = plane["itemsize"] = plane["column_table"] = 1
+    arena[65_536 * side :: side] = 200
+    slices = SimpleNamespace(blocks=np.zeros(1, np.int64), image_planes=plane)
+    tables = resampling_tables(((1, 8), (side, 64)))
+    library = kernels.host_library("baseline")
+    expected = run_library(library, "gpuparse_encode", slices, arena, tables, (8, 64), num_threads=1)
+    assert expected[0, 0, -4:].tolist() == [200] * 4
+    np.testing.assert_array_equal(run_library(library, "encode_elements", slices, arena, tables, (8, 64)), expected)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 16, None])
 def test_thread_counts_give_the_same_bits(num_threads):
     image, labels = noise((6, 70, 90)), noise((6, 70, 90), 9)

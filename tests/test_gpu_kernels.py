@@ -47,6 +47,24 @@ def test_labels_of_every_kind_equal_the_cpus(labels, itemsize):
     assert got.labels.get().tobytes() == expected.labels.tobytes()
 
 
+def test_arrays_may_begin_anywhere():
+    import cupy
+
+    rng = np.random.default_rng(5)
+    bytes_ = rng.integers(0, 256, 4 * 3 * 64 * 64 + 1, dtype=np.uint8)
+    ids = rng.integers(0, 256, 4 * 64 * 64 * 2 + 1, dtype=np.uint8)
+    params = augment_oracle.random_params(rng, 4, 64, 64)
+
+    def batch(xp):
+        image = xp.asarray(bytes_)[1:].reshape(4, 3, 64, 64)
+        mask = xp.asarray(ids)[1:].view(np.uint16).reshape(4, 64, 64)
+        return augment(image, mask, params, labels="instances", class_ids=np.ones((4, 1)))
+
+    got, expected = batch(cupy), batch(np)
+    assert got.image.get().tobytes() == expected.image.tobytes()
+    assert got.labels.get().tobytes() == expected.labels.tobytes()
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [

@@ -115,16 +115,32 @@ def test_device_code_rounds_every_float_operation_to_nearest(source, fused):
         assert re.search(r"\b(fma|add|mul)\.rn\.f32\b", ptx)  # the lint has seen arithmetic
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 4])
+def test_words_are_read_from_where_words_begin(shift):
+    memory = np.zeros(80, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :][: 48 + shift]
+    memory[:] = np.arange(len(memory))
+    part = memory[shift:]
+    found = kernels.in_words(part, 4)
+    assert (found is part) == (shift % 4 == 0)
+    assert found.ctypes.data % 4 == 0
+    np.testing.assert_array_equal(found, part)
+    columns = memory[:48].reshape(6, 8)[:, ::2]
+    assert kernels.in_words(columns, 1).flags.c_contiguous
+    np.testing.assert_array_equal(kernels.in_words(columns, 1), columns)
+
+
 def test_short_calls_keep_the_interpreter():
-    library = kernels.short_calls()
+    library = kernels.library_for(1024)
     assert type(library) is ctypes.PyDLL
     assert library._name == kernels.host_library()._name
+    assert kernels.library_for(1025) is kernels.host_library()
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_arithmetic_flushes_the_smallest_numbers_with_what_cupy_adds(source):
     # CuPy adds this behind everyone's options. Where it reaches, such numbers and 0 give the same.
-    options = (*(o for o in kernels.nvrtc_options() if "ftz" not in o), "-ftz=true")
+    options = (*kernels.nvrtc_options(), "-ftz=true")
     ptx = compile_kernel(f'#include "{source}"\n', "compute_80", options).decode()
     flushing = {line.split(".ftz")[0] for line in imprecise_instructions(ptx)}
     assert flushing <= {"cvt.rzi", "neg", "max", "min"}
@@ -209,7 +225,7 @@ def test_compile_options_carry_the_digest_and_forbid_loose_arithmetic():
     options = kernels.nvrtc_options()
     assert f"-DGPUPARSE_SOURCE_DIGEST={kernels.source_digest()[:16]}" in options
     assert f"-I{kernels.kernel_sources()}" in options
-    assert {"--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"} <= set(options)
+    assert {"--fmad=false", "--prec-div=true", "--prec-sqrt=true"} <= set(options)
 
 
 def test_a_library_built_from_other_sources_is_refused(monkeypatch):
