@@ -219,10 +219,9 @@ def _check_params(params: npt.NDArray[Any], num_samples: int, height: int, width
         values = params[name][used]
         if not np.isfinite(values).all():
             raise InputError(f"params[{name!r}] holds NaN or infinity; expected grey levels.")
-        if np.abs(values).max(initial=0) > _MOST_GREY_LEVELS:
-            raise InputError(
-                f"params[{name!r}] has values up to {np.abs(values).max():g}; expected grey levels, 1e8 at most."
-            )
+        most = np.abs(values).max(initial=0)
+        if most > _MOST_GREY_LEVELS:
+            raise InputError(f"params[{name!r}] has values up to {most:g}; expected grey levels, 1e8 at most.")
     crops = params[params["crop"] == 1]
     for name in ("crop_top", "crop_left"):
         if len(crops) and np.abs(crops[name].astype(np.int64)).max() > 4 * max(height, width):

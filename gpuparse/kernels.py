@@ -101,7 +101,7 @@ def host_library(variant: str | None = None) -> ctypes.CDLL:
 
 
 def library_for(num_items: int) -> ctypes.CDLL:
-    """The CPU kernels for a call that does little for each of some items; where these are few, it keeps the interpreter.
+    """The CPU kernels for calls that do little for each of some items; those for few keep the interpreter.
 
     A call that gives it away gets it back when another thread lets go of it: while batches are launched on a GPU, that
     takes longer than what is done in such a call.
