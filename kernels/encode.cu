@@ -167,6 +167,33 @@ GP_FN uint8_t encode_pixel(const uint8_t *arena, const int64_t *blocks, const Pl
   return saturate_uint8(cubic_vertical(r0, r1, r2, r3, b[0], b[1], b[2], b[3]));
 }
 
+// Collects the pixels under some rows of a tile: `height` rows of `width` from (top, left) of the padded slice on.
+GP_FN void collect_pixels(int32_t thread, const uint8_t *arena, const int64_t *blocks, const Plane &plane, int32_t top,
+                          int32_t left, int32_t height, int32_t width, float *pixels) {
+  GP_LOOP for (int32_t i = thread / kWarpThreads; i < height; i += kBlockThreads / kWarpThreads) {
+    const int32_t y = gp_min(gp_max(top + i, 0), plane.padded_height - 1);
+    const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
+    collect_row(arena, row, plane, left, width, thread % kWarpThreads, pixels + i * width);
+  }
+}
+
+// Makes a column of these rows, from its taps in the first row of pixels on, which is row `top` of the slice; each row
+// of pixels is resampled once on the way down.
+GP_FN void make_column(const RowTaps *rows, int32_t num_rows, int32_t top, const float *taps, int32_t width,
+                       const TapWeights &weights, int32_t out_width, uint8_t *out) {
+  float r0 = 0.0f, r1 = 0.0f, r2 = 0.0f, r3 = 0.0f;  // the four under the taps
+  int32_t row = top;
+  GP_LOOP for (int32_t i = num_rows; i > 0; --i, ++rows, out += out_width) {
+    const int32_t below = rows->index + 3;
+    GP_LOOP for (; row < below; ++row, taps += width) {
+      r0 = r1, r1 = r2, r2 = r3;
+      r3 = cubic_row(taps, weights);
+    }
+    *out = saturate_uint8(
+        cubic_vertical(r0, r1, r2, r3, rows->weights.w[0], rows->weights.w[1], rows->weights.w[2], rows->weights.w[3]));
+  }
+}
+
 GP_FN void encode_block(int64_t block, EncodeShared &shared, const uint8_t *GP_RESTRICT arena,
                         const int64_t *GP_RESTRICT blocks, const Plane *GP_RESTRICT planes,
                         const int32_t *GP_RESTRICT table_index, const float *GP_RESTRICT table_weights,
@@ -210,30 +237,11 @@ GP_FN void encode_block(int64_t block, EncodeShared &shared, const uint8_t *GP_R
       }
       continue;
     }
-    GP_THREADS(thread)
-    GP_LOOP for (int32_t i = thread / kWarpThreads; i < height; i += kBlockThreads / kWarpThreads) {
-      const int32_t y = gp_min(gp_max(top + i, 0), plane.padded_height - 1);
-      const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
-      collect_row(arena, row, plane, left, width, thread % kWarpThreads, shared.pixels + i * width);
-    }
+    GP_THREADS(thread) collect_pixels(thread, arena, blocks, plane, top, left, height, width, shared.pixels);
     GP_THREADS(thread) if (first_x + thread < end_x) {
       const int32_t x = first_x + thread;
-      const TapWeights weights = tap_weights(columns, x);
-      const float *taps = shared.pixels + (columns.index[x] - 1 - left);
-      const RowTaps *at = shared.rows + begin;
-      uint8_t *target = out + (int64_t)begin * out_width + x;
-      // The four rows under the taps; each row of pixels is resampled once on the way down.
-      float r0 = 0.0f, r1 = 0.0f, r2 = 0.0f, r3 = 0.0f;
-      int32_t row = top;
-      GP_LOOP for (int32_t i = end - begin; i > 0; --i, ++at, target += out_width) {
-        const int32_t below = at->index + 3;
-        GP_LOOP for (; row < below; ++row, taps += width) {
-          r0 = r1, r1 = r2, r2 = r3;
-          r3 = cubic_row(taps, weights);
-        }
-        *target = saturate_uint8(
-            cubic_vertical(r0, r1, r2, r3, at->weights.w[0], at->weights.w[1], at->weights.w[2], at->weights.w[3]));
-      }
+      make_column(shared.rows + begin, end - begin, top, shared.pixels + (columns.index[x] - 1 - left), width,
+                  tap_weights(columns, x), out_width, out + (int64_t)begin * out_width + x);
     }
   }
 }
