@@ -84,7 +84,7 @@ GP_FN void augment_pixels(const uint8_t *GP_RESTRICT slice, const AugmentParams 
                           const CropTables &tables, const Symmetry &symmetry, int32_t height, int32_t width, int32_t y,
                           int32_t x, int32_t image_type, void *GP_RESTRICT out, int64_t element) {
   const int32_t num_pixels = height * width;
-  float values[3][4];
+  float values[3][4] = {};
   if (params.crop && !params.zero) {
     const CropTaps taps = find_crop_taps(params, crop_table, tables, symmetry, height, width, y, x);
     GP_LOOP for (int32_t channel = 0; channel < 3; ++channel, slice += num_pixels)
