@@ -133,8 +133,8 @@ def _bytes_of(array: Any) -> Any:
     return kernels.in_words(array, array.itemsize).reshape(-1).view(np.uint8)
 
 
-def num_elements(num_planes: int, size: tuple[int, int]) -> int:
-    """Elements of the device's encoding, as many as threads: 256 make a tile."""
+def num_image_elements(num_planes: int, size: tuple[int, int]) -> int:
+    """Elements of the device's encoding of images, as many as threads: 256 make a tile."""
     return num_planes * -(-size[0] // _TILE_ROWS) * -(-size[1] // _TILE_COLUMNS) * 256
 
 
@@ -163,8 +163,10 @@ def encode_planes(
     """
     if kernels.is_device_array(arena):
         table_arrays = (tables.cubic_index, tables.cubic_weights)
-        count = num_elements(len(planes), size)
-        return _on_device("encode", arena, blocks, planes, table_arrays, tables.length, size, count, np.uint8, out)
+        num_elements = num_image_elements(len(planes), size)
+        return _on_device(
+            "encode", arena, blocks, planes, table_arrays, tables.length, size, num_elements, np.uint8, out
+        )
     out = np.empty((len(planes), *size), np.uint8) if out is None else out
     kernels.host_library().gpuparse_encode(
         *_host_head(arena, blocks, planes, num_threads),
@@ -190,9 +192,9 @@ def encode_masks(
         (num_planes, rows, columns) uint32 ids on the arena's device.
     """
     if kernels.is_device_array(arena):
-        count = len(planes) * size[0] * size[1]
+        num_elements = len(planes) * size[0] * size[1]
         return _on_device(
-            "encode_mask", arena, blocks, planes, (tables.nearest,), tables.length, size, count, np.uint32, None
+            "encode_mask", arena, blocks, planes, (tables.nearest,), tables.length, size, num_elements, np.uint32, None
         )
     out = np.empty((len(planes), *size), np.uint32)
     kernels.host_library().gpuparse_encode_mask(
@@ -222,7 +224,7 @@ def _on_device(
     table_arrays: tuple[Any, ...],
     table_length: int,
     size: tuple[int, int],
-    count: int,
+    num_elements: int,
     dtype: Any,
     out: Any | None,
 ) -> Any:
@@ -232,5 +234,5 @@ def _on_device(
         out = cupy.empty((len(planes), *size), dtype) if out is None else out
         on_device = [kernels.on_device(array) for array in (blocks, planes, *table_arrays)]
         arguments = (arena, *on_device, *(np.int32(n) for n in (table_length, *size)), out)
-        kernels.launch_on_device("encode.cu", kernel, count, arguments)
+        kernels.launch_on_device("encode.cu", kernel, num_elements, arguments)
     return out

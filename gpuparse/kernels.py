@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from gpuparse.errors import KernelError
 
 __all__ = [
+    "cupy_array",
     "cupy_stream",
     "host_library",
     "in_words",
@@ -165,6 +167,19 @@ def on_device(array: Any) -> Any:
 
     plain = array.view(np.uint8).reshape(len(array), array.dtype.itemsize) if array.dtype.names else array
     return cupy.asarray(plain)
+
+
+def cupy_array(address: int, shape: tuple[int, ...], dtype: Any, owner: Any, device: int) -> Any:
+    """A CuPy array over another library's memory on a GPU; it keeps the owner.
+
+    Not `cupy.asarray(owner)`: that does more than is wanted for some arrays a batch, and where the owner says which
+    stream it is bound to, the host waits for that stream.
+    """
+    import cupy
+
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = cupy.cuda.UnownedMemory(address, num_bytes, owner, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def cupy_stream(handle: int, device: int) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, InputError, MissingDependencyError, PipelineError
+from gpuparse.kernels import cupy_array
 from gpuparse.pack import SPARE_BLOCK, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES, PackedBatch
 
 __all__ = ["BatchPipeline", "PipelineOptions"]
@@ -290,15 +291,8 @@ def _is_of_a_handler(error: Exception) -> bool:
 
 
 def _bytes_on_device(tensor: Any) -> Any:
-    """(n,) uint8 CuPy, the memory of one of DALI's tensors on a GPU, which has to outlive it.
-
-    Not `cupy.asarray`: DALI says which stream a tensor is bound to, and CuPy makes the host wait for that stream.
-    """
-    import cupy
-
-    num_bytes = math.prod(tensor.shape())
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), num_bytes, tensor, tensor.device_id())
-    return cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    """(n,) uint8 CuPy, the memory of one of DALI's tensors on a GPU, which has to outlive it."""
+    return cupy_array(tensor.data_ptr(), (math.prod(tensor.shape()),), np.uint8, tensor, tensor.device_id())
 
 
 def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:

@@ -10,8 +10,7 @@
 enum { kTileSide = 32, kQuadsPerTileRow = kTileSide / 4 };
 enum { kOutside = -(1 << 30) };  // stays negative whatever offset inside a slice is added to it
 
-// Pixel (y, x) of the turned and flipped slice comes from origin + y * down + x * right; what is where in an encoded
-// one.
+// Pixel (y, x) of the turned and flipped slice comes from origin + y * down + x * right.
 struct Symmetry {
   Position origin, down, right;
 };
@@ -179,9 +178,7 @@ GP_FN void load_ids(const uint8_t *GP_RESTRICT arena, const int64_t *GP_RESTRICT
 }
 
 GP_FN void prompt_labels(const uint32_t *ids, int32_t mode, int32_t prompt_id, uint32_t *labels) {
-  GP_UNROLL for (int32_t i = 0; i < 4; ++i) labels[i] = mode == kLabelsPerPrompt
-                                                            ? ids[i] == (uint32_t)prompt_id
-                                                            : (uint32_t)label_value(ids[i], mode, prompt_id);
+  GP_UNROLL for (int32_t i = 0; i < 4; ++i) labels[i] = (uint32_t)label_value(ids[i], mode, prompt_id);
 }
 
 // Writes what four ids are to each prompt: two pairs of 64 bits, 16 pixels apart, or four bytes, `step` bytes from one
@@ -210,8 +207,9 @@ GP_FN void store_prompts(const uint32_t *ids, int32_t mode, const int32_t *GP_RE
 GP_FN void augment_tiles_block(int64_t block, TileShared &shared, GP_AUGMENT_PARAMETERS) {
   const int32_t num_pixels = height * width;
   const int32_t across = width / kTileSide;
-  const int32_t sample = (int32_t)gp_divide(block, num_pixels / kTileSide / kTileSide);
-  const int32_t number = (int32_t)(block - (int64_t)sample * (num_pixels / kTileSide / kTileSide));
+  const int32_t num_tiles = num_pixels / kTileSide / kTileSide;
+  const int32_t sample = (int32_t)gp_divide(block, num_tiles);
+  const int32_t number = (int32_t)(block - (int64_t)sample * num_tiles);
   const int32_t tile_y = number / across * kTileSide;
   const int32_t tile_x = number % across * kTileSide;
   const AugmentParams &params = all_params[sample];

@@ -28,7 +28,7 @@ GP_FN uint8_t saturate_uint8(float value) {
 
 // A block of threads makes a tile of the output: first it collects the pixels of the padded slice under the tile, as
 // floats, then each thread makes a column of it from them, top to bottom.
-// Mirrored by num_elements in gpuparse/encode.py.
+// Mirrored by num_image_elements in gpuparse/encode.py.
 enum { kTileRows = 32, kTileColumns = kBlockThreads };
 
 struct GP_WIDE(16) TapWeights {
@@ -61,7 +61,7 @@ GP_FN SliceRow find_row(const uint8_t *arena, const int64_t *blocks, const Plane
   const int32_t tile_y = y < plane.block_height ? 0 : y / plane.block_height;
   const int64_t *tiles = blocks + plane.first_block + (int64_t)tile_y * plane.blocks_per_row;
   const int64_t down = (y - tile_y * plane.block_height) * plane.row_stride;
-  const int32_t x = gp_min(gp_max(padded_x - plane.pad_left, 0), plane.width - 1);
+  const int32_t x = gp_nearest(padded_x - plane.pad_left, plane.width);
   const int32_t tile_x = x < plane.block_width ? 0 : x / plane.block_width;
   const int32_t first = tile_x * plane.block_width;
   const int64_t start = tiles[tile_x];
@@ -94,7 +94,7 @@ GP_FN void collect_row(const uint8_t *arena, const SliceRow &row, const Plane &p
   GP_LOOP for (int32_t i = lane; i < count; i += kAtOnce * kWarpThreads) {
     uint32_t values[kAtOnce];
     GP_UNROLL for (int32_t k = 0; k < kAtOnce; ++k) {
-      const int32_t x = gp_min(gp_max(left + i + k * kWarpThreads, 0), plane.padded_width - 1);
+      const int32_t x = gp_nearest(left + i + k * kWarpThreads, plane.padded_width);
       values[k] = i + k * kWarpThreads < count ? read_pixel(arena, row, plane, x) : 0;
     }
     GP_UNROLL for (int32_t k = 0; k < kAtOnce; ++k) if (i + k * kWarpThreads < count)
@@ -111,12 +111,11 @@ GP_FN void copy_tile(int32_t thread, const uint8_t *arena, const int64_t *blocks
   const int32_t y = first_y - plane.pad_top;
   const bool whole = x >= 0 && x + num_columns <= top.count && plane.column_stride == 1 &&
                      y + num_rows <= plane.height && y % plane.block_height + num_rows <= plane.block_height;
-  const uint8_t *source = whole ? top.pixels + x : nullptr;
-  if (whole &&
-      ((uint64_t)source | (uint64_t)plane.row_stride | (uint64_t)out | (uint64_t)(out_width | num_columns)) % 4 == 0) {
+  const uint64_t places = ((uint64_t)top.pixels + x) | (uint64_t)plane.row_stride | (uint64_t)out;
+  if (whole && (places | (uint64_t)(out_width | num_columns)) % 4 == 0) {
     enum { kWords = kTileColumns / 4 };
     if (thread % kWords * 4 >= num_columns) return;
-    source += thread / kWords * plane.row_stride + thread % kWords * 4;
+    const uint8_t *source = top.pixels + x + thread / kWords * plane.row_stride + thread % kWords * 4;
     out += (int64_t)(thread / kWords) * out_width + thread % kWords * 4;
     GP_UNROLL for (int32_t i = 0; i < kTileRows; i += kBlockThreads / kWords) if (thread / kWords + i < num_rows) *
         (Bytes4 *)(out + (int64_t)i * out_width) = {{gp_load((const Bytes4 *)(source + i * plane.row_stride))}};
@@ -156,11 +155,11 @@ GP_FN uint8_t encode_pixel(const uint8_t *arena, const int64_t *blocks, const Pl
                            const TapWeights &row_weights, const TapWeights &column_weights, int32_t top, int32_t left) {
   float r0 = 0.0f, r1 = 0.0f, r2 = 0.0f, r3 = 0.0f;
   GP_LOOP for (int32_t j = 0; j < 4; ++j) {
-    const int32_t y = gp_min(gp_max(top + j, 0), plane.padded_height - 1);
+    const int32_t y = gp_nearest(top + j, plane.padded_height);
     const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
     float pixels[4];
     GP_UNROLL for (int32_t i = 0; i < 4; ++i)
-        pixels[i] = gp_byte_float(read_pixel(arena, row, plane, gp_min(gp_max(left + i, 0), plane.padded_width - 1)));
+        pixels[i] = gp_byte_float(read_pixel(arena, row, plane, gp_nearest(left + i, plane.padded_width)));
     r0 = r1, r1 = r2, r2 = r3, r3 = cubic_row(pixels, column_weights);
   }
   const float *b = row_weights.w;
@@ -171,7 +170,7 @@ GP_FN uint8_t encode_pixel(const uint8_t *arena, const int64_t *blocks, const Pl
 GP_FN void collect_pixels(int32_t thread, const uint8_t *arena, const int64_t *blocks, const Plane &plane, int32_t top,
                           int32_t left, int32_t height, int32_t width, float *pixels) {
   GP_LOOP for (int32_t i = thread / kWarpThreads; i < height; i += kBlockThreads / kWarpThreads) {
-    const int32_t y = gp_min(gp_max(top + i, 0), plane.padded_height - 1);
+    const int32_t y = gp_nearest(top + i, plane.padded_height);
     const SliceRow row = find_row(arena, blocks, plane, y, gp_max(left, 0));
     collect_row(arena, row, plane, left, width, thread % kWarpThreads, pixels + i * width);
   }

@@ -107,8 +107,7 @@ void encode_plane(const uint8_t *arena, const int64_t *blocks, const Plane &plan
 
   for (int32_t out_y = 0; out_y < out_height; ++out_y) {
     const float *rows[4];
-    for (int32_t j = 0; j < 4; ++j)
-      rows[j] = resampled(gp_min(gp_max(row_index[out_y] - 1 + j, 0), plane.padded_height - 1));
+    for (int32_t j = 0; j < 4; ++j) rows[j] = resampled(gp_nearest(row_index[out_y] - 1 + j, plane.padded_height));
     blend_rows(rows[0], rows[1], rows[2], rows[3], row_weights[out_y], row_weights[tables.length + out_y],
                row_weights[2 * (int64_t)tables.length + out_y], row_weights[3 * (int64_t)tables.length + out_y],
                out_width, out + (int64_t)out_y * out_width);

@@ -117,6 +117,8 @@ GP_FN uint32_t gp_reverse_bytes(uint32_t word) { return __builtin_bswap32(word);
 
 GP_FN int32_t gp_min(int32_t a, int32_t b) { return a < b ? a : b; }
 GP_FN int32_t gp_max(int32_t a, int32_t b) { return a > b ? a : b; }
+// The place in a row of `length` that is nearest to `place`.
+GP_FN int32_t gp_nearest(int32_t place, int32_t length) { return gp_min(gp_max(place, 0), length - 1); }
 
 // A byte as a float, or one of a word's four, the lowest first. At 2^23 a float's last bit is worth 1, so a byte fits
 // into the low bits of that number; a GPU converts several times as slowly as it adds.

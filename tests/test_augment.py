@@ -30,7 +30,7 @@ def masks(rng, count, size, top=6, dtype=np.uint8):
 
 
 def table(count=1, **fields):
-    """A table that does nothing but what is named; a random stream for each row."""
+    """A table that does nothing but what is named; a random key for each row."""
     params = identity_params(count)
     params["key0"], params["key1"], params["random_salt"] = 0xDEADBEEF, np.arange(count) + 77, 0x80000001
     for name, value in fields.items():

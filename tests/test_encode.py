@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from blocks import STEPS, in_steps_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import encode_with_cv2, gather, neighbours, pad_as_reference, pad_to_square
 
 import gpuparse
 from gpuparse import kernels
-from gpuparse.encode import encode, encode_masks, encode_planes, num_elements
+from gpuparse.encode import encode, encode_masks, encode_planes, num_image_elements
 from gpuparse.errors import GpuparseError, InputError
 from gpuparse.read import ChunkReader, SliceKey, decode_on_host
 from gpuparse.store import open_store
@@ -201,7 +201,7 @@ def run_library(library, function, slices, arena, tables, size, *, num_threads=N
     planes = slices.label_planes if masks else slices.image_planes
     out = np.full((len(planes), *size), 77, np.uint32 if masks else np.uint8)
     # An element is a pixel of a mask, or a thread's share of a tile of an image.
-    head = [ctypes.c_int64(out.size if masks else num_elements(len(planes), size))]
+    head = [ctypes.c_int64(out.size if masks else num_image_elements(len(planes), size))]
     if num_threads is not None:
         head = [ctypes.c_int64(len(planes)), ctypes.c_int32(num_threads)]
     arrays = (tables.nearest,) if masks else (tables.cubic_index, tables.cubic_weights)
@@ -212,17 +212,6 @@ def run_library(library, function, slices, arena, tables, size, *, num_threads=N
         kernels.pointer(out),
     )
     return out
-
-
-@contextlib.contextmanager
-def in_steps_of(library, step):
-    """A library that runs the threads of a block in another order."""
-    chosen = ctypes.c_int32.in_dll(library, "gpuparse_thread_step")
-    chosen.value = step
-    try:
-        yield
-    finally:
-        chosen.value = 1
 
 
 def avx2_or_skip():
@@ -266,7 +255,7 @@ def test_builds_agree_for_any_shape(height, width, rows, columns, axis, recipe):
     for driver in ("gpuparse_encode", "gpuparse_encode_mask"):
         body = driver.removeprefix("gpuparse_") + "_elements"
         expected = run_library(baseline, body, slices, arena, tables, (rows, columns))
-        for step in (77, 255):  # a GPU's threads go in any order between two barriers; 255 is backwards
+        for step in STEPS:
             with in_steps_of(baseline, step):
                 got = run_library(baseline, body, slices, arena, tables, (rows, columns))
             np.testing.assert_array_equal(got, expected)
