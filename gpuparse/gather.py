@@ -10,6 +10,7 @@ import bisect
 import ctypes
 import functools
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -148,7 +149,9 @@ class _Views:
         """
         layouts = [store.layout(case, path) for path in (IMAGE_PATH, LABELS_PATH)]
         with _adding:
-            row = self.rows.get((case, axis, recipe), len(self.rows))
+            if (case, axis, recipe) in self.rows:  # by another thread meanwhile, which reads it already
+                return self.rows[case, axis, recipe]
+            row = len(self.rows)
             if row == len(self.table):
                 table = np.zeros(2 * row, VIEW_DTYPE)
                 table[:row] = self.table
@@ -157,8 +160,8 @@ class _Views:
             view["num_slices"] = store.cases[case].shape[axis]
             for name, layout in zip(("image", "labels"), layouts, strict=True):
                 if layout not in self._numbers:
-                    self._numbers[layout] = len(self.layouts)
                     self.layouts.append(layout)
+                    self._numbers[layout] = len(self.layouts) - 1  # last: a fork in between must not give it to another
                 _fill_lane(view[name], layout, self._numbers[layout], axis, recipe)
             self.rows[case, axis, recipe] = row  # last: others look here without the lock
         return row
@@ -167,6 +170,15 @@ class _Views:
 _adding = threading.Lock()
 # By store, for as long as it is there.
 _views: weakref.WeakKeyDictionary[Store, _Views] = weakref.WeakKeyDictionary()
+
+
+def _after_fork() -> None:
+    """The thread that held the lock is not there to release it; a row that it had not finished is nobody's."""
+    global _adding
+    _adding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _fill_lane(lane: Any, layout: ArrayLayout, number: int, axis: int, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import json
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,10 @@ from gpuparse.cgroup import num_usable_cpus
 from gpuparse.device import DeviceRenderer, choose_device, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
+from gpuparse.iteration import Iteration, begin
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
 from gpuparse.plan import EpochPlan, check_epoch, check_seed
-from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply, produce
+from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply
 from gpuparse.ranks import count_local_ranks, detect_ranks
 from gpuparse.read import ChunkReader
 from gpuparse.report import FailureLog, FailurePolicy, LoaderReport, Probes
@@ -232,10 +233,14 @@ class DataLoader:
         epoch, plan = self._epoch, replace(self._plan, start=self._position)
         self._begun, self._owner = True, (owner := object())
         try:
-            with contextlib.closing(self._batches(epoch, plan, self._probes)) as batches:
-                for step, batch in enumerate(batches, start=1):
+            with contextlib.closing(self._begin(epoch, plan, self._probes)) as batches:
+                step = 0
+                for batch in batches:
+                    step += 1  # noqa: SIM113  # enumerate would hold this batch while the next one is waited for
                     if self._owner is owner:
                         self._position = plan.consumed(step)
+                    if self.log_every and step % self.log_every == 0:
+                        _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())
                     yield batch
                     del batch  # what the user keeps is the user's; the rest is free for the next batch
             if self._owner is owner:
@@ -282,7 +287,7 @@ class DataLoader:
         Args:
             num_batches: How often; None takes the length of an epoch.
         """
-        with contextlib.closing(self._batches(self._epoch, self._plan, Probes())) as batches:
+        with contextlib.closing(self._begin(self._epoch, self._plan, Probes())) as batches:
             batch = next(batches, None)
         if batch is not None:
             yield from itertools.repeat(batch, len(self) if num_batches is None else num_batches)
@@ -303,25 +308,10 @@ class DataLoader:
             self._equipment = maker, caches
         return self._equipment
 
-    def _batches(self, epoch: int, plan: EpochPlan, probes: Probes) -> Generator[dict[str, Any], None, None]:
+    def _begin(self, epoch: int, plan: EpochPlan, probes: Probes) -> Iteration:
         maker, caches = self._equip()
-        with caches.lend() as (chunk_cache, budget):
-            supply = Supply(
-                flat=self._flat,
-                order=self._order,
-                types=self._types,
-                seed=self.seed,
-                reader=self._reader,
-                failures=self._failures,
-                cache=chunk_cache,
-                budget=budget,
-            )
-            with contextlib.closing(produce(supply, maker, plan, epoch, self.prefetch_depth, probes)) as batches:
-                for step, batch in enumerate(batches, start=1):
-                    if self.log_every and step % self.log_every == 0:
-                        _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())
-                    yield batch
-                    del batch
+        supply = Supply(self._flat, self._order, self._types, self.seed, self._reader, self._failures)
+        return begin(supply, maker, caches, plan, epoch, self.prefetch_depth, probes)
 
 
 _ARGUMENTS = tuple(

@@ -266,7 +266,9 @@ class Supply:
             SliceReadError: A slice cannot be read and may not be replaced.
         """
         draws, samples = drawn.draws, drawn.samples
-        for attempt in range(_MAX_ATTEMPTS):
+        # By sample: damage of one kind comes up before that of another, which must not count for its neighbours.
+        num_tries = np.zeros(len(drawn.positions), np.int64)
+        while num_tries.max(initial=0) < _MAX_ATTEMPTS:
             try:
                 with probes.stage("read"):
                     packed = pack(
@@ -282,7 +284,8 @@ class Supply:
             except SliceReadError as error:
                 if self.failures.policy.on_error == "raise" or not error.failed:
                     raise
-                draws = self._replace(draws, drawn.positions, epoch, samples, error, attempt)
+                draws = self._replace(draws, drawn.positions, epoch, samples, error, num_tries)
+                num_tries[list(error.failed)] += 1
                 samples = self.flat.describe(draws)
                 continue
             probes.add_read(packed.counts)
@@ -301,16 +304,17 @@ class Supply:
         epoch: int,
         samples: Samples,
         error: SliceReadError,
-        attempt: int,
+        num_tries: npt.NDArray[np.int64],
     ) -> Draws:
         """Others of the same datasets for those that failed: a function of seed, epoch, position and attempt alone."""
         failed = np.array(sorted(error.failed), np.int64)
         for i in failed.tolist():
             name = samples.keys[i].describe()
             self.failures.add(SliceFailure(name, error.failed[i], epoch, int(positions[i])))
-        words = random_keys(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, attempt + 1)
+        tries = num_tries[failed]
+        words = random_keys(self.seed, epoch, positions[failed]).words(_OPERATION_REPLACE, int(tries.max()) + 1)
         numbers = draws.numbers.copy()
-        numbers[failed] = self.flat.replacements(numbers[failed], words[:, attempt])
+        numbers[failed] = self.flat.replacements(numbers[failed], words[np.arange(len(failed)), tries])
         return replace(draws, numbers=numbers)
 
 

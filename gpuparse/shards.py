@@ -235,6 +235,17 @@ class ShardTable:
         return [opened[key] for key in keys]
 
 
+def _after_fork() -> None:
+    """The threads that held locks are not there to release them."""
+    global _tables_lock
+    _tables_lock = threading.Lock()
+    for table in _tables:
+        table._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _key(layout: ArrayLayout, shard_key: str) -> _ShardKey:
     place = layout.place
     return place / shard_key if isinstance(place, RemotePath) else layout.shard_path(shard_key)

@@ -286,10 +286,11 @@ class Store:
         key = (case, array_path)
         if key not in self._layouts:
             try:
-                self._layouts[key] = self._read_layout(case, array_path)
+                layout = self._read_layout(case, array_path)
             except StoreFormatError as error:
                 self._check_current(error)
                 raise
+            return self._layouts.setdefault(key, layout)  # the same one for all threads, whoever was first
         return self._layouts[key]
 
     def _read_layout(self, case: int, array_path: str) -> ArrayLayout:

@@ -63,9 +63,10 @@ def threads_left() -> Callable[[], set[str]]:
     earlier = set(threading.enumerate())
 
     def names() -> set[str]:
-        # Connections to remote storage belong to the process.
+        # Connections to remote storage belong to the process, and so does the thread that ends iterations.
         new = {thread.name for thread in threading.enumerate() if thread not in earlier}
-        return {name for name in new if name.startswith("gpuparse") and not name.startswith("gpuparse-remote")}
+        of_process = ("gpuparse-remote", "gpuparse-ending")
+        return {name for name in new if name.startswith("gpuparse") and not name.startswith(of_process)}
 
     return names
 

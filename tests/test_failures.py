@@ -388,3 +388,15 @@ def test_a_failure_of_dali_is_told_apart(intact, monkeypatch, threads_left):
 def test_policies_are_refused_by_name(intact, arguments, message):
     with pytest.raises(InputError, match=message):
         DataLoader(intact, **arguments, **OPTIONS)
+
+
+def test_damage_of_several_kinds_is_replaced_the_same_in_any_batch(sample_stores, tmp_path_factory, cells):
+    """Lost metadata come up before a chunk is read, and lost shards before what is wrong inside of others."""
+    root = copy_of(sample_stores, tmp_path_factory)
+    dataset = compose(SliceDataset(root, img_size=SIZE), cells)
+    damage(root / "train.zarr", "case_001", "0", range(20, 28))
+    damage(root / "train.zarr", "case_003", "labels/gts/0", range(10))
+    (root / "train.zarr/cases/case_002/zarr.json").unlink()
+    alone = epochs_of(dataset, batch_size=1, prefetch_depth=1, **KINDS["shuffled"])
+    for options in ({"batch_size": 5}, {"batch_size": 36}, {"batch_size": 4, "world_size": 3}):
+        assert epochs_of(dataset, **options, **KINDS["shuffled"]) == alone

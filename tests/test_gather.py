@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from oracle import gather as pixels_of
 from oracle import neighbours, pad_as_reference, pad_to_square
 
+from gpuparse import gather as gather_module
 from gpuparse.errors import InputError
 from gpuparse.gather import SliceKey, gather, gather_labels
 from gpuparse.layout import ArrayLayout
@@ -149,6 +154,42 @@ def test_views_of_many_cases_found_by_several_threads_at_once():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for keys, gathering in zip(batches, pool.map(lambda keys: gather(keys, SIZE), batches), strict=True):
             check_slices(keys, gathering, rng)
+
+
+def test_a_view_that_two_threads_add_is_added_once(monkeypatch):
+    """Each may have read the layouts, which are told apart: rows that are in use must not change."""
+    store = FakeStore([(4, 5, 6)], (2, 3, 4), np.uint8, np.random.default_rng(0))
+    fresh = {key: dataclasses.replace(layout) for key, layout in store._layouts.items()}
+    views = gather_module._Views()
+    assert views.add(store, 0, 1, "corrected") == 0
+    table, layouts = views.table.copy(), list(views.layouts)
+    monkeypatch.setattr(store, "_layouts", fresh)
+    assert views.add(store, 0, 1, "corrected") == 0
+    np.testing.assert_array_equal(views.table, table)
+    assert all(a is b for a, b in zip(views.layouts, layouts, strict=True))
+
+
+def test_a_forked_process_finds_views_whoever_held_the_lock():
+    store = FakeStore([(4, 5, 6)], (2, 3, 4), np.uint8, np.random.default_rng(0))
+    with gather_module._adding:
+        child = os.fork()
+        if not child:
+            gather([SliceKey(store, 0, 0, 1)], SIZE)
+            os._exit(0)
+    assert status_of(child) == 0
+
+
+def status_of(child):
+    """The exit status of a forked process; -1 where it had to be killed."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
 
 
 def test_stores_that_come_and_go_in_a_batch():

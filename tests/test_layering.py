@@ -61,6 +61,7 @@ LAYERS = [
     ["device"],
     ["ranks", "torch_options"],
     ["production"],
+    ["iteration"],
     ["loader"],
     ["evaluation"],
     ["sample_data", "panel"],

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import gc
 import os
+import signal
 import struct
 import weakref
 
@@ -144,3 +145,14 @@ def test_options_name_their_endpoint():
     for config in ({"endpoint": "x"}, {"aws_endpoint": "x"}, {"AWS_ENDPOINT_URL": "x"}):
         assert RemoteOptions(config=config).endpoint == "x"
     assert RemoteOptions(config={"region": "x"}).endpoint == ""
+
+
+def test_a_forked_process_opens_shards_whoever_held_the_locks(folder):
+    layout, table = layout_at(folder), ShardTable()
+    open_shards(table, layout, 1)
+    with shards._tables_lock, table._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(len(open_shards(table, layout, 7)) + len(open_shards(ShardTable(), layout, 3)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 10

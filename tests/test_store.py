@@ -364,3 +364,18 @@ def test_slice_tables_answer_by_row(store_path):
         assert table.classes_in(row).tolist() == table.class_ids[start:stop].tolist()
     assert copy.copy(table).case is table.case
     assert gpuparse.open_store is open_store
+
+
+def test_threads_that_ask_at_once_get_the_same_layout(store_path, monkeypatch):
+    store, original = open_store(store_path), store_module.Store._read_layout
+    first = []
+
+    def read(self, case, path):
+        layout = original(self, case, path)
+        if not first:  # another thread was quicker meanwhile
+            first.append(layout)
+            first.append(self.layout(case, path))
+        return layout
+
+    monkeypatch.setattr(store_module.Store, "_read_layout", read)
+    assert store.layout(0, "0") is first[1] is store.layout(0, "0")
