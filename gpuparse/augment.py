@@ -215,11 +215,12 @@ def _check_params(params: npt.NDArray[Any], num_samples: int, height: int, width
     if height != width and bool(np.any(params["rotate"] % 2)):
         raise InputError(f"params['rotate'] asks for a quarter turn of {height}x{width} slices; expected square ones.")
     # A sum that is cut to 8 bits goes through an integer, which infinity has none of, nor has 2^31.
-    for name, used in (("noise_std", params["noise_mode"] > 0), ("shift", params["noise_mode"] == 3)):
+    cut = params["noise_mode"] == 3
+    for name, used, limited in (("noise_std", params["noise_mode"] > 0, slice(None)), ("shift", slice(None), cut)):
         values = params[name][used]
         if not np.isfinite(values).all():
             raise InputError(f"params[{name!r}] holds NaN or infinity; expected grey levels.")
-        most = np.abs(values).max(initial=0)
+        most = np.abs(values[limited]).max(initial=0)
         if most > _MOST_GREY_LEVELS:
             raise InputError(f"params[{name!r}] has values up to {most:g}; expected grey levels, 1e8 at most.")
     crops = params[params["crop"] == 1]

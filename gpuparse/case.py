@@ -214,7 +214,8 @@ def _kept_in(case: SourceCase, folder: Path, settings: CaseSettings, may_hash: b
         if any((folder / file).stat().st_size != size for file, size in summary["files"].items()):
             return None  # damaged since
         # A file that was touched, copied or checked out again is the same file still.
-        unchanged = stamp["mtime_ns"] == source["mtime_ns"] or (may_hash and case.digest() == source["sha256"])
+        as_before = all(stamp.get(key) == source.get(key) for key in ("mtime_ns", "stats_sha256"))
+        unchanged = as_before or (may_hash and case.digest() == source["sha256"])
         return _record(summary, folder, kept=True) if unchanged else None
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
         return None

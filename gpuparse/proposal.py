@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ _PHRASES = {"CT": "CT", "MR": "MRI", "MRI": "MRI", "PT": "PET", "PET": "PET", "U
 def class_names(dataset_json: Mapping[str, Any], where: str) -> dict[int, str]:
     """Class id -> name, from nnU-Net's `dataset.json`; background and `ignore` left out.
 
-    Both versions are read: `{"liver": 1}` and `{"1": "liver"}`. Where an id belongs to several regions
-    (`{"whole tumor": [1, 2], "core": [2]}`), the smallest of them names it.
+    Both versions are read: `{"liver": 1}` and `{"1": "liver"}`. Each id is trained by itself: of regions that hold one
+    another, as in `{"whole tumor": [1, 2], "core": [2]}`, it is called by what it is alone, here 1 "whole tumor other
+    than core".
 
     Args:
         dataset_json: The file's content.
@@ -40,21 +41,30 @@ def class_names(dataset_json: Mapping[str, Any], where: str) -> dict[int, str]:
     labels = dataset_json.get("labels", {})
     if not isinstance(labels, Mapping):
         raise InputError(f"{where}: labels is {type(labels).__name__}; expected an object such as {{'liver': 1}}.")
-    found: list[tuple[int, int, str]] = []  # size of the region, id, name
+    regions: list[tuple[str, set[int]]] = []
     for key, value in labels.items():
         if isinstance(value, str):
             key, value = value, key
         ids = list(value) if isinstance(value, list) else [value]
         try:
-            numbers = [int(v) for v in ids]
+            numbers = {int(v) for v in ids}
         except (TypeError, ValueError):
             raise InputError(f"{where}: label {key!r} has id {value!r}; expected whole numbers. Mend it.") from None
         if key.lower() not in ("background", "ignore"):
-            found += [(len(numbers), number, key) for number in numbers if number > 0]
-    names: dict[int, str] = {}
-    for _, number, name in sorted(found, key=lambda entry: entry[:2]):
-        names.setdefault(number, name)
-    return dict(sorted(names.items()))
+            regions.append((key, {number for number in numbers if number > 0}))
+    return {number: _name_of(number, regions) for number in sorted(set().union(*(ids for _, ids in regions)))}
+
+
+def _name_of(number: int, regions: Sequence[tuple[str, set[int]]]) -> str:
+    """What voxels of one id are, by the smallest region that holds it and those inside of that one."""
+    name, ids = min((region for region in regions if number in region[1]), key=lambda region: len(region[1]))
+    if len(ids) == 1:
+        return name
+    inside = [(other, parts) for other, parts in regions if parts < ids and number not in parts]
+    if ids - {number} <= set().union(*(parts for _, parts in inside)):
+        largest = [other for other, parts in inside if not any(parts < more for _, more in inside)]
+        return f"{name} other than {' and '.join(largest)}"
+    return f"part {number} of {name}"
 
 
 def propose_prompts(names: Mapping[int, str], modality: str | None = None) -> dict[str, Any]:

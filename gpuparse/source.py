@@ -6,6 +6,7 @@ A format brings a `Reader` and a function that lists its cases; nothing behind t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,17 +108,24 @@ class SourceCase:
         return self.reader.declared_bytes(self)
 
     def stamp(self) -> dict[str, Any]:
-        """What can be told of the files at a glance: `file`, `bytes` and `mtime_ns`.
+        """What can be told of the files at a glance.
+
+        Returns:
+            `file`, the first one's name; `bytes`, of all; `mtime_ns`, of the newest; and where there are several
+            `stats_sha256`, of name, size and time of each: a mask that is put in another's place may be the older one.
 
         Raises:
             OSError: A file is gone.
         """
-        stats = [path.stat() for path in self.paths]
-        return {
+        stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path in self.paths for stat in (path.stat(),)]
+        stamp: dict[str, Any] = {
             "file": self.path.name,
-            "bytes": sum(stat.st_size for stat in stats),
-            "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+            "bytes": sum(num_bytes for _, num_bytes, _ in stats),
+            "mtime_ns": max(mtime_ns for *_, mtime_ns in stats),
         }
+        if len(stats) > 1:
+            stamp["stats_sha256"] = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+        return stamp
 
     def digest(self) -> str:
         """SHA-256 of the files' bytes, one after another, in hexadecimal.

@@ -310,7 +310,8 @@ def as_uint8(path: Path, image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
             f"{path}: imgs ({image.dtype}) has values {low}..{high}; expected 0..255. "
             "Apply the intensity window and scale to 0..255 before saving."
         )
-    if image.dtype.kind == "f" and 0 < high <= 1 and bool(np.any((image > 0) & (image < 1))):
+    # Interpolation overshoots 1: what lies below 2 would have two grey levels left.
+    if image.dtype.kind == "f" and 0 < high < 2 and bool(np.any((image > 0) & (image < 1))):
         raise VolumeFormatError(
             f"{path}: imgs ({image.dtype}) has values {low}..{high}, scaled to 0..1; expected 0..255. "
             "Multiply by 255 before saving."

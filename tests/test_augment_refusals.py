@@ -133,6 +133,7 @@ def test_regions_of_no_size_or_far_too_large_are_refused(field, value):
     [
         ({"noise_mode": 1, "noise_std": np.nan}, r"params\['noise_std'\] holds NaN or infinity; expected grey levels"),
         ({"noise_mode": 3, "shift": np.inf}, r"params\['shift'\] holds NaN or infinity"),
+        ({"shift": np.nan}, r"params\['shift'\] holds NaN or infinity"),
         ({"noise_mode": 2, "noise_std": -2e8}, r"params\['noise_std'\] has values up to 2e\+08; expected grey levels"),
         ({"crop": 1, "crop_height": 9, "crop_width": 9, "crop_top": 65}, r"params\['crop_top'\] is 0\.\.65; expected"),
         (

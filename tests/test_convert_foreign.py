@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -122,6 +123,41 @@ def test_changed_labels_write_their_case_again(nnunet):
     (dataset,) = gpuparse.convert(root, foreign=CT).datasets
     assert (dataset.num_written, dataset.num_kept) == (1, 1)
     np.testing.assert_array_equal(arrays(nnunet / "train.zarr")[1], changed)
+
+
+def test_labels_that_are_older_and_as_large_write_their_case_again(tmp_path):
+    """A mended mask brings its time along from where it was made, and a mix-up is mended by two names."""
+    root = tmp_path / "d"
+    layout = FolderLayout("nifti", "images/*.nii", "masks/*.nii")
+    paths = {}
+    for number, case in enumerate("ab"):
+        write_nifti(root / "images" / f"{case}.nii", *as_stored(IMAGE, "RAS"))
+        paths[case] = root / "masks" / f"{case}.nii"
+        write_nifti(paths[case], *as_stored(np.where(LABELS == LIVER, 1 + number, 0).astype(np.uint8), "RAS"))
+        os.utime(paths[case], (1.7e9 + number, 1.7e9 + number))
+    (root / "class_prompts.json").write_text(json.dumps({"d": PROMPTS}))
+
+    def convert():
+        (dataset,) = gpuparse.convert(root, foreign=ForeignFormat(layout, "abdomen")).datasets
+        ids = [np.unique(arrays(root / "train.zarr", number)[1]).tolist() for number in (0, 1)]
+        return dataset.num_written, dataset.num_kept, ids
+
+    assert convert() == (2, 0, [[0, 1], [0, 2]])
+    paths["a"].rename(root / "c")
+    paths["b"].rename(paths["a"])
+    (root / "c").rename(paths["b"])
+    assert convert() == (2, 0, [[0, 2], [0, 1]])
+    write_nifti(paths["a"], *as_stored(np.where(LABELS == LIVER, 3, 0).astype(np.uint8), "RAS"))
+    os.utime(paths["a"], (1.6e9, 1.6e9))
+    assert convert() == (1, 1, [[0, 3], [0, 1]])
+    os.utime(paths["a"])  # touched: the same by its bytes
+    assert convert() == (0, 2, [[0, 3], [0, 1]])
+    for number in (0, 1):  # by a run that did not record each file's time
+        path = open_store(root / "train.zarr").case_path(number) / "zarr.json"
+        node = json.loads(path.read_text(encoding="utf-8"))
+        del node["attributes"]["gpuparse"]["source"]["stats_sha256"]
+        path.write_text(json.dumps(node))
+    assert convert() == (0, 2, [[0, 3], [0, 1]])
 
 
 def test_images_without_labels_stop_a_conversion_or_are_reported(nnunet, tmp_path):

@@ -155,6 +155,7 @@ def test_missing_arrays_are_named_with_those_present(tmp_path, image, missing, m
 ZEROS = np.zeros(SHAPE, np.uint8)
 NAN = np.full(SHAPE, 3.0)
 NAN[1, 2, 3] = np.nan
+OVERSHOT = np.linspace(0.5, 1.25, ZEROS.size, dtype=np.float32).reshape(ZEROS.shape)  # resampled from 0..1
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,7 @@ NAN[1, 2, 3] = np.nan
         ({"imgs": NAN}, r"imgs \(float64\) has NaN or infinite values; expected 0\.\.255\. Set them to the"),
         ({"imgs": ZEROS + np.inf}, r"imgs \(float64\) has NaN or infinite values; expected 0\.\.255"),
         ({"imgs": ZEROS + 0.5}, r"imgs \(float64\) has values 0\.5\.\.0\.5, scaled to 0\.\.1.*Multiply by 255"),
+        ({"imgs": OVERSHOT}, r"imgs \(float32\) has values 0\.5\.\.1\.25, scaled to 0\.\.1.*Multiply by 255"),
         ({"gts": ZEROS.astype(np.int16) - 1}, r"gts has negative ids \(lowest -1\).*Map ignored voxels to 0"),
         ({"gts": ZEROS + np.int64(2**32)}, r"gts has ids up to 4294967296; expected at most 2\^32-1\. Renumber"),
         ({"gts": ZEROS + np.float32(2**32)}, r"gts has ids up to 4294967296\.0; expected at most 2\^32-1\. Renumber"),
