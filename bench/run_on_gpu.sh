@@ -106,7 +106,7 @@ for part in "${parts[@]}"; do
       ;;
     peers)
       # Those of the peers that have something to do on a GPU, where they are installed, beside the reference. Each of
-      # MONAI's trials fills its cache by one thread; results are written part by part.
+      # MONAI's trials fills its cache anew; results are written part by part.
       run peers 500 "$python" -m gpuparse bench --device cuda --quick --part loader --part epoch \
         --against reference,monai,dali-png --out "$out/peers" ${DATA:+--data "$DATA"}
       ;;

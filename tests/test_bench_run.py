@@ -28,6 +28,7 @@ from gpuparse.bench.parts import conversion, kernels, memory
 from gpuparse.bench.run import PARTS, BenchRequest, check_parts, load_results, run_bench
 from gpuparse.bench.settings import BenchSettings
 from gpuparse.cli import app
+from gpuparse.cli import bench as bench_cli
 from gpuparse.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -359,7 +360,7 @@ def test_summaries_hold_their_medians():
         low, high = summary(random.exponential(1, 25))["median_95"]
         covered += low <= np.log(2) <= high
     assert covered >= 50
-    assert ratio_of_medians([2, 4, 6], [1, 2, 3]) == {"ratio": 2, "ratio_95": [2, 2]}
+    assert ratio_of_medians([2, 4, 6], [1, 2, 3]) == {"ratio": 2, "ratio_95": [2, 2], "num_rounds": 3}
 
 
 class TestRefusals:
@@ -413,3 +414,28 @@ class TestRefusals:
         write_case(np.full((4, 20, 20), 9, np.uint8), labels, instance_label=1)
         with pytest.raises(InputError, match="holds no dataset whose ids are classes"), prepare(data_dir):
             pass
+
+
+def test_a_device_is_chosen_by_what_gpuparse_can_use(monkeypatch):
+    """torch may find a GPU that CuPy was not built for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setattr("gpuparse.device.choose_device", lambda device, kind=kind: SimpleNamespace(type=kind))
+        assert bench_cli._device("auto") == kind
+    assert (bench_cli._device("cpu"), bench_cli._device("cuda")) == ("cpu", "cuda")
+
+
+def test_results_of_a_gpu_say_so_and_show_short_steps(toy, tmp_path):
+    _, result = toy
+    on_gpu = copy.deepcopy(result)
+    on_gpu["machine"]["gpu"] = "NVIDIA H100 80GB HBM3"
+    for side in on_gpu["parts"]["epoch"]["sides"].values():
+        side["seconds_per_step"]["loader"] |= {"median": 0.00512, "median_95": [0.00501, 0.0053]}
+    console = Console(record=True, width=200)
+    tables.print_results(console, on_gpu)
+    printed = console.export_text()
+    assert f"NVIDIA H100 80GB HBM3, {result['machine']['cpu']}, 1 cores per side" in printed
+    assert "5.12 (5.01 to 5.30)" in printed
+    written = page.write_page(on_gpu, tmp_path)[0].read_text(encoding="utf-8")
+    assert "<p>NVIDIA H100 80GB HBM3, " in written
+    assert "5.12 (5.01 to 5.30)" in written

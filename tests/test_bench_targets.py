@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gpuparse.bench.measuring import winner
+from gpuparse.bench.measuring import ratio_of_medians, winner
 from gpuparse.bench.parts import memory, scaling
 from gpuparse.bench.run import load_results
 from gpuparse.bench.targets import judge
@@ -18,7 +19,7 @@ class TestJudging:
     @staticmethod
     def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0, large=None):
         def ratio(value):
-            return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value]}
+            return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value], "num_rounds": 7}
 
         return {
             "parts": {
@@ -84,7 +85,27 @@ class TestJudging:
 
     def test_who_is_ahead(self):
         for interval, expected in (([1.1, 2], "gpuparse"), ([0.5, 0.9], "the peer"), ([0.9, 1.1], "neither")):
-            assert winner({"ratio_95": interval}) == expected
+            assert winner({"ratio_95": interval, "num_rounds": 6}) == expected
+
+    def test_few_rounds_must_be_far_apart(self):
+        for interval, expected in (
+            ([1.05, 2], "neither"), ([1.11, 2], "gpuparse"), ([0.5, 0.95], "neither"), ([0.5, 0.9], "the peer"),
+        ):  # fmt: skip
+            assert winner({"ratio_95": interval, "num_rounds": 5}) == expected
+
+    def test_equals_are_seldom_said_to_be_ahead(self):
+        """Of two sides with the same times, to a tenth."""
+        random = np.random.default_rng(0)
+        for num_rounds, most in ((2, 0.17), (3, 0.08), (7, 0.12)):
+            found = [winner(ratio_of_medians(*random.normal(1, 0.05, (2, num_rounds)))) for _ in range(300)]
+            assert np.mean([name != "neither" for name in found]) < most
+
+    def test_intervals_of_few_rounds_are_called_what_they_are(self):
+        result = self.result(large=25.0)
+        result["parts"]["first-batch"]["raw-large"]["ratios"]["reference"]["num_rounds"] = 2
+        assert judge(result)[3]["figure"] == (
+            "30.0 times (95 %: 27.0 to 33.0) with 1.2 GB; 25.0 times (from 22.5 to 27.5) with 6.0 GB"
+        )
 
     def test_memory_trends(self):
         batches = list(range(10, 510, 10))

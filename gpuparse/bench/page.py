@@ -61,9 +61,10 @@ WORDS = {
     "slices without augmentation were compared with OpenCV's. Lines on the bars are 95 % bootstrap intervals of the "
     "median over rounds.",
     "first-batch": "Each figure is a fresh process. Prepared: stores, PNG or blosc2 files are there (MONAI fills its "
-    "cache each time). Raw: only the npz files are there; the smaller set for all sides, the larger for two.",
-    "epoch": "A small network that segments, trained on the same cores that load. The dashed line is the median step "
-    "with one batch held in memory.",
+    "cache each time). Raw: only the npz files are there; the smaller set for all sides, the larger for two. Of so few "
+    "rounds the intervals are little more than the smallest and the largest.",
+    "epoch": "A small network that segments, trained on the cores that load, or on the GPU where batches end up there. "
+    "The dashed line is the median step with one batch held in memory. Intervals as for first batches.",
     "slices": "Synthetic indexes over one small case.",
     "access": "One slice with its two neighbours and its mask, read and decoded on one thread, from the page cache.",
 }
@@ -105,7 +106,7 @@ def _page(result: dict[str, Any], pictures: dict[str, str]) -> str:
     )
     body = [
         "<h1>gpuparse bench</h1>",
-        f"<p>{_text(about['cpu'])}, {len(result['settings']['cores'])} cores for each side, batches of "
+        f"<p>{_text(tables.machine_words(about))}, {len(result['settings']['cores'])} cores for each side, batches of "
         f"{result['settings']['batch_size']}; {data['volumes']} {kind} volumes ({_text(', '.join(data['datasets']))}), "
         f"{data['slices']} slices.{warning}</p>",
         f"<p class=soft>{_text(about['date'])}, gpuparse {_text(about['gpuparse'])}, commit {_text(about['commit'])}, "

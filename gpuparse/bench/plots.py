@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuparse.bench.sides import OURS
+from gpuparse.bench.tables import FINE_BELOW_SECONDS
 
 __all__ = ["PLOTS", "draw", "to_png", "to_svg"]
 
@@ -108,7 +109,8 @@ def _epoch(part: dict[str, Any]) -> Any:
         rows.append(
             (_SHORT.get(name, name), 1e3 * entry["median"], [1e3 * v for v in entry["median_95"]], name == OURS)
         )
-    figure = _bars(rows, "ms a training step (less is better)", lambda v: f"{v:.0f}")
+    digits = 0 if max((row[1] for row in rows), default=0) >= 1e3 * FINE_BELOW_SECONDS else 2
+    figure = _bars(rows, "ms a training step (less is better)", lambda v: f"{v:.{digits}f}")
     if figure is None:
         return None
     held = [side["seconds_per_step"]["held"]["median"] for side in part["sides"].values()]

@@ -25,9 +25,9 @@ class BenchSettings:
         batch_size: Samples in a batch.
         rounds: Turns that each side of a comparison takes.
         turn_seconds: Length of a turn, at least.
-        turn_batches: Batches in a turn, at least.
+        turn_batches: Batches in a turn, at least; twice as many as a side may have ready, if that is more.
         slow_rounds: Turns in comparisons that take minutes.
-        train_steps: Training steps in a turn.
+        train_steps: Training steps in a turn, at least, as for batches.
         train_width: Channels of the first layer of the network that is trained.
         raw_bytes: Voxels that are prepared on the way from raw files to a first batch, at least; the volumes are
             repeated to come to so many.

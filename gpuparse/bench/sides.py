@@ -45,7 +45,7 @@ class Side(Protocol):
     num_ahead: int
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Endless batches, shuffled and augmented: at least `image` and `labels`, tensors as a training step wants."""
+        """Endless batches, shuffled and augmented: at least `image`, float32, and `labels`, int64 or uint8."""
 
     def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
         """Some slices without augmentation, through the same code."""

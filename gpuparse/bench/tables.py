@@ -11,7 +11,10 @@ from rich.table import Table
 from gpuparse.bench.measuring import winner
 from gpuparse.bench.sides import OURS
 
-__all__ = ["cells", "megabytes", "milliseconds", "part_tables", "print_results", "spread"]
+__all__ = ["cells", "machine_words", "megabytes", "milliseconds", "part_tables", "print_results", "spread"]
+
+
+FINE_BELOW_SECONDS = 0.02
 
 
 def spread(entry: dict[str, Any], digits: int = 1, factor: float = 1.0) -> str:
@@ -38,6 +41,11 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def machine_words(about: dict[str, Any]) -> str:
+    """The processor, and the GPU where batches end up on one."""
+    return f"{about['gpu']}, {about['cpu']}" if "gpu" in about else str(about["cpu"])
+
+
 def print_results(console: Console, result: dict[str, Any]) -> None:
     """Prints a table for each part, then the targets, what was left out, and the machine."""
     for name, part in result["parts"].items():
@@ -57,7 +65,8 @@ def print_results(console: Console, result: dict[str, Any]) -> None:
         console.print(verdicts)
     about = result["machine"]
     console.print(
-        f"{about['cpu']}, {len(result['settings']['cores'])} cores per side, load {about['load_average_at_start']}, "
+        f"{machine_words(about)}, {len(result['settings']['cores'])} cores per side, "
+        f"load {about['load_average_at_start']}, "
         f"gpuparse {about['gpuparse']} ({about['commit']}), level {result['settings']['level']}",
         highlight=False,
     )
@@ -99,7 +108,8 @@ def loader_rows(part: dict[str, Any]) -> list[list[str]]:
 
 
 LOADER_COLUMNS = [
-    "side", "configuration", "samples/s (95 %)", "CPU ms a sample (95 %)", "gpuparse / it (95 %)", "ahead", "memory",
+    "side", "configuration", "samples/s (95 %)", "CPU ms a sample (95 %)", "gpuparse / it (95 %)", "ahead",
+    "host memory",
 ]  # fmt: skip
 
 
@@ -133,7 +143,9 @@ def first_batch_rows(part: dict[str, Any], kind: str) -> list[list[str]]:
     ]
 
 
-FIRST_BATCH_COLUMNS = ["side", "whole process, s (95 %)", "after imports, s (95 %)", "it / gpuparse (95 %)", "ahead"]
+FIRST_BATCH_COLUMNS = [
+    "side", "whole process, s (from, to)", "after imports, s (from, to)", "it / gpuparse (from, to)", "ahead",
+]  # fmt: skip
 FIRST_BATCH_TITLES = {
     "prepared": "To the first batch, everything prepared",
     "raw": "To the first batch, from the raw npz files",
@@ -156,13 +168,18 @@ def _first_batch(part: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def _step(entry: dict[str, Any]) -> str:
+    """Milliseconds of a training step; a GPU takes few."""
+    return spread(entry, 0 if entry["median"] >= FINE_BELOW_SECONDS else 2, 1e3)
+
+
 def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
     """Side, step with its loader, step with a held batch, their ratio, the side over gpuparse, ahead."""
     return [
         [
             side["title"],
-            spread(side["seconds_per_step"]["loader"], 0, 1e3),
-            spread(side["seconds_per_step"]["held"], 0, 1e3),
+            _step(side["seconds_per_step"]["loader"]),
+            _step(side["seconds_per_step"]["held"]),
             times(side["loader_over_held"]),
             times(part["ratios"].get(name)),
             winner(part["ratios"].get(name)),
@@ -174,7 +191,8 @@ def epoch_rows(part: dict[str, Any]) -> list[list[str]]:
 
 
 EPOCH_COLUMNS = [
-    "side", "ms a step (95 %)", "loading taken out", "loader / taken out (95 %)", "it / gpuparse (95 %)", "ahead",
+    "side", "ms a step (from, to)", "loading taken out", "loader / taken out (from, to)", "it / gpuparse (from, to)",
+    "ahead",
 ]  # fmt: skip
 
 
@@ -201,7 +219,9 @@ def convert_rows(part: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-CONVERT_COLUMNS = ["way", "seconds (95 %)", "MB of voxels/s", "on disk", "of the npz", "it / gpuparse (95 %)", "ahead"]
+CONVERT_COLUMNS = [
+    "way", "seconds (from, to)", "MB of voxels/s", "on disk", "of the npz", "it / gpuparse (from, to)", "ahead",
+]  # fmt: skip
 
 
 def _convert(part: dict[str, Any]) -> list[Table]:

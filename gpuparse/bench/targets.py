@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuparse.bench.measuring import winner
+from gpuparse.bench.measuring import is_of_few_rounds, winner
 from gpuparse.bench.sides import OURS
 
 __all__ = ["judge"]
@@ -63,4 +63,5 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _times(ratio: dict[str, Any]) -> str:
     low, high = ratio["ratio_95"]
-    return f"{ratio['ratio']:.1f} times (95 %: {low:.1f} to {high:.1f})"
+    spread = "from" if is_of_few_rounds(ratio) else "95 %:"
+    return f"{ratio['ratio']:.1f} times ({spread} {low:.1f} to {high:.1f})"

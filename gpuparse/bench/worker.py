@@ -112,14 +112,19 @@ class _Worker:
 
     def _next(self) -> Any:
         """The next batch, where the training wants it."""
+        import torch
+
         if self._batches is None:
             self._batches = self._side.batches()
         batch = next(self._batches)
         image, labels = batch["image"], batch["labels"]
+        if image.dtype != torch.float32 or labels.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"images are {image.dtype}, labels are {labels.dtype}")
         if self._settings.device != "cpu":
             image = image.to(self._settings.device, non_blocking=True)
             labels = labels.to(self._settings.device, non_blocking=True)
-        return image, labels
+        # Last: bytes are an eighth of what is handed from process to process, and to a GPU.
+        return image, labels.to(torch.int64)
 
     def _synchronize(self) -> None:
         if self._settings.device != "cpu":
@@ -135,12 +140,14 @@ class _Worker:
         for _ in range(self._side.num_ahead + 2):
             image, labels = self._next()
         expected = (settings.batch_size, 3, settings.size, settings.size)
-        if tuple(image.shape) != expected or str(image.dtype) != "torch.float32" or str(labels.dtype) != "torch.int64":
-            raise RuntimeError(f"image is {image.dtype} {tuple(image.shape)}, labels are {labels.dtype}")
+        if tuple(image.shape) != expected or len(labels) != len(image):
+            raise RuntimeError(f"images are {tuple(image.shape)}, labels are {tuple(labels.shape)}")
         self._synchronize()
         cpu, start = tree_cpu_seconds(), time.perf_counter()
         num_batches = 0
-        while num_batches < settings.turn_batches or time.perf_counter() - start < settings.turn_seconds:
+        # As many as the workers deliver in two bursts, at least: else it would be a piece of one.
+        least = max(settings.turn_batches, 2 * self._side.num_ahead)
+        while num_batches < least or time.perf_counter() - start < settings.turn_seconds:
             self._next()
             num_batches += 1
         self._synchronize()
@@ -193,13 +200,15 @@ class _Worker:
             self._step(*(self._held if held else self._next()))
         self._synchronize()
         cpu, start = tree_cpu_seconds(), time.perf_counter()
-        for _ in range(settings.train_steps):
+        num_steps, least = 0, settings.train_steps if held else max(settings.train_steps, 2 * self._side.num_ahead)
+        while num_steps < least or time.perf_counter() - start < settings.turn_seconds:
             self._step(*(self._held if held else self._next()))
+            num_steps += 1
         self._synchronize()
         seconds, cpu = time.perf_counter() - start, tree_cpu_seconds() - cpu
         if settings.level != "toy":
             wait_until_idle()
-        return {"seconds_per_step": seconds / settings.train_steps, "cpu_seconds_per_step": cpu / settings.train_steps}
+        return {"seconds_per_step": seconds / num_steps, "cpu_seconds_per_step": cpu / num_steps}
 
     def close(self) -> dict[str, Any]:
         """Ends the side."""

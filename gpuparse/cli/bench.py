@@ -160,10 +160,12 @@ def _device(name: str) -> str:
         raise InputError(f"--device is {name!r}; expected cpu, cuda or auto.")
     if name == "cpu":
         return name
+    if name == "auto":
+        from gpuparse.device import choose_device
+
+        return choose_device(None).type
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    if name == "cuda":
+    if not torch.cuda.is_available():
         raise InputError("--device is cuda, and torch finds no GPU. Take --device cpu.")
-    return "cpu"
+    return name

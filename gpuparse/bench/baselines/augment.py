@@ -91,7 +91,11 @@ class ReferenceAugmentation:
 
 
 def to_tensors(
-    image: npt.NDArray[Any], mask: npt.NDArray[Any], class_ids: Sequence[int] | int, random: np.random.RandomState
+    image: npt.NDArray[Any],
+    mask: npt.NDArray[Any],
+    class_ids: Sequence[int] | int,
+    random: np.random.RandomState,
+    labels_dtype: torch.dtype = torch.long,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of an item: the channel swap, a mask per prompt, float32 (3, rows, columns) and int64 tensors.
 
@@ -104,4 +108,4 @@ def to_tensors(
         masks = np.repeat(mask.astype(np.uint8)[None], class_ids, axis=0)
     else:
         masks = np.stack([(1 * (mask == class_id)).astype(np.uint8) for class_id in class_ids])
-    return torch.tensor(planes.copy(), dtype=torch.float32), torch.tensor(masks.copy(), dtype=torch.long)
+    return torch.tensor(planes.copy(), dtype=torch.float32), torch.tensor(masks.copy(), dtype=labels_dtype)

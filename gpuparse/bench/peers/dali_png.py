@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class _DaliSide:
         files = _all_files(data, settings.size)
         self._pipeline = self._define(files, settings.batch_size, self._drawn, augment=True)
         self._pipeline.build()
+        self._copies = self._copied()
         self.num_ahead = _DEPTH + 1
 
     def _define(self, files: _Files, batch_size: int, drawn_ids: _Drawn, augment: bool) -> Any:
@@ -158,7 +159,9 @@ class _DaliSide:
                 image = fn.cat(image[0:1], image[2:3], image[1:2], axis=0)
             class_ids = fn.python_function(number, function=draw, num_outputs=1, batch_processing=True)
             wanted = class_ids.gpu() if on_gpu else class_ids
-            labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=types.INT64)
+            copied = not on_gpu and self._settings.device != "cpu"  # to a GPU by the host: bytes are sooner there
+            labels_dtype = types.UINT8 if copied else types.INT64
+            labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=labels_dtype)
             return image, labels
 
         with _temporary_files_in(self._data.scratch):
@@ -172,22 +175,44 @@ class _DaliSide:
             )
 
     def batches(self) -> Iterator[dict[str, Any]]:
+        while True:
+            if self._settings.device == "cpu":
+                image, labels = self._pipeline.run()
+                batch = self._shared(image, labels)
+            else:
+                batch = next(self._copies)
+            # Not an output of the pipeline: the host would wait for what is copied to the GPU.
+            ids = [row.reshape(-1).tolist() for row in self._drawn.popleft()]
+            yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
+
+    @staticmethod
+    def _shared(image: Any, labels: Any) -> dict[str, Any]:
+        """The outputs as they are, as DALI's own iterator for torch hands them out: DALI does not use them again."""
+        from torch.utils.dlpack import from_dlpack
+
+        return {"image": from_dlpack(image.as_tensor()), "labels": from_dlpack(labels.as_tensor())}
+
+    def _copied(self) -> Generator[dict[str, Any], None, None]:
+        """For training on a GPU one copy of each output, into page-locked memory or on the GPU itself.
+
+        There DALI takes its buffers back in the order of its own stream, which does not wait for training.
+        """
         import torch
         from nvidia.dali.plugin import pytorch
 
         feed: Any = vars(pytorch)["feed_ndarray"]
-        settings, device = self._settings, self._settings.device if self._on_gpu else "cpu"
+        settings = self._settings
         shape = (settings.batch_size, 3, settings.size, settings.size)
         stream = torch.cuda.current_stream() if self._on_gpu else None
         copied: deque[tuple[Any, ...]] = deque()  # DALI's outputs, until what was copied from them is there
-        options: dict[str, Any] = {"device": device, "pin_memory": settings.device != "cpu" and not self._on_gpu}
+        options: dict[str, Any] = {"device": settings.device} if self._on_gpu else {"pin_memory": True}
         while True:
             image, labels = self._pipeline.run() if stream is None else self._pipeline.run(stream.cuda_stream)
-            # One copy each: on the CPU DALI uses its buffers again; on a GPU they go back to it in the order of its own
-            # stream, which does not wait for training.
             batch = {
                 "image": torch.empty(shape, dtype=torch.float32, **options),
-                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64, **options),
+                "labels": torch.empty(
+                    (shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64 if self._on_gpu else torch.uint8, **options
+                ),
             }
             feed(image.as_tensor(), batch["image"], cuda_stream=stream)
             feed(labels.as_tensor(), batch["labels"], cuda_stream=stream)
@@ -195,9 +220,7 @@ class _DaliSide:
                 copied.append((stream.record_event(), image, labels))
                 if len(copied) > _DEPTH:
                     copied.popleft()[0].synchronize()
-            # Not an output of the pipeline: the host would wait for what is copied to the GPU.
-            ids = [row.reshape(-1).tolist() for row in self._drawn.popleft()]
-            yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
+            yield batch
 
     def plain(self, refs: Sequence[SliceRef]) -> PlainBatch:
         root = self._data.scratch / f"png{self._settings.size}"
@@ -217,12 +240,13 @@ class _DaliSide:
         if self._on_gpu:
             image, labels = image.as_cpu(), labels.as_cpu()
         ids = np.stack(drawn_ids[0]).reshape(len(refs), NUM_PROMPTS).astype(np.int64)
-        return PlainBatch(np.array(image.as_array()), np.array(labels.as_array()), ids)
+        return PlainBatch(np.array(image.as_array()), np.array(labels.as_array(), np.int64), ids)
 
     def describe(self) -> dict[str, Any]:
         return {"disk_bytes": folder_bytes(self._data.scratch / f"png{self._settings.size}")}
 
     def close(self) -> None:
+        self._copies.close()
         del self._pipeline
 
 

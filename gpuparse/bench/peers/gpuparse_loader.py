@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpuparse.bench.data import BenchData, SliceRef
-from gpuparse.bench.peers.shared import EPOCH_SAMPLES, folder_bytes
+from gpuparse.bench.peers.shared import epoch_samples, folder_bytes
 from gpuparse.bench.settings import NUM_PROMPTS, BenchSettings
 from gpuparse.bench.sides import PlainBatch
 
@@ -40,7 +40,7 @@ class _GpuparseSide:
                 for name in data.names
             ]
         )
-        repeated = Subset(whole, (np.arange(max(EPOCH_SAMPLES, len(whole))) % len(whole)).tolist())
+        repeated = Subset(whole, (np.arange(max(epoch_samples(settings), len(whole))) % len(whole)).tolist())
         self.loader = DataLoader(
             repeated, settings.batch_size, shuffle=True, device=settings.device, num_threads=settings.num_cores,
             drop_last=True,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from gpuparse.bench.baselines.process_2d import channel_numbers, read_volume
 from gpuparse.bench.data import BenchData, SliceRef
-from gpuparse.bench.peers.shared import EPOCH_SAMPLES, draw_class_ids, draw_text, worker_variants
+from gpuparse.bench.peers.shared import draw_class_ids, draw_text, epoch_samples, worker_variants
 from gpuparse.bench.settings import BenchSettings
 from gpuparse.bench.sides import PlainBatch
 
@@ -182,7 +182,7 @@ def _random(data: BenchData, settings: BenchSettings, device: str | None) -> lis
             return {**data, "image": image + self.R.uniform(0, self.std) * torch.randn_like(image)}
 
     class RandPromptsd(RandomizableTransform, MapTransform):  # type: ignore[misc]
-        """The channel swap, prompts, a mask for each, and the types that training wants."""
+        """The channel swap, prompts, a mask for each."""
 
         def __init__(self, keys: Any) -> None:
             MapTransform.__init__(self, keys)
@@ -198,7 +198,7 @@ def _random(data: BenchData, settings: BenchSettings, device: str | None) -> lis
             wanted = torch.from_numpy(class_ids).to(mask.device, torch.uint8)[:, None, None]
             return {
                 "image": image,
-                "labels": (mask == wanted).long(),
+                "labels": (mask == wanted).to(torch.uint8),  # by eight smaller on their way from process to process
                 "text": draw_text(self.R, prompts, class_ids.tolist()),
                 "class_ids": "&".join(map(str, class_ids)),
             }
@@ -243,7 +243,7 @@ class _MonaiSide:
         self.cache_bytes = len(items) * settings.size**2 * 4
         options: dict[str, Any] = {
             "batch_size": settings.batch_size,
-            "sampler": RandomSampler(dataset, num_samples=max(EPOCH_SAMPLES, len(items))),
+            "sampler": RandomSampler(dataset, num_samples=max(epoch_samples(settings), len(items))),
             "num_workers": setup.num_workers,
             "drop_last": True,
             "pin_memory": settings.device != "cpu" and setup.device is None,

@@ -26,8 +26,6 @@ from gpuparse.bench.sides import PlainBatch
 
 __all__ = ["make", "variants", "write_files"]
 
-_NUM_CACHED = 6  # what nnU-Net takes for up to 13 processes
-
 
 def variants(settings: BenchSettings) -> list[str]:
     """Numbers of its processes."""
@@ -167,7 +165,7 @@ class _Generator:
             torch.manual_seed(self.thread_id)
         size, count = self._settings.size, self._settings.batch_size
         images = torch.empty(count, 3, size, size, dtype=torch.float32)
-        labels = torch.empty(count, NUM_PROMPTS, size, size, dtype=torch.int64)
+        labels = torch.empty(count, NUM_PROMPTS, size, size, dtype=torch.uint8)
         texts, names = [], []
         for n in range(count):
             ref = self._refs[self._random.randint(len(self._refs))]
@@ -192,11 +190,12 @@ class _NnunetSide:
 
         self._data, self._settings = data, settings
         self._root = write_files(data, settings.size, settings.num_cores)
+        num_cached = max(6, num_processes // 2)  # as nnU-Net's trainer has it
         self._augmenter: Any = NonDetMultiThreadedAugmenter(
-            _Generator(data, settings, self._root), None, num_processes, num_cached=_NUM_CACHED,
+            _Generator(data, settings, self._root), None, num_processes, num_cached=num_cached,
             seeds=list(range(num_processes)), pin_memory=settings.device != "cpu", wait_time=0.002,
         )  # fmt: skip
-        self.num_ahead = 2 * _NUM_CACHED + num_processes + 1
+        self.num_ahead = 2 * num_cached + num_processes + 1
 
     def batches(self) -> Iterator[dict[str, Any]]:
         yield from self._augmenter

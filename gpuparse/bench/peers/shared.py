@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from gpuparse.bench.settings import NUM_PROMPTS, BenchSettings
 
-__all__ = ["EPOCH_SAMPLES", "TorchSide", "draw_class_ids", "draw_text", "folder_bytes", "worker_variants"]
+__all__ = ["TorchSide", "draw_class_ids", "draw_text", "epoch_samples", "folder_bytes", "worker_variants"]
 
-EPOCH_SAMPLES = 20_000
-"""Every side's epoch is at least so long, so that no turn meets the end of one: small data come again and again."""
+
+def epoch_samples(settings: BenchSettings) -> int:
+    """The least samples of a side's epoch, so that no turn meets the end of one: small data come again and again."""
+    return 20_000 if settings.device == "cpu" else 400_000
 
 
 def folder_bytes(folder: Path) -> int:
@@ -51,7 +53,7 @@ class TorchSide:
     def __init__(self, dataset: Any, settings: BenchSettings, num_workers: int) -> None:
         from torch.utils.data import DataLoader, RandomSampler
 
-        sampler = RandomSampler(dataset, num_samples=max(EPOCH_SAMPLES, len(dataset)))
+        sampler = RandomSampler(dataset, num_samples=max(epoch_samples(settings), len(dataset)))
         self.loader: Any = DataLoader(
             dataset,
             batch_size=settings.batch_size,

@@ -70,11 +70,13 @@ class _ZarrDataset:
         return self._arrays[key]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
         ref = self._refs[index]
         image, ids = self._augment(*self.read(ref))
         prompts = self._prompts[ref.volume.dataset]
         class_ids = draw_class_ids(self._random, prompts).tolist()
-        tensor, labels = to_tensors(image, ids, class_ids, self._random)
+        tensor, labels = to_tensors(image, ids, class_ids, self._random, torch.uint8)
         text = draw_text(self._random, prompts, class_ids)
         return {"image": tensor, "labels": labels, "text": text, "class_ids": "&".join(map(str, class_ids))}
 
