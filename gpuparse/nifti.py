@@ -64,7 +64,8 @@ def read_nifti(path: Path, max_bytes: int = MAX_VOLUME_BYTES) -> Scan:
         values = np.asanyarray(proxy.get_unscaled()).reshape(header.shape, order="F")
         if len(file.read(_MAX_TAIL_BYTES)) == _MAX_TAIL_BYTES:  # to the end: there a compressed file has its checksum
             raise VolumeFormatError(f"{path}: goes on after the voxels that its header names. Export it again.")
-        return Scan(str(path), values, affine, (float(proxy.slope), float(proxy.inter)), lost)
+        made_up = int(image.header["qform_code"]) == 0 and np.array_equal(affine, np.diag(np.abs(np.diag(affine))))
+        return Scan(str(path), values, affine, (float(proxy.slope), float(proxy.inter)), lost, made_up)
 
 
 def nifti_bytes(path: Path) -> int:

@@ -9,6 +9,7 @@ or front), S or I (head or feet). Affines map voxel indices (x, y, z) to millime
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +23,11 @@ from gpuparse.source import SourceCase
 from gpuparse.volume import Volume, as_narrow_labels
 
 __all__ = [
+    "GRID_TOLERANCE",
     "STORED",
     "Scan",
     "check_orientation",
+    "grid_distance_mm",
     "lay_onto",
     "make_volume",
     "orientation_of",
@@ -34,7 +37,9 @@ __all__ = [
 STORED = "stored"
 """The orientation that leaves the axes as the image file has them."""
 
-_GRID_TOLERANCE = 0.1  # voxels; headers hold float32 and rounded quaternions
+GRID_TOLERANCE = 0.1
+"""How far apart two grids may lie that are the same, in voxels: headers hold float32 and rounded quaternions."""
+
 _OPPOSITES = ("LR", "PA", "SI")
 
 
@@ -49,6 +54,8 @@ class Scan:
             only the lengths of its columns mean something.
         rescale: Slope and intercept: intensity = stored value * slope + intercept.
         lost: Why the orientation is not known; None where it is.
+        made_up: Whether the header is what nibabel makes of an array and its voxel sizes: axes along R, A, S, no
+            origin, no qform. Mostly nobody meant the directions.
     """
 
     what: str
@@ -56,6 +63,7 @@ class Scan:
     affine: npt.NDArray[np.float64]
     rescale: tuple[float, float] = (1.0, 0.0)
     lost: str | None = None
+    made_up: bool = False
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -108,6 +116,12 @@ def reorient(scan: Scan, orientation: str) -> Scan:
     return replace(scan, values=values, affine=affine)
 
 
+def grid_distance_mm(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], shape: Sequence[int]) -> float:
+    """How far apart two affines place a voxel of one index (x, y, z), at most."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1.0])).reshape(4, -1)
+    return float(np.linalg.norm((a - b)[:3] @ corners, axis=0).max())
+
+
 def lay_onto(labels: Scan, image: Scan) -> Scan:
     """Labels of a part of the image's grid, such as a DICOM segmentation, on the whole grid; 0 where they say nothing.
 
@@ -125,7 +139,7 @@ def lay_onto(labels: Scan, image: Scan) -> Scan:
     start = np.rint(move[:3, 3])
     drift = np.abs(move[:3, :3] - turn) @ (size - 1) + np.abs(move[:3, 3] - start)
     is_turn = np.array_equal(np.abs(turn).sum(0), [1, 1, 1]) and np.array_equal(np.abs(turn).sum(1), [1, 1, 1])
-    if not is_turn or drift.max() > _GRID_TOLERANCE:
+    if not is_turn or drift.max() > GRID_TOLERANCE:
         raise VolumeFormatError(
             f"{labels.what}: its voxels do not coincide with those of {image.what} (off by up to "
             f"{drift.max():.3g} voxels). Resample the labels onto the image, nearest neighbour."
@@ -204,9 +218,8 @@ def _check_grids(image: Scan, labels: Scan) -> None:
     if image.lost is not None or labels.lost is not None:  # only the voxels' sizes can be compared
         apart = np.abs(np.array(image.spacing_mm) - labels.spacing_mm) * image.values.shape
     else:
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.values.shape], [1.0])).reshape(4, -1)
-        apart = np.linalg.norm((image.affine - labels.affine)[:3] @ corners, axis=0)
-    if apart.max() > _GRID_TOLERANCE * min(image.spacing_mm):
+        apart = np.array(grid_distance_mm(image.affine, labels.affine, image.values.shape))
+    if apart.max() > GRID_TOLERANCE * min(image.spacing_mm):
         raise VolumeFormatError(
             f"{labels.what}: its header places it up to {apart.max():.3g} mm away from its image {image.what}. "
             "Resample the labels onto the image, or copy the image's header if only the header is wrong."

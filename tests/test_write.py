@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 import gpuparse
 from gpuparse.errors import InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation import VolumeDataset, write_label_image, write_nifti, write_npz
-from gpuparse.evaluation.evaluate import read_prediction
+from gpuparse.evaluation.predictions import read_prediction
 
 IDS = np.arange(2 * 3 * 4, dtype=np.int64).reshape(2, 3, 4)
 

@@ -12,18 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arguments import check_choice, check_instance, whole_number
-from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
+from gpuparse.errors import GpuparseError, InputError
 from gpuparse.evaluation.cases import CaseSet, EvaluationCase, find_case_sets
 from gpuparse.evaluation.entries import PromptSource
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
+from gpuparse.evaluation.predictions import find_prediction, read_prediction
 from gpuparse.evaluation.report import EvaluationReport
-from gpuparse.nifti import NIFTI_SUFFIXES, read_nifti
 from gpuparse.remote import RemoteOptions
-from gpuparse.scan import orientation_of, reorient
-from gpuparse.volume import as_narrow_labels, read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
 
-__all__ = ["MissingPolicy", "evaluate", "find_prediction", "read_prediction"]
+__all__ = ["MissingPolicy", "evaluate"]
 
 MissingPolicy = Literal["stop", "empty", "skip"]
 _MISSING = ("stop", "empty", "skip")
@@ -39,14 +37,12 @@ class _Job:
     options: MetricOptions
 
     def run(self) -> CaseScores:
-        labels = self.case.labels()
+        labels, spacing_mm = self.case.labels(), self.case.spacing_mm()
         if self.prediction is None:
             prediction: npt.NDArray[Any] = np.zeros(labels.shape, np.uint8)
         else:
-            prediction = read_prediction(self.prediction, self.case.affine_ras_mm())
-        return score_case(
-            self.dataset, self.case.name, labels, prediction, self.case.spacing_mm(), self.case.prompts, self.options
-        )
+            prediction = read_prediction(self.prediction, self.case.affine_ras_mm(), spacing_mm, labels.shape)
+        return score_case(self.dataset, self.case.name, labels, prediction, spacing_mm, self.case.prompts, self.options)
 
 
 def evaluate(
@@ -167,47 +163,3 @@ def _score(job: _Job) -> CaseScores | GpuparseError:
         return job.run()
     except GpuparseError as error:
         return error
-
-
-def find_prediction(folder: Path, case: str) -> Path | None:
-    """The file that holds the prediction of a case, None if there is none.
-
-    Raises:
-        InputError: There are several.
-    """
-    found = [path for suffix in (".npz", *NIFTI_SUFFIXES) if (path := folder / f"{case}{suffix}").is_file()]
-    if len(found) > 1:
-        raise InputError(
-            f"{folder}: several predictions for case {case!r}: {', '.join(p.name for p in found)}. Keep one."
-        )
-    return found[0] if found else None
-
-
-def read_prediction(
-    path: Path, affine_ras_mm: npt.NDArray[np.float64] | None = None
-) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Reads a prediction at native size.
-
-    Args:
-        path: An npz file with `segs` (z, y, x), or a NIfTI file, which is turned as the case lies.
-        affine_ras_mm: How that is, as `EvaluationCase.affine_ras_mm` says; None stands for x to the patient's left, y
-            to the back and z to the head, as BiomedParse's volumes lie.
-
-    Returns:
-        (z, y, x) ids, in the narrowest unsigned type.
-
-    Raises:
-        VolumeFormatError: The file cannot be read, or holds no ids.
-    """
-    if path.suffix == ".npz":
-        return as_narrow_labels(path, read_arrays(path, ["segs"])["segs"], "segs")
-    scan = read_nifti(path)
-    if scan.lost is not None:
-        raise VolumeFormatError(
-            f"{path}: {scan.lost}, so left and right cannot be told apart. Write predictions with "
-            "gpuparse.evaluation.write_nifti, or copy sform and qform from the image that they are of."
-        )
-    scan = reorient(scan, "LPS" if affine_ras_mm is None else orientation_of(affine_ras_mm))
-    slope, intercept = scan.rescale
-    values = scan.values.T if scan.rescale == (1.0, 0.0) else scan.values.T * slope + intercept
-    return as_narrow_labels(path, values, "prediction")
