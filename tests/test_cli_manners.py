@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import gpuparse
 from gpuparse.cli import app
+from gpuparse.cli.consoles import PlainConsole
 from gpuparse.doctor import Check, Diagnosis
 
 COMMANDS = sorted(get_command(app).commands)
@@ -158,6 +160,111 @@ def test_check_is_quiet(write_case, data_dir):
     write_case(np.full((3, 8, 8), 7, np.uint8))
     result = CliRunner().invoke(app, ["check", str(data_dir), "--quiet", "--jobs", "1"])
     assert (result.exit_code in (0, 1), result.output) == (True, "")
+
+
+# What is printed, and where it cannot be.
+
+NAMES = ("c:x:2", "[red]x", "é", "肝")
+PROMPT = "肝 :smile: [red]liver é"
+
+
+@pytest.fixture
+def strange_names(tmp_path):
+    """Sources, predictions and a store whose names and prompts look like markup or are not Latin."""
+    labels = np.zeros((4, 12, 12), np.uint8)
+    labels[1:3, 2:7, 2:9] = 1
+    for folder in ("data/A/train", "data/A/test", "pred"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in NAMES:
+        for split in ("train", "test"):
+            np.savez(tmp_path / f"data/A/{split}/{name}.npz", imgs=labels * 9, gts=labels, spacing=(0.7, 0.7, 3))
+        np.savez(tmp_path / f"pred/{name}.npz", segs=labels)
+    prompts = {"A": {"1": [PROMPT], "instance_label": 0}}
+    (tmp_path / "data/class_prompts.json").write_text(json.dumps(prompts))
+    gpuparse.convert(tmp_path / "data", out_dir=tmp_path / "stores")
+    return tmp_path
+
+
+# Commands that print these, in that folder.
+PRINTING = {
+    "check": ("check", "data", "--jobs", 1),
+    "info": ("info", "stores"),
+    "evaluate": ("evaluate", "--pred", "pred", "--data", "data", "--csv", "new.csv"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("name", ["check", "info", "evaluate"])
+def test_names_and_prompts_are_printed_as_they_are_or_escaped(strange_names, name, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200", "NO_COLOR": "1"}
+    arguments = command(*PRINTING[name])
+    done = subprocess.run(arguments, cwd=strange_names, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = done.stdout.decode(encoding)
+    for text in [f"{case}.npz" for case in NAMES] if name == "check" else [PROMPT]:
+        assert text.encode(encoding, "backslashreplace").decode(encoding) in shown
+    if encoding != "utf-8":
+        tables = [line for line in shown.splitlines() if line.startswith(("|", "+"))]
+        widths = [len(line) for line in tables]
+        assert len(set(widths)) <= (2 if name == "info" else 1)  # of tables
+        assert len(tables) > 3
+    if name == "evaluate":
+        assert f"1.0000 {'+-' if encoding == 'ascii' else '±'} 0.0000" in shown
+        assert (strange_names / "new.csv").is_file()
+
+
+def test_names_that_are_no_unicode_are_printed_with_escapes():
+    console = PlainConsole(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), width=80)
+    console.print("a\udcff:smile:[b]", end="")
+    console.file.seek(0)
+    assert console.file.read() == r"a\udcff:smile:[b]"
+    assert console.can_show("é")
+    assert not PlainConsole(file=io.TextIOWrapper(io.BytesIO(), "ascii")).can_show("é")
+
+
+def test_every_console_of_the_commands_is_a_plain_one():
+    folder = Path(gpuparse.__file__).parent / "cli"
+    made = [path.name for path in folder.glob("*.py") if re.search(r"\bConsole\(", path.read_text(encoding="utf-8"))]
+    assert made == []
+
+
+FULL = "error: standard output cannot be written: [Errno 28] No space left on device. Send it to a place that takes it."
+
+
+@pytest.mark.parametrize("name", ["check", "info", "evaluate", "json", "version", "help"])
+def test_a_full_disk_behind_standard_output_is_one_line_and_a_closed_pipe_is_none(strange_names, name):
+    others = {"json": ("info", "stores", "--json"), "version": ("--version",), "help": ("check", "--help")}
+    arguments = command(*{**PRINTING, **others}[name])
+
+    def run(output):
+        done = subprocess.run(
+            arguments, cwd=strange_names, stdout=output, stderr=subprocess.PIPE, encoding="utf-8", check=False
+        )
+        return done.returncode, done.stderr.splitlines()
+
+    with Path("/dev/full").open("wb") as full:
+        assert run(full) == (2, [FULL])
+    assert (strange_names / "new.csv").is_file() == (name == "evaluate")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    assert run(theirs) == (1, [])
+    os.close(theirs)
+
+
+def test_an_error_of_another_file_than_standard_output_is_not_taken_for_it(strange_names):
+    code = (
+        "import sys, gpuparse.cli\n"
+        "def fail(*_, **__):\n"
+        "    raise OSError(28, 'No space left on device')\n"
+        "import gpuparse.info\n"
+        "sys.modules['gpuparse.info'].info = fail\n"
+        "sys.argv = ['gpuparse', 'info', 'x']\n"
+        "gpuparse.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert "standard output" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "OSError: [Errno 28] No space left on device"
 
 
 # Progress bars.

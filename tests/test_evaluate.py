@@ -356,7 +356,7 @@ def test_the_command_checks_names_before_it_scores(folders):
         assert re.search(message, str(result.exception))
 
 
-def test_the_command_checks_places_before_it_scores_and_prints_before_it_writes(folders, tmp_path, monkeypatch):
+def test_the_command_checks_places_before_it_scores_and_prints_what_it_cannot_write(folders, tmp_path, monkeypatch):
     pred, data, _ = folders
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
@@ -381,8 +381,9 @@ def test_the_command_checks_places_before_it_scores_and_prints_before_it_writes(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    result = run("--pred", pred, "--data", data, "--csv", tmp_path / "old.csv")
+    result = run("--pred", pred, "--data", data, "--csv", tmp_path / "old.csv", "--json", tmp_path / "new.json")
     assert re.search(r"old\.csv: cannot be written: .*No space left", str(result.exception))
+    assert re.search(r"error: .*new\.json: cannot be written: .*No space left", result.stderr)
     assert "all, by case" in result.output
     assert len(scored) == 4
     assert sorted(tmp_path.rglob("*")) == before

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if size < 8 or repeats < 2:
         parser.error(f"--size is {size} and --repeats is {repeats}; expected at least 8 and 2")
     result = run(size, [max(4, side * size // 512) for side in SOURCE_SIDES], repeats)
-    show(result, Console(markup=False, width=None if sys.stdout.isatty() else 120))
+    show(result, Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 120))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The command line: one module for each command, gathered here.
 
 Exit status: 0 all done, 1 some files were skipped (check, doctor: errors were found; info: some stores cannot be read),
-2 nothing was done or a bad file stopped the run, 130 interrupted.
+2 nothing was done, a bad file stopped the run or standard output cannot be written, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gpuparse import __version__
 from gpuparse.cli.bench import bench_command
 from gpuparse.cli.check import check_command
+from gpuparse.cli.consoles import StandardOutput, error_console
 from gpuparse.cli.convert import convert_command
 from gpuparse.cli.demo import demo_command
 from gpuparse.cli.doctor import doctor_command
@@ -39,12 +39,17 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line; expected errors become one line on standard error."""
+    output = StandardOutput.watch()
     try:
         app()
     except GpuparseError as error:
-        Console(markup=False, stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {error}", markup=False, style="red"
-        )
+        _say_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if output is None or output.failure is not error:
+            raise
+        output.discard()
+        _say_error(f"standard output cannot be written: {error}. Send it to a place that takes it.")
         sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()
@@ -55,8 +60,12 @@ def main() -> None:
         raise
 
 
+def _say_error(message: str) -> None:
+    error_console().print(f"error: {message}", style="red")
+
+
 def _say_interrupted() -> None:
-    Console(markup=False, stderr=True).print("interrupted", style="yellow")
+    error_console().print("interrupted", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:

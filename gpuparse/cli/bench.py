@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from gpuparse.cli.consoles import error_console
+from gpuparse.cli.consoles import PlainConsole, error_console
 from gpuparse.errors import InputError
 
 __all__ = ["bench_command"]
@@ -88,7 +87,7 @@ def bench_command(
     from gpuparse.bench.sides import chosen_peers
     from gpuparse.bench.tables import print_results
 
-    console = Console(markup=False, quiet=quiet or json_output, width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole(quiet=quiet or json_output, width=None if sys.stdout.isatty() else 140)
     if results is not None:
         found = load_results(results)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gpuparse.cgroup import num_usable_cpus
@@ -126,16 +126,15 @@ def _print_report(report: CheckReport) -> None:
 def _findings_table(findings: tuple[Finding, ...]) -> Table:
     from gpuparse.check.rules import RULES
 
-    table = Table("severity", "code", "where", "found", "remedy", title="Findings", show_lines=True)
+    where = Column("where", overflow="fold")
+    table = Table("severity", "code", where, "found", "remedy", title="Findings", show_lines=True)
     shown: Counter[str] = Counter()
     for finding in findings:
         shown[finding.code] += 1
         if shown[finding.code] <= _MAX_ROWS:
             found = f"{RULES[finding.code].title}: {finding.found}"
             severity = Text(finding.severity, style=_STYLES[finding.severity])
-            table.add_row(
-                severity, finding.code, Text(finding.path, overflow="fold"), Text(found), Text(finding.remedy)
-            )
+            table.add_row(severity, finding.code, finding.path, found, finding.remedy)
     for code, count in shown.items():
         if count > _MAX_ROWS:
             table.add_row("", code, "", f"... and {count - _MAX_ROWS} more; --json lists all.", "")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gpuparse.cgroup import num_usable_cpus
-from gpuparse.cli.consoles import error_console
+from gpuparse.cli.consoles import PlainConsole, error_console
 from gpuparse.cli.foreign_options import (
     Channel,
     Format,
@@ -118,7 +118,7 @@ def convert_command(
 
     With NIfTI files of nnU-Net: gpuparse convert nnUNet_raw --window abdomen --out stores
     """
-    console = Console(markup=False, quiet=quiet or json_output)
+    console = PlainConsole(quiet=quiet or json_output)
     val_split = None
     if val_fraction is not None or split_file is not None:
         val_split = ValSplit(val_fraction or 0.0, split_seed, group_regex, split_file)

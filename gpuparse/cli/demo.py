@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from gpuparse.cli.consoles import PlainConsole
 
 __all__ = ["demo_command"]
 
@@ -30,7 +31,7 @@ def demo_command(
     """
     from gpuparse.demo import print_demo, run_demo
 
-    console = Console(markup=False, quiet=quiet or json_output)
+    console = PlainConsole(quiet=quiet or json_output)
     with _without_notices() if quiet else contextlib.nullcontext():
         report = run_demo(out, batch_size=batch_size, num_epochs=epochs, console=console)
     if json_output:

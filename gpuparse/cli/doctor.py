@@ -6,8 +6,9 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
+
+from gpuparse.cli.consoles import PlainConsole
 
 if TYPE_CHECKING:
     from gpuparse.doctor import Check
@@ -36,7 +37,7 @@ def doctor_command(
     """
     from gpuparse.doctor import diagnose
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = PlainConsole(highlight=False, soft_wrap=True)
     status = console.status("looking") if console.is_terminal and not json_output else None
 
     def show(check: Check) -> None:

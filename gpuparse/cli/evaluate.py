@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from gpuparse.cli.consoles import error_console, table_console
-from gpuparse.errors import InputError
+from gpuparse.cli.consoles import PlainConsole, counting_progress, error_console, table_console
+from gpuparse.errors import GpuparseError, InputError
 
 if TYPE_CHECKING:
+    from rich.console import OverflowMethod
+
     from gpuparse.evaluation.metrics import CaseScores
     from gpuparse.evaluation.report import EvaluationReport, Statistic
 
@@ -84,7 +84,7 @@ def evaluate_command(
             check_can_write(path)
     console = table_console()
     console.quiet = quiet
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with counting_progress(error_console(), quiet=quiet) as progress:
         task = progress.add_task("scoring", total=None)
 
         def on_case(scores: CaseScores, total: int) -> None:
@@ -101,20 +101,27 @@ def evaluate_command(
             num_jobs=jobs,
             on_case=on_case,
         )
-    _print(console, report)  # first: what went into scores is not lost where a file cannot be written
+    # Neither is lost where the other cannot be written: files come first, and their errors after the table.
+    failures = []
+    for path, save in ((csv, report.save), (json, report.save), (plot, lambda path: save_plot(report, path))):
+        if path is not None:
+            try:
+                save(path)
+            except GpuparseError as error:
+                failures.append(error)
+    _print(console, report)
     for dataset_name, case in report.missing:
         state = "left out" if missing == "skip" else "scored as empty"
         error_console().print(f"no prediction, {state}: {dataset_name}/{case}", style="yellow")
-    for path in (csv, json):
-        if path is not None:
-            report.save(path)
-    if plot is not None:
-        save_plot(report, plot)
+    for failure in failures[1:]:
+        error_console().print(f"error: {failure}", style="red")
+    if failures:
+        raise failures[0]
     if report.missing:
         raise typer.Exit(1)
 
 
-def _print(console: Console, report: EvaluationReport) -> None:
+def _print(console: PlainConsole, report: EvaluationReport) -> None:
     summaries = report.datasets
     metrics = ["Dice", f"NSD at {report.options.tolerance_mm:g} mm"]
     if any(summary.f1.num_cases for summary in summaries):
@@ -123,15 +130,17 @@ def _print(console: Console, report: EvaluationReport) -> None:
     cases_width = max(len("cases"), *(len(str(summary.num_cases)) for summary in summaries))
     taken = 3 * (3 + len(metrics)) + 1 + cases_width  # with the table's lines
     width = max(console.width, taken + 8 * len(metrics) + _LEAST_DATASET + _LEAST_CLASS)
-    separator, number_width = " ± ", 15
+    sign = "±" if console.can_show("±") else "+-"
+    separator, number_width = f" {sign} ", 14 + len(sign)
     if width - taken - number_width * len(metrics) < _ENOUGH_FOR_BOTH:
-        separator, number_width = "\n± ", 8
+        separator, number_width = f"\n{sign} ", 7 + len(sign)
     room = width - taken - number_width * len(metrics)
     longest = max(cell_len(summary.name) for summary in summaries)
     class_width = min(48, max(_LEAST_CLASS, room - max(_LEAST_DATASET, min(longest, room // 2))))
+    overflow: OverflowMethod = "ellipsis" if console.can_show("…") else "crop"
     table = Table(title="Mean and standard deviation over cases", width=width if width > console.width else None)
     table.add_column("dataset", min_width=_LEAST_DATASET, overflow="fold")
-    table.add_column("class", max_width=class_width, no_wrap=True, overflow="ellipsis")
+    table.add_column("class", max_width=class_width, no_wrap=True, overflow=overflow)
     table.add_column("cases", width=cases_width, justify="right")
     for name in metrics:
         table.add_column(name, width=number_width, justify="right")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpuparse.cgroup import num_usable_cpus
-from gpuparse.cli.consoles import error_console
+from gpuparse.cli.consoles import PlainConsole, error_console
 
 if TYPE_CHECKING:
     from gpuparse.export import CaseExport
@@ -52,7 +51,7 @@ def export_command(
     """
     from gpuparse.export import export_store
 
-    console = Console(markup=False, quiet=quiet or json_output, highlight=False, soft_wrap=True)
+    console = PlainConsole(quiet=quiet or json_output, highlight=False, soft_wrap=True)
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gpuparse.cgroup import num_usable_cpus
 from gpuparse.cli.consoles import counting_progress, error_console, table_console
@@ -101,12 +100,13 @@ def _print(report: InfoReport, *, show_all: bool, page: Path | None) -> None:
 def _print_store(console: Console, store: StoreInfo) -> None:
     from gpuparse.info.text import CLASS_HEADS, VIEW_HEADS, class_row, facts_of, view_row
 
-    console.print(Text(store.name, style="bold"), Text(store.path, style="dim"), soft_wrap=True)
+    name, place = (console.render_str(text, style=how) for text, how in ((store.name, "bold"), (store.path, "dim")))
+    console.print(name, place, soft_wrap=True)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="cyan", no_wrap=True)
     facts.add_column(overflow="fold")
     for what, value in facts_of(store):
-        facts.add_row(what, Text(value))
+        facts.add_row(what, value)
     console.print(facts)
     console.print(_table(VIEW_HEADS, [view_row(view) for view in store.views], text=(0,)))
     keep = len(CLASS_HEADS) - (store.voxels is None)
@@ -119,5 +119,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[i
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i in text else "right", overflow="fold", no_wrap=i not in text)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     return table

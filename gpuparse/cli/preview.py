@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from gpuparse.cli.consoles import counting_progress, error_console
+from gpuparse.cli.consoles import PlainConsole, counting_progress, error_console
 
 # What drawing needs is imported when it runs: the other commands start without it.
 
@@ -98,7 +97,7 @@ def preview_command(
     if json_output:
         typer.echo(json.dumps(made.to_json(), indent=2))
     elif not quiet:
-        console = Console(markup=False, highlight=False, soft_wrap=True)
+        console = PlainConsole(highlight=False, soft_wrap=True)
         size_mb = made.page.stat().st_size / 1e6
         console.print(f"{len(made.samples)} sample{'' if len(made.samples) == 1 else 's'}")
         console.print(f"page: {made.page} ({size_mb:.1f} MB)", markup=False)
