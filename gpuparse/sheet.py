@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ _PAD_PX = 14  # from a card's edge to what it holds
 _GAP_PX = 22  # between cards
 _MARGIN_PX = 34  # around the sheet
 _SWATCH_PX = 26  # room for the swatch before a prompt
+_ENTRY_GAP_PX = 5  # between prompts of a legend
 _OUTLINE_PX = 2.5
 _PNG_LEVEL = 3  # noise does not get smaller at higher ones, only slower
 _MAX_SIDE_PX = 65_000  # Agg cannot draw 2**16 pixels or more
@@ -118,7 +119,8 @@ def contact_sheet(
 
     A binary mask is outlined in its prompt's colour. In a map of instance ids every instance has a colour of its own,
     chosen by its id, so it keeps it from slice to slice. A prompt keeps its colour across the sheet where it can.
-    Prompts that occur twice with the same mask are listed once; prompts without a pixel are dimmed, "(absent)".
+    Prompts that occur twice with the same mask are listed once; prompts without a pixel are dimmed, "(absent)". Where
+    the sheet would be too tall for all of them, legends end with the number of those that are left out.
 
     Args:
         panels: At least one sample.
@@ -161,8 +163,14 @@ def _drawn(panels: Sequence[Panel], columns: int, title: str | None) -> Figure:
     width_px = 2 * _MARGIN_PX + num_columns * card_px + (num_columns - 1) * _GAP_PX
     title_lines = large.wrap(title, width_px - 2 * _MARGIN_PX) if title else []
     title_px = len(title_lines) * large.line_px + 18 if title_lines else 0
+    bare_px = [max(_card_height_px(card, small) - _legend_height_px(card, small) for card in row) for row in rows]
+    around_px = 2 * _MARGIN_PX + title_px + (len(rows) - 1) * _GAP_PX
+    room_px = (_MAX_SIDE_PX - around_px - sum(bare_px)) // len(rows)  # for the legends of a row
     row_px = [max(_card_height_px(card, small) for card in row) for row in rows]
-    height_px = 2 * _MARGIN_PX + title_px + sum(row_px) + (len(rows) - 1) * _GAP_PX
+    if around_px + sum(row_px) > _MAX_SIDE_PX and room_px >= small.line_px + _ENTRY_GAP_PX:
+        rows = [[_shortened(card, room_px, small) for card in row] for row in rows]
+        row_px = [max(_card_height_px(card, small) for card in row) for row in rows]
+    height_px = around_px + sum(row_px)
     if max(width_px, height_px) > _MAX_SIDE_PX:
         raise InputError(
             f"the sheet would be {width_px} x {height_px} pixels; at most {_MAX_SIDE_PX} can be drawn. "
@@ -224,10 +232,23 @@ def _card(panel: Panel, where: str, owners: dict[str, int], font: _Type) -> _Car
     )
 
 
+def _shortened(card: _Card, room_px: int, font: _Type) -> _Card:
+    """The card with as much of its legend as fits, and how many prompts are left out."""
+    if _legend_height_px(card, font) <= room_px:
+        return card
+    heights = np.cumsum([len(lines) * font.line_px + _ENTRY_GAP_PX for _, lines in card.entries])
+    num_kept = int(np.searchsorted(heights, room_px - font.line_px - _ENTRY_GAP_PX, side="right"))
+    text = f"and {len(card.entries) - num_kept} more prompts"
+    more = (_Entry(text, _CAPTION_COLOUR, ()), [text])
+    return replace(card, entries=[*card.entries[:num_kept], more])
+
+
 def _card_height_px(card: _Card, font: _Type) -> int:
-    num_lines = sum(len(lines) for _, lines in card.entries)
-    spacing_px = 5 * len(card.entries)
-    return 2 * _PAD_PX + _IMAGE_PX + 10 + (len(card.caption) + num_lines) * font.line_px + 8 + spacing_px
+    return 2 * _PAD_PX + _IMAGE_PX + 10 + len(card.caption) * font.line_px + 8 + _legend_height_px(card, font)
+
+
+def _legend_height_px(card: _Card, font: _Type) -> int:
+    return sum(len(lines) * font.line_px + _ENTRY_GAP_PX for _, lines in card.entries)
 
 
 def _draw_card(
@@ -253,7 +274,7 @@ def _draw_card(
     for entry, lines in card.entries:
         middle = top - font.line_px / 2
         num = len(entry.swatch)
-        span = (_SWATCH_PX - 8) / num
+        span = (_SWATCH_PX - 8) / max(num, 1)
         for k, colour in enumerate(entry.swatch):
             start = left + k * span
             _lines(
@@ -263,7 +284,7 @@ def _draw_card(
                 entry.dash,
                 3.4,
             )
-        top = _text(figure, lines, left + _SWATCH_PX, top, font, entry.colour) - 5
+        top = _text(figure, lines, left + _SWATCH_PX, top, font, entry.colour) - _ENTRY_GAP_PX
 
 
 def _draw_slice(figure: Figure, card: _Card, left: float, top: float) -> None:

@@ -217,6 +217,12 @@ def test_sheets_are_numbered_where_one_does_not_hold_all(sample_stores, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(p.name for p in result.sheets), "preview.html"]
 
 
+def test_sheets_hold_fewer_samples_where_their_masks_take_much_memory(sample_stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_MASK_BYTES_PER_SHEET", 1)
+    result = made(sample_stores["SAMPLE_CT"], tmp_path, SliceChoice(num_samples=3))
+    assert [path.name for path in result.sheets] == [f"contact_sheet{n}.png" for n in ("", "_2", "_3")]
+
+
 def test_a_prompt_with_half_a_letter_is_no_obstacle(write_case, data_dir, tmp_path):
     labels = np.ones((3, 8, 8), np.uint8)
     write_case(np.full((3, 8, 8), 7, np.uint8), labels, prompts={"1": ["half \ud800 a letter"]})

@@ -331,6 +331,43 @@ def test_a_wrong_argument_is_refused(tmp_path, change, message):
         contact_sheet(given["panels"], tmp_path / given["name"], columns=given["columns"], title=given["title"])
 
 
+def test_legends_are_cut_where_a_sheet_would_be_too_tall(tmp_path, monkeypatch):
+    def panel(num_prompts):
+        ids = np.arange(1, num_prompts + 1)
+        labels = np.zeros((SIDE, SIDE), np.int64)
+        labels.flat[ids] = ids
+        return Panel(grey(), labels, [f"class {i}" for i in ids], "a")
+
+    def legends(num_prompts):
+        """Texts of a sheet of two rows, but for captions."""
+        figure = sheet._drawn([panel(n) for n in num_prompts], 1, None)
+        height_px = round(figure.get_figheight() * sheet._DPI)
+        return height_px, [text.get_text() for text in figure.texts if text.get_text() != "a"]
+
+    whole = [f"class {i}" for i in range(1, 41)]
+    full_px, texts = legends([40, 3])
+    assert texts == whole + whole[:3]
+    monkeypatch.setattr(sheet, "_MAX_SIDE_PX", full_px)
+    assert legends([40, 3]) == (full_px, texts)  # just fits
+    cut_px = full_px - 500
+    monkeypatch.setattr(sheet, "_MAX_SIDE_PX", cut_px)
+    height_px, texts = legends([40, 3])
+    num_kept = len(texts) - 1 - 3
+    assert 5 < num_kept < 40
+    assert texts == [*whole[:num_kept], f"and {40 - num_kept} more prompts", *whole[:3]]
+    assert height_px <= cut_px
+    _, (*shown, more) = legends([3, 400])  # a row has its half of the room, to the last line
+    assert (shown[3:], more) == (whole[:num_kept], f"and {400 - num_kept} more prompts")
+    assert contact_sheet([panel(40)] * 2, tmp_path / "a.png", columns=1).exists()
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.height <= cut_px
+    monkeypatch.setattr(sheet, "_MAX_SIDE_PX", 1000)
+    with pytest.raises(
+        InputError, match=r"the sheet would be \d+ x \d+ pixels; at most 1000 can be drawn\. Pass fewer"
+    ):
+        contact_sheet([panel(40)] * 2, tmp_path / "b.png", columns=1)
+
+
 def test_an_image_of_zeros_and_ones_is_not_mistaken_for_a_scaled_one(tmp_path):
     image = (block(10, 40, 10, 40) * np.ones((3, 1, 1))).astype(np.float32)
     assert contact_sheet([Panel(**{**GOOD, "image": image})], tmp_path / "a.png").exists()

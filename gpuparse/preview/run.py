@@ -30,6 +30,7 @@ __all__ = ["Preview", "PreviewOptions", "preview"]
 PAGE_FILE = "preview.html"
 SHEET_FILE = "contact_sheet.png"
 _PANELS_PER_SHEET = 24
+_MASK_BYTES_PER_SHEET = 2 << 30
 _COLUMNS = 4
 _MAX_NAMED = 3  # cases of each store in a message
 
@@ -163,7 +164,9 @@ def _shared_out(places: Sequence[Place], options: PreviewOptions) -> list[tuple[
 
 def _draw_sheets(samples: Sequence[Sample], folder: Path, title: str) -> tuple[Path, ...]:
     """Draws the sheets one by one: masks of all samples at once may take gigabytes."""
-    per_sheet = _PANELS_PER_SHEET // (1 if samples[0].after is None else 2)
+    panels_per_sample = 1 if samples[0].after is None else 2
+    mask_bytes = max(len(sample.prompts) * sample.before.labels.size for sample in samples) * panels_per_sample
+    per_sheet = min(_PANELS_PER_SHEET // panels_per_sample, max(1, _MASK_BYTES_PER_SHEET // max(1, mask_bytes)))
     count = math.ceil(len(samples) / per_sheet)
     sheets = []
     for number in range(count):
