@@ -406,7 +406,7 @@ class _NpzExport:
     def _prompts(self) -> dict[str, Any]:
         path = self._prompts_path
         try:
-            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            entries = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
         except ValueError as error:
             raise InputError(
                 f"'{path}' is no JSON ({error}). Correct it, or name another folder with --out."

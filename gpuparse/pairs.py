@@ -119,7 +119,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict):
@@ -193,7 +193,8 @@ def _paired(
         )
     if not images:
         raise InputError(f"{folder}: nothing in it matches {image_glob!r}. Give a glob below that folder.")
-    images = {name: path for name, path in images.items() if path not in set(labels.values())}
+    label_paths = set(labels.values())
+    images = {name: path for name, path in images.items() if path not in label_paths}
     if not images:
         raise InputError(
             f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "

@@ -65,7 +65,7 @@ def load_class_prompts(path: str | os.PathLike[str] | Place) -> dict[str, Any]:
     """
     path = Path(path) if isinstance(path, str | os.PathLike) else path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark that none shows
         data = json.loads(text, object_pairs_hook=_unique_keys)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(

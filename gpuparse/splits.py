@@ -141,7 +141,7 @@ def _rank(seed: int, group: str) -> str:
 
 def _from_file(dataset: str, names: Sequence[str], path: Path) -> dict[str, bool]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}.") from error
     entry = data.get(dataset, data) if isinstance(data, dict) else data

@@ -450,7 +450,7 @@ def test_the_volumes_that_a_store_was_made_from_are_never_replaced(float_source,
 
 def test_prompts_of_others_stay(stores, tmp_path):
     path = tmp_path / "class_prompts.json"
-    path.write_text(json.dumps({"OTHER": {"1": ["x"], "instance_label": 0}}))
+    path.write_text(json.dumps({"OTHER": {"1": ["x"], "instance_label": 0}}), encoding="utf-8-sig")
     export_store(stores / "CELLS", tmp_path, format="npz")
     assert list(json.loads(path.read_text(encoding="utf-8"))) == ["OTHER", "CELLS"]
     path.write_text(json.dumps({"CELLS": {"1": ["changed by hand"], "instance_label": 1}}))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
+from gpuparse import pairs
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_folders
 from gpuparse.pairs import FolderLayout, find_pairs, read_dataset_json
@@ -115,6 +117,15 @@ def test_an_image_glob_may_match_the_labels_too(folder):
         f"{root}/b.nii: no labels for it, expected {root}/b_seg.nii. Add them, or leave the image out."
     ]
     assert [(p.name, p.problem is None) for p in pairs] == [("a", True), ("b", False)]
+
+
+def test_many_files_are_paired_in_proportion_to_their_number(tmp_path):
+    names = [f"{number:05}" for number in range(20_000)]
+    images, labels = ({name: tmp_path / folder / name for name in names} for folder in ("images", "masks"))
+    start = time.perf_counter()
+    found = pairs._paired(tmp_path, "images/*", images, labels, "masks/*")
+    assert time.perf_counter() - start < 10  # a set of all labels for each image took longer than a minute
+    assert [(p.name, p.image, p.labels) for p in found] == [(name, images[name], labels[name]) for name in names]
 
 
 def test_a_star_may_stand_for_nothing_beside_another(folder):
@@ -238,6 +249,11 @@ def test_a_broken_dataset_json_is_named(tmp_path, text, message):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=rf"dataset\.json: {message}"):
         read_dataset_json(tmp_path)
+
+
+def test_a_byte_order_mark_in_dataset_json_is_passed_over(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": {"liver": 1}}', encoding="utf-8-sig")
+    assert read_dataset_json(tmp_path) == {"labels": {"liver": 1}}
 
 
 @pytest.mark.parametrize("modality", [None, "CT", "MR", "T1_contrast"])

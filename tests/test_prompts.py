@@ -75,6 +75,13 @@ def test_files_that_are_no_prompt_file_are_refused(tmp_path, text, message):
         load_class_prompts(path)
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "class_prompts.json"
+    path.write_text('{"A": {"1": "die Füße", "instance_label": 0}}', encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf{")
+    assert load_class_prompts(path) == {"A": {"1": "die Füße", "instance_label": 0}}
+
+
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
 def test_a_missing_file_is_named_with_its_layout(tmp_path, make):
     path = tmp_path / "class_prompts.json"

@@ -162,7 +162,7 @@ def test_names_without_a_group_are_refused():
 def split_file(tmp_path):
     def write(data):
         path = tmp_path / "splits.json"
-        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
         return ValSplit(file=path)
 
     return write
@@ -175,6 +175,8 @@ def test_split_files_for_one_dataset_or_several(split_file):
     assert assign_splits("DATA", ["a", "b", "c"], split) == {"a": False, "b": True, "c": True}
     assert assign_splits("OTHER", ["x"], split) == {"x": False}
     assert assign_splits("DATA", ["1", "2"], split_file({"train": [1], "val": [2]})) == {"1": False, "2": True}
+    marked = split_file('\ufeff{"train": ["a"], "val": ["b"]}')  # a byte order mark, as some editors write
+    assert assign_splits("DATA", ["a", "b"], marked) == {"a": False, "b": True}
 
 
 @pytest.mark.parametrize(
