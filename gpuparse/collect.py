@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_files, find_folders
+from gpuparse.listing import is_folder, is_passed_over, subfolders
 from gpuparse.pairs import FolderLayout
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.proposal import write_proposal
@@ -22,6 +24,8 @@ from gpuparse.source import NpzReader, SourceCase, file_bytes, find_npz_cases, h
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
 
 __all__ = ["Collected", "case_sizes", "collect", "dataset_names", "detect_format", "find_datasets"]
+
+_LOG = logging.getLogger("gpuparse")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Collected:
 def find_datasets(
     data_dir: str | os.PathLike[str], split: str = "train", foreign: ForeignFormat | None = None
 ) -> list[str]:
-    """The datasets of a folder, by name.
+    """The datasets of a folder, by name; what cannot be read is left to the conversion, which knows what it needs.
 
     Args:
         data_dir: In BiomedParse's format its subfolders are datasets if they hold npz files in `<split>/`. In another
@@ -56,7 +60,7 @@ def find_datasets(
         InputError: There is no such folder.
     """
     with _read_errors_told(data_dir):
-        return list(_folders(Path(data_dir), split, foreign))
+        return list(_folders(Path(data_dir), split, foreign, lambda *_: None))
 
 
 def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str:
@@ -92,7 +96,7 @@ def case_sizes(
         InputError: The folder or an argument is not usable, or there is nothing to read.
     """
     with _read_errors_told(data_dir):
-        folders = _chosen(Path(data_dir), datasets, split, foreign).values()
+        folders = _chosen(Path(data_dir), datasets, split, foreign)[0].values()
         if foreign is None:
             cases = [case.paths for folder in folders for case in find_npz_cases(folder / split, NpzReader())]
         else:
@@ -126,7 +130,14 @@ def collect(
         InputError: The folder, the prompts or an argument is not usable.
     """
     with _read_errors_told(data_dir):
-        folders = _chosen(data_dir, datasets, split, foreign)
+        folders, left_out = _chosen(data_dir, datasets, split, foreign)
+        for path, error in left_out.items():
+            if is_passed_over(path.name):
+                continue
+            _LOG.warning(
+                "%s: left out, because it cannot be read: %s. If it is a dataset, check permissions, the disk and its "
+                "mount, and give it an entry in %s.", path, error, PROMPTS_FILE,
+            )  # fmt: skip
         found = {name: _cases(folder, split, foreign, max_bytes) for name, folder in folders.items()}
     prompts_path = data_dir / PROMPTS_FILE
     entries = _entries(prompts_path, {name: proposal for name, (_, proposal) in found.items()}, propose)
@@ -154,20 +165,32 @@ def _read_errors_told(data_dir: str | os.PathLike[str]) -> Iterator[None]:
         raise InputError(f"{data_dir}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
 
 
-def _folders(data_dir: Path, split: str, foreign: ForeignFormat | None) -> dict[str, Path]:
+def _folders(
+    data_dir: Path, split: str, foreign: ForeignFormat | None, on_error: Callable[[Path, OSError], None]
+) -> dict[str, Path]:
     if foreign is not None:
-        return find_folders(data_dir, foreign, split)
-    if not data_dir.is_dir():
+        return find_folders(data_dir, foreign, split, on_error)
+    if not is_folder(data_dir):
         raise InputError(f"{data_dir}: no such folder. Name the folder that holds {PROMPTS_FILE}.")
-    return {p.name: p for p in sorted(data_dir.iterdir()) if p.is_dir() and has_npz(p / split)}
+    found = {}
+    for path in subfolders(data_dir):
+        try:
+            if has_npz(path / split):
+                found[path.name] = path
+        except OSError as error:
+            on_error(path, error)
+    return found
 
 
 def _chosen(
     data_dir: Path, datasets: Sequence[str] | None, split: str, foreign: ForeignFormat | None
-) -> dict[str, Path]:
+) -> tuple[dict[str, Path], dict[Path, OSError]]:
+    """The datasets to convert, and what else cannot be read and may be meant to be one, with the reason."""
     check_name(split, "split")
     datasets = dataset_names(datasets)
-    found = _folders(data_dir, split, foreign)
+    unreadable: dict[Path, OSError] = {}
+    found = _folders(data_dir, split, foreign, unreadable.__setitem__)
+    _check_readable(data_dir, datasets, found, unreadable)
     if foreign is not None and datasets is not None:  # a folder of datasets may itself look like one
         found |= {name: data_dir / name for name in datasets if name not in found and (data_dir / name).is_dir()}
     names = datasets if datasets is not None else list(found)
@@ -193,7 +216,25 @@ def _chosen(
             alone = f"--dataset {data_dir.resolve().name}"
             remedy = f"It is a dataset itself: name the folder that it is in, with {alone} for it alone."
         raise InputError(f"{data_dir}: no folder in it has npz files in {split}/. {remedy}")
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in names}, unreadable if datasets is None else {}
+
+
+def _check_readable(
+    data_dir: Path, datasets: Sequence[str] | None, found: Mapping[str, Path], unreadable: Mapping[Path, OSError]
+) -> None:
+    """Refuses to go on without a dataset that is asked for or has prompts, or where nothing else is to be converted."""
+    wanted: Iterable[str] = datasets or ()
+    if datasets is None and unreadable:
+        with contextlib.suppress(InputError):  # it is read again when it is needed
+            wanted = load_class_prompts(data_dir / PROMPTS_FILE)
+        wanted = wanted if found else [path.name for path in unreadable if not is_passed_over(path.name)]
+    needed = [path for path in unreadable if path.name in wanted]
+    if needed:
+        raise InputError(
+            f"{data_dir}: dataset {', '.join(repr(path.name) for path in needed)} cannot be read: "
+            f"{unreadable[needed[0]]}. Check permissions, the disk and its mount, or name the datasets to convert with "
+            "--dataset."
+        )
 
 
 def _cases(

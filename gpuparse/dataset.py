@@ -24,7 +24,7 @@ from gpuparse.augment import LabelSpec, OutputTypes
 from gpuparse.errors import InputError, StoreFormatError
 from gpuparse.gather import SliceKey
 from gpuparse.pack import pack
-from gpuparse.places import open_place
+from gpuparse.places import has_folder, open_place
 from gpuparse.plan import check_epoch, check_seed, random_keys
 from gpuparse.prompts import PROMPT_SEPARATOR
 from gpuparse.read import ChunkReader
@@ -356,8 +356,8 @@ def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Stor
     if root_dir.endswith(".zarr"):
         return read_store(root)
     own, shared = root / f"{split}.zarr", root / "train.zarr"
-    place = own if own.is_dir() else shared
-    if not place.is_dir():
+    place = own if has_folder(own) else shared
+    if not has_folder(place):
         remedy = f"Make it with `gpuparse convert {root.parent}`, or name a .zarr folder."
         if isinstance(root, Path) and not root.exists():
             remedy = "There is no such folder: name one that is there, a dataset's or a store."

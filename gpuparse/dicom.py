@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
+from gpuparse.listing import files_below
 from gpuparse.nifti import nifti_stem
 from gpuparse.optional import import_optional
 from gpuparse.scan import Scan
@@ -58,16 +59,23 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         with_labels: Look for labels too; otherwise they are elsewhere.
 
     Raises:
-        VolumeFormatError: There is no series, or several and no segmentation says which; or several label files.
+        VolumeFormatError: There is no series, or several and no segmentation says which; or several label files; or a
+            folder cannot be read.
         MissingDependencyError: pydicom is not installed.
     """
     pydicom = import_optional("pydicom", "to read DICOM", "formats")
+    try:
+        files = files_below(folder)
+    except OSError as error:
+        raise VolumeFormatError(
+            f"{folder}: cannot be read: {error}. Check permissions, the disk and its mount."
+        ) from error
     series: dict[str, list[Path]] = {}
     notes: dict[str, tuple[str, str]] = {}
     placed: set[str] = set()
     segmentations: dict[Path, str] = {}
     niftis: list[Path] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    for path in files:
         if nifti_stem(path) is not None:
             niftis.append(path)
             continue
@@ -100,7 +108,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         if len(chosen) > 1:
             chosen = [uid for uid in chosen if uid in choice]
     if len(chosen) != 1:
-        listed = "; ".join(f"{notes[u][0]} {notes[u][1]!r}, {len(files)} files" for u, files in series.items())
+        listed = "; ".join(f"{notes[u][0]} {notes[u][1]!r}, {len(found)} files" for u, found in series.items())
         raise VolumeFormatError(
             f"{folder}: {len(series)} series ({listed}); expected one, or one that a segmentation refers to. "
             "Move the others out."

@@ -26,7 +26,7 @@ from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text, replacing
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
-from gpuparse.places import Place, open_place
+from gpuparse.places import Place, has_folder, open_place, store_errors_told
 from gpuparse.prompts import parse_class_prompts
 from gpuparse.remote import RemoteOptions
 from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, view_suffix, write_slices
@@ -153,9 +153,10 @@ def _store_place(path: str | os.PathLike[str], remote: RemoteOptions | None) -> 
     place = open_place(path, remote)
     if isinstance(place, Path):
         place = place.resolve()
-    if place.name.endswith(".zarr") or (place / "zarr.json").exists():
-        return place
-    if (place / "train.zarr").is_dir():
+    with store_errors_told(place):
+        if place.name.endswith(".zarr") or (place / "zarr.json").exists():
+            return place
+    if has_folder(place / "train.zarr"):
         return place / "train.zarr"
     stores = find_stores(str(place), remote=remote)
     if len(stores) > 1:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpuparse.layout import ArrayLayout
+from gpuparse.listing import files_below, is_folder
+from gpuparse.places import store_errors_told
 from gpuparse.read import aligned
 from gpuparse.remote import RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store
@@ -85,4 +87,6 @@ def compressed_bytes(layout: ArrayLayout) -> int:
         return sum(layout.shard_bytes.values())
     if isinstance(layout.place, RemotePath):
         return decoded_bytes(layout)  # whoever wrote it did not say; asking for each shard would take long
-    return sum(path.stat().st_size for path in (layout.path / "c").rglob("*") if path.is_file())
+    with store_errors_told(layout.place):
+        folder = layout.path / "c"
+        return sum(path.stat().st_size for path in files_below(folder)) if is_folder(folder) else 0

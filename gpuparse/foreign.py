@@ -6,7 +6,7 @@ files needs the extra `formats`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from gpuparse.arguments import check_instance
 from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
+from gpuparse.listing import files_below, is_folder, subfolders
 from gpuparse.nifti import nifti_bytes, nifti_stem, read_nifti
-from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json
+from gpuparse.pairs import FolderLayout, Pair, find_pairs, folder_matches, read_dataset_json, unreadable_pair
 from gpuparse.proposal import class_names, propose_prompts
 from gpuparse.scan import Scan, check_orientation, lay_onto, make_volume
 from gpuparse.source import SourceCase
@@ -118,8 +119,6 @@ class ForeignReader:
 
     def _read(self, case: SourceCase) -> Volume:
         pair = self.pair
-        if pair.problem is not None:
-            raise VolumeFormatError(pair.problem)
         image, labels_path = self._image()
         if labels_path is None:
             raise VolumeFormatError(
@@ -139,8 +138,6 @@ class ForeignReader:
             VolumeFormatError: A header cannot be read.
         """
         pair = self.pair
-        if pair.problem is not None:
-            raise VolumeFormatError(pair.problem)
         if pair.image.is_dir():
             voxels = series_bytes([path for path in case.paths if nifti_stem(path) is None])
             return case.num_bytes + 4 * voxels
@@ -176,24 +173,52 @@ class ForeignDataset:
     proposal: dict[str, Any] | None
 
 
-def find_folders(data_dir: Path, wanted: ForeignFormat, split: str = "train") -> dict[str, Path]:
+def find_folders(
+    data_dir: Path,
+    wanted: ForeignFormat,
+    split: str = "train",
+    on_error: Callable[[Path, OSError], None] | None = None,
+) -> dict[str, Path]:
     """The datasets of a folder: itself if it holds cases, else its subfolders that do. Name -> folder.
+
+    Args:
+        data_dir: The folder.
+        wanted: How datasets hold their cases.
+        split: See `find_pairs`.
+        on_error: Called with each subfolder of which it cannot be told, and the reason; None raises that.
 
     Raises:
         InputError: There is no such folder.
+        OSError: It cannot be read.
     """
     root = data_dir.absolute()
-    if not root.is_dir():
+    if not is_folder(root):
         raise InputError(f"{data_dir}: no such folder. Name the folder that holds the images.")
-    if folder_matches(root, wanted.layout, split):
-        return {root.name: data_dir}
-    folders = sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {path.name: path for path in folders if folder_matches(path, wanted.layout, split)}
+    own_error: OSError | None = None
+    try:
+        if folder_matches(root, wanted.layout, split):
+            return {root.name: data_dir}
+    except OSError as error:  # what cannot be read may as well be a dataset beside others
+        own_error = error
+    found: dict[str, Path] = {}
+    for path in subfolders(data_dir):
+        if path.name.startswith("."):
+            continue
+        try:
+            if folder_matches(path, wanted.layout, split):
+                found[path.name] = path
+        except OSError as error:
+            if on_error is None:
+                raise
+            on_error(path, error)
+    if own_error is not None and not found:
+        raise own_error
+    return found
 
 
 def find_files(folder: Path, wanted: ForeignFormat, split: str = "train") -> list[tuple[Path, ...]]:
     """The files of each case of a dataset, as `find_cases` finds them; none is opened."""
-    return [_files(pair) for pair in find_pairs(folder, wanted.layout, split)]
+    return [files for _, files in _with_files(find_pairs(folder, wanted.layout, split))]
 
 
 def find_cases(
@@ -215,7 +240,7 @@ def find_cases(
     orientation = check_orientation(wanted.orientation)
     window = None if wanted.window is None else parse_window(wanted.window)
     layout = wanted.layout
-    pairs = {pair: _files(pair) for pair in find_pairs(folder, layout, split)}
+    pairs = dict(_with_files(find_pairs(folder, layout, split)))
     facts = read_dataset_json(folder)
     names = class_names(facts, f"{folder}/dataset.json")
     modality = _channel_name(facts, layout.channel)
@@ -233,15 +258,29 @@ def find_cases(
             )
         window = parse_window("percentile")
     preparation = Preparation(window, orientation, modality if layout.format == "dicom" else None, class_ids)
-    cases = tuple(SourceCase(p.name, files, ForeignReader(p, preparation, max_bytes)) for p, files in pairs.items())
+    cases = tuple(
+        SourceCase(pair.name, files, ForeignReader(pair, preparation, max_bytes), pair.problem)
+        for pair, files in pairs.items()
+    )
     return ForeignDataset(cases, propose_prompts(names, modality) if names else None)
+
+
+def _with_files(pairs: Sequence[Pair]) -> list[tuple[Pair, tuple[Path, ...]]]:
+    """Pairs and what they are read from. One whose folder cannot be read is replaced by one that says so."""
+    found: list[tuple[Pair, tuple[Path, ...]]] = []
+    for pair in pairs:
+        try:
+            found.append((pair, _files(pair)))
+        except OSError as error:
+            found.append((unreadable_pair(pair.name, pair.image, error), (pair.image,)))
+    return found
 
 
 def _files(pair: Pair) -> tuple[Path, ...]:
     """What a case is read from, the image first; of a folder, every file in it."""
     images = [pair.image]
-    if pair.image.is_dir():
-        images = sorted(p for p in pair.image.rglob("*") if p.is_file() and not p.name.startswith(".")) or images
+    if pair.problem is None and is_folder(pair.image):
+        images = files_below(pair.image) or images
     return tuple(dict.fromkeys([*images, *([] if pair.labels is None else [pair.labels])]))
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from gpuparse.arguments import check_choice, whole_number
 from gpuparse.errors import InputError
+from gpuparse.listing import is_folder, is_passed_over, matches_below, names_in
 from gpuparse.nifti import nifti_stem
 
-__all__ = ["FolderLayout", "Pair", "find_pairs", "folder_matches", "read_dataset_json"]
+__all__ = ["FolderLayout", "Pair", "find_pairs", "folder_matches", "read_dataset_json", "unreadable_pair"]
 
 _SPLIT_SUFFIX = {"train": "Tr", "test": "Ts"}
 _CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
@@ -71,10 +72,17 @@ class Pair:
 
 
 def folder_matches(folder: Path, layout: FolderLayout, split: str = "train") -> bool:
-    """Whether a folder holds cases of this layout itself."""
+    """Whether a folder holds cases of this layout itself.
+
+    Raises:
+        OSError: None is seen, and something in it cannot be read.
+    """
     if layout.format == "nnunet":
-        return (folder / f"images{_SPLIT_SUFFIX.get(split, '')}").is_dir()
-    return bool(_matches(folder, layout.image_glob or "*", folders=layout.format == "dicom"))
+        return is_folder(folder / f"images{_SPLIT_SUFFIX.get(split, '')}")
+    matches = _matches(folder, layout.image_glob or "*", folders=layout.format == "dicom")
+    if not matches.found and matches.unreadable:
+        raise next(iter(matches.unreadable.values()))[1]
+    return bool(matches.found)
 
 
 def find_pairs(folder: str | os.PathLike[str], layout: FolderLayout, split: str = "train") -> list[Pair]:
@@ -85,11 +93,15 @@ def find_pairs(folder: str | os.PathLike[str], layout: FolderLayout, split: str 
         layout: How it holds its cases.
         split: `train` reads imagesTr and labelsTr of an nnU-Net folder, `test` imagesTs and labelsTs.
 
+    Returns:
+        The pairs. A folder that cannot be read is one with that problem where it is a case's, or part of one.
+
     Raises:
         InputError: The folder or the layout cannot be used, or there is no image.
+        OSError: A folder that is not of one case cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such folder. Name the folder that holds the images.")
     if layout.format == "nnunet":
         return _nnunet_pairs(folder, layout, split)
@@ -103,9 +115,9 @@ def find_pairs(folder: str | os.PathLike[str], layout: FolderLayout, split: str 
         return _paired(folder, layout.image_glob, images, _matches(folder, layout.label_glob), layout.label_glob)
     cases = _matches(folder, layout.image_glob or "*", folders=True)
     if layout.label_glob is None:
-        if not cases:
+        if not cases.found:
             raise InputError(f"{folder}: no folder in it. Expected a folder of DICOM files for each case.")
-        return [Pair(name, path, None) for name, path in sorted(cases.items())]
+        return [Pair(name, path, None) for name, path in sorted(cases.found.items())]
     return _paired(folder, layout.image_glob or "*", cases, _matches(folder, layout.label_glob), layout.label_glob)
 
 
@@ -113,14 +125,16 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     """nnU-Net's `dataset.json`; empty where there is none.
 
     Raises:
-        InputError: It is not a JSON object.
+        InputError: It cannot be read, or is not a JSON object.
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds {type(data).__name__}; expected an object with 'labels'. Mend it.")
@@ -172,9 +186,10 @@ def _nifti_files(folder: Path) -> dict[Path, str]:
 
     Raises:
         InputError: Two have the same stem.
+        OSError: The folder cannot be read.
     """
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.glob("*") if not path.name.startswith(".")):
+    for path in (folder / name for name in names_in(folder) if not name.startswith(".")):
         stem = nifti_stem(path)
         if stem is not None and stem in found:
             raise InputError(f"{found[stem]} and {path} would both be {stem!r}. Keep one of them.")
@@ -183,19 +198,27 @@ def _nifti_files(folder: Path) -> dict[Path, str]:
     return {path: stem for stem, path in found.items()}
 
 
-def _paired(
-    folder: Path, image_glob: str, images: Mapping[str, Path], labels: Mapping[str, Path], label_glob: str
-) -> list[Pair]:
+@dataclass(frozen=True)
+class _Matches:
+    """What a glob matches, by case, and what cannot be read on the way to a case, with the reason."""
+
+    found: dict[str, Path]
+    unreadable: dict[str, tuple[Path, OSError]]
+
+
+def _paired(folder: Path, image_glob: str, by_image: _Matches, by_label: _Matches, label_glob: str) -> list[Pair]:
     if image_glob.count("*") != label_glob.count("*"):
         raise InputError(
             f"the globs {image_glob!r} and {label_glob!r} have different numbers of '*'; images and labels are paired "
             "by what '*' stands for. Use as many in both."
         )
-    if not images:
+    unreadable = by_label.unreadable | by_image.unreadable
+    if not by_image.found and not unreadable:
         raise InputError(f"{folder}: nothing in it matches {image_glob!r}. Give a glob below that folder.")
-    label_paths = set(labels.values())
-    images = {name: path for name, path in images.items() if path not in label_paths}
-    if not images:
+    label_paths = set(by_label.found.values())
+    images = {name: path for name, path in by_image.found.items() if path not in label_paths}
+    labels = by_label.found
+    if by_image.found and not images:
         raise InputError(
             f"{folder}: all that matches {image_glob!r} matches {label_glob!r} too, so it is labels. "
             "Give narrower globs."
@@ -204,8 +227,16 @@ def _paired(
     def expected(glob: str, name: str) -> str:
         return str(folder / (glob.replace("*", name) if glob.count("*") == 1 else glob))
 
-    pairs = [_pair(n, path, labels.get(n), expected(label_glob, n)) for n, path in sorted(images.items())]
-    return pairs + [_orphan(n, labels[n], expected(image_glob, n)) for n in sorted(set(labels) - set(images))]
+    return [
+        *(unreadable_pair(name, *unreadable[name]) for name in sorted(unreadable)),
+        *(_pair(n, images[n], labels.get(n), expected(label_glob, n)) for n in sorted(set(images) - set(unreadable))),
+        *(_orphan(n, labels[n], expected(image_glob, n)) for n in sorted(set(labels) - set(images) - set(unreadable))),
+    ]
+
+
+def unreadable_pair(name: str, path: Path, error: OSError) -> Pair:
+    """What is no case because a file or a folder of it cannot be read."""
+    return Pair(name, path, None, f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.")
 
 
 def _pair(name: str, image: Path, labels: Path | None, where: str) -> Pair:
@@ -218,10 +249,15 @@ def _orphan(name: str, labels: Path, where: str) -> Pair:
     return Pair(name, labels, labels, f"{labels}: labels without an image in {where}. Add it, or leave them out.")
 
 
-def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Path]:
+def _matches(folder: Path, glob: str, *, folders: bool = False) -> _Matches:
     """Files (or folders) below `folder`, by case.
 
-    A case is called by what `*` stands for; several parts are joined, repeated and empty ones left out.
+    A case is called by what `*` stands for; several parts are joined, repeated and empty ones left out. A folder that
+    cannot be read is called by what `*` stands for on the way to it.
+
+    Raises:
+        InputError: The glob cannot be used, or gives two cases one name.
+        OSError: A folder that the glob names without `*` cannot be read.
     """
     parts = PurePosixPath(glob).parts
     if "*" not in glob or any(c in glob for c in "?[]") or "**" in glob or glob.startswith("/") or ".." in parts:
@@ -229,14 +265,20 @@ def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Pat
             f"glob {glob!r} cannot be used: expected a path below the dataset's folder with at least one '*' and no "
             "other wildcard, such as 'images/*.nii.gz'."
         )
-    pattern = re.compile("([^/]*)".join(re.escape(part) for part in str(PurePosixPath(glob)).split("*")))
+    unreadable: dict[str, tuple[Path, OSError]] = {}
+
+    def note(path: Path, error: OSError) -> None:
+        name = _called(path.relative_to(folder).parts, parts)
+        if not name:
+            raise error
+        if not is_passed_over(path.name):
+            unreadable.setdefault(name, (path, error))
+
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(glob)):
-        match = pattern.fullmatch(path.relative_to(folder).as_posix())
-        hidden = path.name.startswith(".") or path.suffix == ".zarr"  # a store may lie beside its sources
-        if match is None or hidden or path.is_dir() != folders:
+    for path in matches_below(folder, glob, folders=folders, on_error=note):
+        if is_passed_over(path.name):  # a store may lie beside its sources
             continue
-        name = "_".join(dict.fromkeys(part for part in match.groups() if part))
+        name = _called(path.relative_to(folder).parts, parts)
         if not name:
             raise InputError(
                 f"glob {glob!r} matches {path} with nothing for '*', which is what a case is called by. Put '*' in the "
@@ -247,4 +289,13 @@ def _matches(folder: Path, glob: str, *, folders: bool = False) -> dict[str, Pat
                 f"glob {glob!r}: {found[name]} and {path} would both be case {name!r}. Use a narrower glob."
             )
         found[name] = path
-    return found
+    return _Matches(found, unreadable)
+
+
+def _called(names: Sequence[str], parts: Sequence[str]) -> str:
+    """What a case is called whose path has these names, each matched by the glob's part in its place."""
+    found: dict[str, None] = {}
+    for name, part in zip(names, parts, strict=False):
+        match = re.fullmatch("(.*)".join(map(re.escape, part.split("*"))), name, re.DOTALL)
+        found.update(dict.fromkeys(group for group in (match.groups() if match else ()) if group))
+    return "_".join(found)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from gpuparse.arguments import check_instance, check_path
 from gpuparse.disk_cache import disk_cache
-from gpuparse.errors import InputError, StorageError, StoreFormatError
+from gpuparse.errors import GpuparseError, InputError, StorageError, StoreFormatError
+from gpuparse.listing import is_folder
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
 from gpuparse.urls import is_url
 
-__all__ = ["Place", "check_store_folder", "local_path", "open_place"]
+__all__ = ["Place", "check_store_folder", "has_folder", "local_path", "open_place", "store_errors_told"]
 
 _STORE_NAMES = ("train.zarr", "val.zarr", "test.zarr")
 
@@ -87,17 +90,43 @@ def local_path(place: Place) -> Path:
     )
 
 
+def has_folder(place: Place) -> bool:
+    """Whether a folder is there; of a URL, whether a Zarr node is.
+
+    Raises:
+        StoreFormatError: That cannot be told, for want of permission or because a mount is lost.
+        StorageError: Remote storage does not answer or refuses.
+    """
+    with store_errors_told(place):
+        return is_folder(place) if isinstance(place, Path) else place.is_dir()
+
+
+@contextlib.contextmanager
+def store_errors_told(place: Place) -> Iterator[None]:
+    """What the system says of a store that it will not show becomes a `StoreFormatError` that names the place."""
+    try:
+        yield
+    except GpuparseError:
+        raise
+    except OSError as error:
+        raise StoreFormatError(
+            f"'{place}' cannot be read: {error}. Check permissions, the number of open files (`ulimit -n`), the disk "
+            "and its mount."
+        ) from error
+
+
 def check_store_folder(place: Place) -> None:
     """Looks whether there is a folder that may be a store, as far as that goes without reading it.
 
     Raises:
-        StoreFormatError: There is none, or it is a folder with stores in it.
+        StoreFormatError: There is none, or it is a folder with stores in it, or it cannot be looked at.
         StorageError: Remote storage does not answer or refuses.
     """
-    is_there = place.is_dir()
-    if is_there and not (isinstance(place, Path) and not (place / "zarr.json").exists()):
-        return
-    stores = [name for name in _STORE_NAMES if (place / name).is_dir()]
+    is_there = has_folder(place)
+    with store_errors_told(place):
+        if is_there and not (isinstance(place, Path) and not (place / "zarr.json").exists()):
+            return
+    stores = [name for name in _STORE_NAMES if has_folder(place / name)]
     if stores:
         raise StoreFormatError(f"'{place}' is no store but holds {', '.join(stores)}. Name '{place / stores[0]}'.")
     if is_there and not place.name.endswith(".zarr"):

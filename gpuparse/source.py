@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpuparse.errors import VolumeFormatError
+from gpuparse.listing import names_in
 from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_name, check_regular, declared_bytes, read_volume
 
 __all__ = [
@@ -63,11 +63,13 @@ class SourceCase:
         name: The case's name in the store; not checked yet.
         paths: The files it is read from; the first stands for the case in messages and reports.
         reader: How.
+        problem: Why it cannot be read, as far as that was found when it was listed.
     """
 
     name: str
     paths: tuple[Path, ...]
     reader: Reader
+    problem: str | None = None
 
     @property
     def path(self) -> Path:
@@ -85,8 +87,7 @@ class SourceCase:
         Raises:
             VolumeFormatError: It is unusable.
         """
-        for path in self.paths:
-            check_regular(path)
+        self._check_files()
         return self.reader.read(self)
 
     def declared_bytes(self) -> int:
@@ -103,9 +104,14 @@ class SourceCase:
             VolumeFormatError: By what the headers say, it is unusable.
         """
         check_name(self.name, f"{self.path}: case name")
+        self._check_files()
+        return self.reader.declared_bytes(self)
+
+    def _check_files(self) -> None:
+        if self.problem is not None:
+            raise VolumeFormatError(self.problem)
         for path in self.paths:
             check_regular(path)
-        return self.reader.declared_bytes(self)
 
     def stamp(self) -> dict[str, Any]:
         """What can be told of the files at a glance.
@@ -176,18 +182,21 @@ def is_npz_name(name: str) -> bool:
 
 
 def npz_names(folder: Path) -> list[str]:
-    """Names of the npz files of a folder, sorted, hidden ones left out.
+    """Names of the npz files of a folder that may not exist, sorted, hidden ones left out.
 
     Raises:
         OSError: The folder cannot be read.
     """
-    # Names are sorted, not paths: of 10^5 files that is seconds.
-    return sorted(filter(is_npz_name, os.listdir(folder)))
+    return list(filter(is_npz_name, names_in(folder)))
 
 
 def has_npz(folder: Path) -> bool:
-    """Whether there are npz files in a folder that may not exist, hidden ones not counted."""
-    return any(is_npz_name(path.name) for path in folder.glob("*.npz"))
+    """Whether there are npz files in a folder that may not exist, hidden ones not counted.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    return any(map(is_npz_name, names_in(folder)))
 
 
 def file_bytes(path: Path) -> int:

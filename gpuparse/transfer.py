@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from gpuparse.connections import S3_ENDPOINTS
@@ -23,6 +23,7 @@ from gpuparse.errors import InputError, StorageError, StoreFormatError, StoreWri
 from gpuparse.fetch import download_sources, in_parallel
 from gpuparse.folders import replace_text
 from gpuparse.lease import Lease
+from gpuparse.listing import files_below
 from gpuparse.remote import Fetched, RemoteOptions, RemotePath, RemoteSite
 from gpuparse.store import Store, open_store, read_earlier, read_store
 from gpuparse.urls import check_local, check_url, is_url
@@ -144,7 +145,7 @@ class _Upload:
 
     def _send_case(self, folder: Path, name: str) -> str:
         """Sends a case unless it is there; returns its folder's name, which stands for its content."""
-        files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+        files = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
         digest = hashlib.sha256((folder / _NODE).read_bytes())
         digest.update(json.dumps({key: path.stat().st_size for key, path in sorted(files.items())}).encode())
         remote_name = f"{name}.{digest.hexdigest()[:8]}"
@@ -157,7 +158,7 @@ class _Upload:
         local = self._store.path / self._store.attributes["index"]
         node = json.loads((local / _NODE).read_text(encoding="utf-8"))
         node["attributes"]["case_folders"] = folders
-        files = {path.relative_to(local).as_posix(): path for path in _files(local)}
+        files = {path.relative_to(local).as_posix(): path for path in files_below(local)}
         del files[_NODE]
         content = json.dumps(node).encode()
         digest = hashlib.sha256(content)
@@ -334,7 +335,3 @@ def _server(url: str, options: RemoteOptions) -> str:
     kind = "s3" if scheme in ("s3", "s3a") else "az" if scheme in ("az", "azure", "adl", "abfs", "abfss") else ""
     found = given or [os.environ[name] for name in _ENDPOINTS.get(kind, ()) if os.environ.get(name)][:1]
     return " ".join(value.rstrip("/") for value in found)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))

@@ -123,7 +123,8 @@ def test_many_files_are_paired_in_proportion_to_their_number(tmp_path):
     names = [f"{number:05}" for number in range(20_000)]
     images, labels = ({name: tmp_path / folder / name for name in names} for folder in ("images", "masks"))
     start = time.perf_counter()
-    found = pairs._paired(tmp_path, "images/*", images, labels, "masks/*")
+    matches = (pairs._Matches(by_name, {}) for by_name in (images, labels))
+    found = pairs._paired(tmp_path, "images/*", next(matches), next(matches), "masks/*")
     assert time.perf_counter() - start < 10  # a set of all labels for each image took longer than a minute
     assert [(p.name, p.image, p.labels) for p in found] == [(name, images[name], labels[name]) for name in names]
 

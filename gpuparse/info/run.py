@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from gpuparse.arguments import check_flag, whole_number
 from gpuparse.catalogue import find_stores
@@ -54,15 +55,19 @@ def info(
     num_jobs = whole_number("num_jobs", num_jobs, 1)
     check_flag("voxels", voxels)
     check_flag("exact", exact)
-    places = find_stores(path, datasets=datasets, remote=remote)
     found: list[StoreInfo] = []
     failures: dict[str, str] = {}
+
+    def note(folder: Path, error: InputError) -> None:
+        failures[str(folder)] = str(error)
+
+    places = find_stores(path, datasets=datasets, remote=remote, on_unreadable=note)
     for place in places:
         try:
             store = read_store(place)
             described = _describe(store, exact=exact)
         except GpuparseError as error:
-            if len(places) == 1:
+            if len(places) == 1 and not failures:
                 raise
             failures[str(place)] = str(error)
             continue
