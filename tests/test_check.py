@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 from checking import codes, die_at_killer, die_once, found, good_image, good_labels
+from permissions import forbidden
 
 import gpuparse
 from gpuparse.check import RULES
@@ -261,10 +263,25 @@ def test_paths_may_point_anywhere_into_the_layout(write_case, data_dir, monkeypa
 def test_a_folder_that_cannot_be_read_is_a_finding_or_refused(write_case, data_dir, monkeypatch):
     write_case(good_image(), good_labels())
     write_case(good_image(seed=1), good_labels(), dataset="LOCKED")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "LOCKED" and access(path, mode))
-    report = gpuparse.check(data_dir)
-    assert [(f.code, f.path) for f in report.findings] == [("GP101", str(data_dir / "LOCKED"))]
+    (data_dir / "lost+found").mkdir()
+    for locked in (data_dir / "LOCKED", data_dir / "LOCKED/train"):
+        with forbidden(locked, data_dir / "lost+found"):
+            report = gpuparse.check(data_dir)
+        assert [(f.code, f.path) for f in report.findings] == [("GP903", str(locked))]
+        assert report.findings[0].remedy == "Look at it with ls -l, and give your user the right to read it."
+        assert [(d.name, d.num_cases) for d in report.datasets] == [("DATA", 1), ("LOCKED", 0)]
+    scandir = os.scandir
+    lost = OSError(errno.ESTALE, "Stale file handle", str(data_dir / "LOCKED/train"))
+
+    def scan(path):
+        if path == data_dir / "LOCKED/train":
+            raise lost
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    (finding,) = gpuparse.check(data_dir).findings
+    assert (finding.code, finding.path) == ("GP101", str(data_dir / "LOCKED/train"))
+    assert "the folder cannot be read: [Errno 116] Stale file handle" in finding.found
 
     def refuse(path):
         raise PermissionError("not yours")

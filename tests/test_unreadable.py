@@ -16,6 +16,7 @@ from gpuparse.cli import app
 from gpuparse.collect import case_sizes, detect_format
 from gpuparse.dicom import look_into
 from gpuparse.errors import InputError, StoreFormatError, VolumeFormatError
+from gpuparse.evaluation import find_case_sets, find_cases
 from gpuparse.foreign import ForeignFormat, find_folders
 from gpuparse.pairs import FolderLayout, find_pairs, read_dataset_json
 
@@ -245,6 +246,7 @@ def test_info_names_what_cannot_be_read_and_shows_the_rest(stores):
     (stores / ".trash").mkdir()
     for locked in (stores / "B", stores / "B/train.zarr"):
         with forbidden(locked, stores / "lost+found", stores / ".trash"):
+            assert len(gpuparse.check(stores).datasets) == 2
             report = gpuparse.info(stores)
             assert [store.name for store in report.stores] == ["A"]
             assert list(report.failures) == [str(locked)]
@@ -280,3 +282,34 @@ def test_a_store_that_cannot_be_read_is_refused_by_its_name(stores, tmp_path, lo
         ):
             with pytest.raises(InputError, match=message):
                 invoke(*command)
+
+
+@pytest.mark.parametrize("locked", ["B", "B/train.zarr", "B/train.zarr/zarr.json", "B/train.zarr/index",
+                                    "B/train.zarr/cases/B", "B/train.zarr/cases/B/0/c/0/0"])  # fmt: skip
+def test_check_advises_on_permission_where_that_is_what_lacks(stores, locked):
+    with forbidden(stores / locked):
+        report = gpuparse.check(stores)
+        assert {finding.code for finding in report.findings if finding.severity == "error"} == {"GP903"}
+        assert "Permission denied" in "".join(f.found for f in report.findings if f.code == "GP903")
+        assert gpuparse.check(stores, datasets=["A"]).count("error") == 0
+
+
+@pytest.mark.parametrize("locked", ["class_prompts.json", "B/train/B.npz"])
+def test_check_advises_on_permission_of_files(data, locked):
+    with forbidden(data / locked):
+        errors = [finding for finding in gpuparse.check(data).findings if finding.severity == "error"]
+        assert {(finding.code, finding.path) for finding in errors} == {("GP903", str(data / locked))}
+
+
+@pytest.mark.parametrize("kind", ["npz", "store"])
+def test_no_test_set_is_left_out_of_an_evaluation(data, stores, kind):
+    root = data if kind == "npz" else stores
+    inside = "B/train" if kind == "npz" else "B"
+    (root / "lost+found").mkdir()
+    with forbidden(root / inside, root / "lost+found"):
+        for datasets in (None, ["B"]):
+            with pytest.raises(InputError, match=r"B/train.*' cannot be read: .*Permission denied"):
+                find_case_sets(root, split="train", datasets=datasets)
+        with pytest.raises(InputError, match=r"B/train.*' cannot be read: .*Permission denied"):
+            find_cases(root / "B", split="train")
+        assert [(s.name, len(s.cases)) for s in find_case_sets(root, split="train", datasets=["A"])] == [("A", 1)]

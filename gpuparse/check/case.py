@@ -85,7 +85,7 @@ def check_case(task: CaseTask) -> CaseOutcome:
         return CaseOutcome(task, (*contents.findings, task.place.finding("GP902", str(error))))
     except Exception as error:  # the promise of the command: no file ends the run
         found = f"{type(error).__name__}: {error}."
-        return CaseOutcome(task, (*contents.findings, task.place.finding("GP901", found)))
+        return CaseOutcome(task, (*contents.findings, task.place.failure("GP901", found, error)))
 
 
 def _check_contents(task: CaseTask, contents: _Contents) -> CaseOutcome:

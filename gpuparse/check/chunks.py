@@ -72,7 +72,7 @@ def _read_shard(
     except StorageError:
         raise
     except OSError as error:
-        return [place.finding("GP204", f"{path}: {error}.")]
+        return [place.failure("GP204", f"{path}: {error}.", error)]
     index = raw[-index_bytes:].tobytes()
     if google_crc32c.value(index[:-4]) != struct.unpack("<I", index[-4:])[0]:
         return [place.finding("GP205", f"{path}: index of {num_chunks} chunks.")]

@@ -65,6 +65,13 @@ class Place:
         """A finding at this place."""
         return Finding(code, self.path, self.dataset, self.case, found)
 
+    def failure(self, code: str, found: str, error: BaseException) -> Finding:
+        """A finding at this place about what failed: where the system refused it, that is what is to be mended."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, PermissionError):
+            cause = cause.__cause__
+        return self.finding(code if cause is None else "GP903", found)
+
 
 @dataclass(frozen=True)
 class CheckedDataset:

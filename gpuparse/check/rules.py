@@ -95,6 +95,7 @@ _CATALOGUE = (
     Rule("GP503", "error", "same image in training and validation", "Keep it in one part: use --group-regex."),
     Rule("GP901", "error", "check could not finish", "Try again with fewer --jobs; report it if it stays."),
     Rule("GP902", "error", "remote storage does not answer", "Check network, URL and credentials, and try again."),
+    Rule("GP903", "error", "no permission to read", "Look at it with ls -l, and give your user the right to read it."),
 )
 
 RULES: dict[str, Rule] = {rule.code: rule for rule in _CATALOGUE}

@@ -113,9 +113,9 @@ def _plan_source(
     number: int, target: Target, limit: int, mirroring: bool, prompt_files: dict[str, Any]
 ) -> tuple[list[CaseTask], list[Finding]]:
     """The files of a folder as tasks; the prompts are checked once for all of them."""
-    if not target.files:
-        folder = target.path.parent
-        return [], [Place(str(folder), target.name).finding("GP101", "the folder cannot be read.")]
+    if target.error is not None:
+        place = Place(str(target.error.filename or target.path), target.name)
+        return [], [place.failure("GP101", f"the folder cannot be read: {target.error}.", target.error)]
     where = str(target.prompts_path)
     place = Place(where, target.name)
     findings: list[Finding] = []
@@ -131,7 +131,7 @@ def _plan_source(
     except StorageError as error:
         findings = [place.finding("GP902", str(error))]
     except Exception as error:  # JSON of any shape, or a file that the system will not hand out
-        findings = [place.finding("GP401", str(error).removeprefix(f"{where}: "))]
+        findings = [place.failure("GP401", str(error).removeprefix(f"{where}: "), error)]
     part: Part = "training" if target.split == "train" else "validation"
     tasks = [
         CaseTask(number, Place(str(file), target.name, file.stem), file, None, prompts, limit, part)

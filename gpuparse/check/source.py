@@ -64,9 +64,9 @@ def _check_file(place: Place, path: Path, max_volume_bytes: int) -> tuple[Volume
         with path.open("rb") as file:
             headers = _read_headers(NpzFile(file))
     except VolumeFormatError as error:
-        return None, [place.finding("GP101", str(error).removeprefix(f"{path}: "))]
+        return None, [place.failure("GP101", str(error).removeprefix(f"{path}: "), error)]
     except Exception as error:  # damaged archives make zipfile and numpy raise nearly anything
-        return None, [place.finding("GP101", f"{type(error).__name__}: {error}.")]
+        return None, [place.failure("GP101", f"{type(error).__name__}: {error}.", error)]
     findings = _check_headers(place, headers, max_volume_bytes)
     if any(finding.severity == "error" for finding in findings):
         return None, findings

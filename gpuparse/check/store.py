@@ -88,13 +88,13 @@ def check_store_root(
     except StorageError as error:
         return None, prompts, [*findings, place.finding("GP902", str(error))]
     except Exception as error:
-        return None, prompts, [*findings, place.finding("GP201", _describe(error))]
+        return None, prompts, [*findings, place.failure("GP201", _describe(error), error)]
     try:
         store = opened_store(path)
     except StorageError as error:
         return None, prompts, [*findings, place.finding("GP902", str(error))]
     except Exception as error:
-        return None, prompts, [*findings, place.finding("GP202", _describe(error))]
+        return None, prompts, [*findings, place.failure("GP202", _describe(error), error)]
     return store, prompts, findings
 
 
@@ -127,7 +127,7 @@ def read_case(
     except StorageError:
         raise
     except Exception as error:
-        return None, None, [place.finding("GP203", _describe(error))]
+        return None, None, [place.failure("GP203", _describe(error), error)]
     declared = sum(int(np.prod(case.shape, dtype=np.float64)) * layout.dtype.itemsize for layout in layouts)
     if declared > max_volume_bytes:
         gib = f"{declared / 2**30:.1f} GiB, more than {max_volume_bytes / 2**30:g} GiB"

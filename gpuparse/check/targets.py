@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpuparse.errors import InputError, StorageError
+from gpuparse.listing import is_passed_over, may_be_folder
 from gpuparse.places import Place, local_path, open_place
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.remote import RemoteOptions, RemotePath
@@ -36,6 +37,7 @@ class Target:
         path: The folder or the store.
         files: Source files, sorted; empty for stores, and for folders that cannot be read.
         prompts_path: Where the prompts of source files are expected.
+        error: Why the folder, or the dataset's folder that it is in, cannot be read; None where it can.
     """
 
     kind: Literal["source", "store"]
@@ -44,6 +46,7 @@ class Target:
     path: Place
     files: tuple[Place, ...]
     prompts_path: Place
+    error: OSError | None = None
 
 
 def find_targets(
@@ -112,14 +115,26 @@ def _targets_of(path: Place, splits: Sequence[str]) -> list[Target]:
 
 
 def _dataset_targets(folder: Place, folders: Sequence[str] | None, splits: Sequence[str]) -> list[Target]:
-    """The targets of a dataset's folder, whose own folders are known or None."""
-    if isinstance(folder, Path) and not os.access(folder, os.R_OK | os.X_OK):  # nothing can be said, which is a finding
-        return [_source(folder / splits[0], ())]
-    folders = _list(folder)[0] if folders is None else folders
-    inside = {split: _npz_files(folder / split, _list(folder / split)[1]) for split in splits if split in folders}
-    sources = [_source(folder / split, inside[split]) for split in splits if inside.get(split)]
+    """The targets of a dataset's folder, whose own folders are known or None; what cannot be read is a finding."""
+    if folders is None:
+        try:
+            folders = _list(folder)[0]
+        except StorageError:
+            raise
+        except OSError as error:
+            return [] if is_passed_over(folder.name) else [_source(folder / splits[0], (), error)]
+    sources = []
+    for split in splits:
+        try:
+            files = _npz_files(folder / split, _list(folder / split)[1]) if split in folders else ()
+        except StorageError:
+            raise
+        except OSError as error:
+            sources.append(_source(folder / split, (), error))
+        else:
+            sources += [_source(folder / split, files)] if files else []
     stores = [folder / name for name in folders if name.endswith(".zarr") and not name.startswith(".")]
-    return sources + [_store(store) for store in stores if _is_store(store)]
+    return sources + [_store(store) for store in stores if isinstance(store, Path) or _is_store(store)]
 
 
 def _list(folder: Place) -> tuple[list[str], list[str]]:
@@ -130,7 +145,7 @@ def _list(folder: Place) -> tuple[list[str], list[str]]:
     files: list[str] = []
     with os.scandir(local_path(folder)) as entries:
         for entry in entries:
-            is_folder = entry.is_dir()
+            is_folder = may_be_folder(entry)
             if is_folder:
                 folders.append(entry.name)
             if not is_folder or entry.name.endswith(".npz"):  # a folder in the place of a file is a finding
@@ -158,9 +173,9 @@ def _is_store(path: Place) -> bool:
     return path.is_dir() and (path.name.endswith(".zarr") or (path / "zarr.json").exists())
 
 
-def _source(folder: Place, files: tuple[Place, ...]) -> Target:
+def _source(folder: Place, files: tuple[Place, ...], error: OSError | None = None) -> Target:
     place = _absolute(folder)
-    return Target("source", place.parent.name, place.name, folder, files, place.parent.parent / PROMPTS_FILE)
+    return Target("source", place.parent.name, place.name, folder, files, place.parent.parent / PROMPTS_FILE, error)
 
 
 def _store(path: Place) -> Target:

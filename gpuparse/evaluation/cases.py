@@ -18,8 +18,9 @@ from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
 from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
 from gpuparse.evaluation.entries import Entries, PromptSource
+from gpuparse.listing import LOST_AND_FOUND
 from gpuparse.npz import NpzFile
-from gpuparse.places import Place, open_place
+from gpuparse.places import Place, has_folder, local_path, open_place, store_errors_told
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
 from gpuparse.remote import RemoteOptions, RemotePath
 from gpuparse.source import has_npz, npz_names
@@ -276,7 +277,7 @@ def find_cases(
             )
         return _cases_of_store(found, place, split, name, prompts)
     root = Path(root_dir).absolute()  # cases are read later, perhaps from another folder
-    if not root.is_dir():
+    if not has_folder(root):
         raise InputError(f"{root}: no such folder; {_LAYOUTS}.")
     store_path = _find_store(root, split)
     if store_path is not None:
@@ -298,7 +299,8 @@ def find_cases(
             f"{folder}: no labels; expected them in {folder.name}_mask/ or {folder.name}_gt/ beside it (gts/ beside "
             "imgs/), or as gts in the image files."
         )
-    unlabelled = [path.name for path in images if labels_dir is not None and not (labels_dir / path.name).is_file()]
+    with store_errors_told(labels_dir or folder):
+        unlabelled = [path.name for path in images if labels_dir and not (labels_dir / path.name).is_file()]
     if unlabelled:
         shown = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
         raise InputError(
@@ -337,7 +339,7 @@ def find_case_sets(
     _check_arguments(data_dir=data_dir, split=split, prompts=prompts)
     datasets = check_selection("datasets", datasets)
     root = open_place(data_dir, remote) if is_url(data_dir) or remote is not None else Path(data_dir)
-    if isinstance(root, Path) and not root.is_dir():
+    if isinstance(root, Path) and not has_folder(root):
         raise InputError(f"{root}: no such folder; expected datasets, each with a store or npz files.")
     if _has_cases(root, split):
         if datasets:
@@ -346,9 +348,15 @@ def find_case_sets(
             )
         return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
     split = split or _DEFAULT_SPLIT
-    names = os.listdir(root) if isinstance(root, Path) else _list_folders(root)
-    folders = [root / name for name in sorted(names) if not name.startswith(".")]
-    found = {path.name: path for path in folders if _has_cases(path, split) and not _is_other_split(path, split)}
+    names = root.list_folder()[0] if isinstance(root, RemotePath) else os.listdir(local_path(root))
+    found: dict[str, Any] = {}
+    for folder in (root / name for name in sorted(names) if not name.startswith(".") and name != LOST_AND_FOUND):
+        try:
+            if _has_cases(folder, split) and not _is_other_split(folder, split):
+                found[folder.name] = folder
+        except InputError:  # it cannot be read
+            if datasets is None or folder.name in datasets:
+                raise
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
@@ -379,10 +387,6 @@ def _check_names_differ(root: Place, chosen: Sequence[str], sets: Sequence[CaseS
             )
 
 
-def _list_folders(root: Place) -> list[str]:
-    return root.list_folder()[0] if isinstance(root, RemotePath) else []
-
-
 def _check_arguments(**arguments: Any) -> None:
     """Refuses what is of another type than `find_cases` and `find_case_sets` take."""
     kinds: dict[str, tuple[tuple[type, ...], str]] = {
@@ -403,7 +407,12 @@ def _has_cases(root: Place, split: str | None) -> bool:
 
 
 def _images_folder(root: Path, split: str | None) -> Path | None:
-    return next((f for f in (root, root / (split or _DEFAULT_SPLIT), root / "imgs") if has_npz(f)), None)
+    return next((f for f in (root, root / (split or _DEFAULT_SPLIT), root / "imgs") if _has_npz(f)), None)
+
+
+def _has_npz(folder: Path) -> bool:
+    with store_errors_told(folder):
+        return has_npz(folder)
 
 
 def _is_other_split(folder: Place, split: str) -> bool:
@@ -416,17 +425,17 @@ def _is_other_split(folder: Place, split: str) -> bool:
     name = folder.name
     for suffix in _MASK_SUFFIXES:
         name = name.removesuffix(suffix)
-    return name in _SPLITS and isinstance(folder, Path) and has_npz(folder)
+    return name in _SPLITS and isinstance(folder, Path) and _has_npz(folder)
 
 
 def _find_store(root: Place, split: str | None) -> Place | None:
     if root.name.endswith(".zarr"):
         return root
     split = split or _DEFAULT_SPLIT
-    if (root / f"{split}.zarr").is_dir():
+    if has_folder(root / f"{split}.zarr"):
         return root / f"{split}.zarr"
     shared = root / "train.zarr"
-    return shared if split == "val" and shared.is_dir() and not (root / split).is_dir() else None
+    return shared if split == "val" and has_folder(shared) and not has_folder(root / split) else None
 
 
 def _split_of(path: Place, store: Store) -> str:
@@ -477,7 +486,7 @@ def _labels_folder(images: Path) -> Path | None:
     siblings = [own.with_name(own.name + suffix) for suffix in _MASK_SUFFIXES]
     if own.name == "imgs":
         siblings.append(own.with_name("gts"))
-    return next((folder for folder in siblings if folder.is_dir()), None)
+    return next((folder for folder in siblings if has_folder(folder)), None)
 
 
 def _holds_labels(path: Path) -> bool:
