@@ -217,16 +217,17 @@ class TestHalfTypes:
             assert torch.equal(as_torch(half, dtype).view(torch.int16), expected.view(torch.int16))
             np.testing.assert_array_equal(half.labels, single.labels)
 
-    def test_any_float32_is_rounded_as_torch_rounds_it(self, name, dtype):
+    def test_any_finite_float32_is_rounded_as_torch_rounds_it(self, name, dtype):
         """Through the shift of black one-pixel images: random bit patterns, and what lies around every border."""
         rng = np.random.default_rng(6)
         borders = np.array([0, 2**-25, 2**-24, 1.5 * 2**-24, 2**-15, 2**-14, 1, 2047, 2049, 65504, 65519.996, 65520,
-                            65536, 3.3895314e38, 3.4e38, np.inf], np.float32)  # fmt: skip
+                            65536, 3.3895314e38, 3.4e38], np.float32)  # fmt: skip
         near = (borders.view(np.uint32)[:, None].astype(np.int64) + np.arange(-3, 4)).clip(0, 0x7F800000)
         bits = np.concatenate([near.reshape(-1), rng.integers(0, 0x7F800000, 20_000)]).astype(np.uint32)
         # Ties: all lower bits 0 but the highest of those that are lost.
         ties = rng.integers(0, 0x7F800000, 5000).astype(np.uint32)
         bits = np.concatenate([bits, ties & ~np.uint32(0x1FFF) | 0x1000, ties & ~np.uint32(0xFFFF) | 0x8000])
+        bits = bits[np.isfinite(bits.view(np.float32))]
         bits = np.concatenate([bits, bits | np.uint32(0x80000000)])
         params = identity_params(len(bits))
         params["shift"] = bits.view(np.float32)
