@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError, StorageError
-from gpuparse.listing import is_folder, is_passed_over, subfolders
+from gpuparse.listing import cannot_be_read, is_folder, is_passed_over, subfolders
 from gpuparse.places import Place, open_place
 from gpuparse.remote import RemoteOptions, RemotePath
 
@@ -86,7 +86,7 @@ def _stores_in(folder: Path) -> list[Path]:
 
 
 def _unreadable(folder: Path, error: OSError) -> InputError:
-    return InputError(f"{folder}: cannot be read: {error}. Check permissions, the disk and its mount.")
+    return InputError(cannot_be_read(folder, error))
 
 
 def _remote_stores(root: RemotePath) -> Mapping[str, Sequence[Place]]:

@@ -16,7 +16,7 @@ from typing import Any
 from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError
 from gpuparse.foreign import ForeignFormat, find_cases, find_files, find_folders
-from gpuparse.listing import is_folder, is_passed_over, subfolders
+from gpuparse.listing import cannot_be_read, is_folder, is_passed_over, subfolders
 from gpuparse.pairs import FolderLayout
 from gpuparse.prompts import PROMPTS_FILE, ClassPrompts, load_class_prompts, parse_class_prompts
 from gpuparse.proposal import write_proposal
@@ -162,7 +162,7 @@ def _read_errors_told(data_dir: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{data_dir}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
+        raise InputError(cannot_be_read(data_dir, error)) from error
 
 
 def _folders(

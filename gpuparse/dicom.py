@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
-from gpuparse.listing import files_below
+from gpuparse.listing import cannot_be_read, files_below
 from gpuparse.nifti import nifti_stem
 from gpuparse.optional import import_optional
 from gpuparse.scan import Scan
@@ -67,9 +67,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
     try:
         files = files_below(folder)
     except OSError as error:
-        raise VolumeFormatError(
-            f"{folder}: cannot be read: {error}. Check permissions, the disk and its mount."
-        ) from error
+        raise VolumeFormatError(cannot_be_read(folder, error)) from error
     series: dict[str, list[Path]] = {}
     notes: dict[str, tuple[str, str]] = {}
     placed: set[str] = set()

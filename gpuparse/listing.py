@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 __all__ = [
     "LOST_AND_FOUND",
+    "cannot_be_read",
     "files_below",
     "is_absent",
     "is_folder",
@@ -29,6 +30,11 @@ LOST_AND_FOUND = "lost+found"
 """The folder that a file system keeps at its root for root alone: never a data set."""
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)  # those that pathlib takes for an answer, too
+
+
+def cannot_be_read(path: object, error: OSError) -> str:
+    """The words of an error about a file or a folder of the user's that the system will not show."""
+    return f"{path}: cannot be read: {error}. Check permissions, the disk and its mount."
 
 
 def is_absent(error: OSError) -> bool:

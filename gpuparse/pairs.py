@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from gpuparse.arguments import check_choice, whole_number
 from gpuparse.errors import InputError
-from gpuparse.listing import is_folder, is_passed_over, matches_below, names_in
+from gpuparse.listing import cannot_be_read, is_folder, is_passed_over, matches_below, names_in
 from gpuparse.nifti import nifti_stem
 
 __all__ = ["FolderLayout", "Pair", "find_pairs", "folder_matches", "read_dataset_json", "unreadable_pair"]
@@ -133,7 +133,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
+        raise InputError(cannot_be_read(path, error)) from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict):
@@ -236,7 +236,7 @@ def _paired(folder: Path, image_glob: str, by_image: _Matches, by_label: _Matche
 
 def unreadable_pair(name: str, path: Path, error: OSError) -> Pair:
     """What is no case because a file or a folder of it cannot be read."""
-    return Pair(name, path, None, f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.")
+    return Pair(name, path, None, cannot_be_read(path, error))
 
 
 def _pair(name: str, image: Path, labels: Path | None, where: str) -> Pair:

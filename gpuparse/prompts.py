@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuparse.errors import InputError, StorageError
+from gpuparse.listing import cannot_be_read
 from gpuparse.places import Place
 
 __all__ = [
@@ -74,7 +75,7 @@ def load_class_prompts(path: str | os.PathLike[str] | Place) -> dict[str, Any]:
     except StorageError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}. Check permissions, the disk and its mount.") from error
+        raise InputError(cannot_be_read(path, error)) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep nesting are among them
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):

@@ -132,28 +132,40 @@ class _Worker:
 
             torch.cuda.synchronize()
 
-    def turn(self) -> dict[str, Any]:
-        """One turn of the loader by itself: warm up, then batches by the clock, then wait until all is quiet."""
+    @property
+    def _two_bursts(self) -> int:
+        """The least batches to time: fewer would be a piece of what workers have ready and deliver at once."""
+        return 2 * self._side.num_ahead
+
+    def _timed(self, do: Callable[[], object], least: int) -> tuple[int, float, float]:
+        """Does something so often, and for a turn at least; waits until all is quiet.
+
+        Returns:
+            How often, and the seconds by the clock and of processors that it took.
+        """
         from gpuparse.bench.machine import tree_cpu_seconds, wait_until_idle
 
+        self._synchronize()
+        cpu, start = tree_cpu_seconds(), time.perf_counter()
+        count = 0
+        while count < least or time.perf_counter() - start < self._settings.turn_seconds:
+            do()
+            count += 1
+        self._synchronize()
+        seconds, cpu = time.perf_counter() - start, tree_cpu_seconds() - cpu
+        if self._settings.level != "toy":
+            wait_until_idle()
+        return count, seconds, cpu
+
+    def turn(self) -> dict[str, Any]:
+        """One turn of the loader by itself: warm up, then batches by the clock, then wait until all is quiet."""
         settings = self._settings
         for _ in range(self._side.num_ahead + 2):
             image, labels = self._next()
         expected = (settings.batch_size, 3, settings.size, settings.size)
         if tuple(image.shape) != expected or len(labels) != len(image):
             raise RuntimeError(f"images are {tuple(image.shape)}, labels are {tuple(labels.shape)}")
-        self._synchronize()
-        cpu, start = tree_cpu_seconds(), time.perf_counter()
-        num_batches = 0
-        # As many as the workers deliver in two bursts, at least: else it would be a piece of one.
-        least = max(settings.turn_batches, 2 * self._side.num_ahead)
-        while num_batches < least or time.perf_counter() - start < settings.turn_seconds:
-            self._next()
-            num_batches += 1
-        self._synchronize()
-        seconds, cpu = time.perf_counter() - start, tree_cpu_seconds() - cpu
-        if settings.level != "toy":
-            wait_until_idle()
+        num_batches, seconds, cpu = self._timed(self._next, max(settings.turn_batches, self._two_bursts))
         samples = num_batches * settings.batch_size
         return {
             "samples_per_second": samples / seconds,
@@ -188,7 +200,6 @@ class _Worker:
 
     def train(self, held: bool) -> dict[str, Any]:
         """Training steps with this side's batches, or with one batch again and again."""
-        from gpuparse.bench.machine import tree_cpu_seconds, wait_until_idle
         from gpuparse.bench.training import TrainingStep
 
         settings = self._settings
@@ -196,18 +207,14 @@ class _Worker:
             self._held = self._next()  # before the network: workers are forked here, and CUDA survives no fork
         if self._step is None:
             self._step = TrainingStep(settings)
+
+        def step() -> None:
+            self._step(*(self._held if held else self._next()))
+
         for _ in range(1 if held else self._side.num_ahead + 2):
-            self._step(*(self._held if held else self._next()))
-        self._synchronize()
-        cpu, start = tree_cpu_seconds(), time.perf_counter()
-        num_steps, least = 0, settings.train_steps if held else max(settings.train_steps, 2 * self._side.num_ahead)
-        while num_steps < least or time.perf_counter() - start < settings.turn_seconds:
-            self._step(*(self._held if held else self._next()))
-            num_steps += 1
-        self._synchronize()
-        seconds, cpu = time.perf_counter() - start, tree_cpu_seconds() - cpu
-        if settings.level != "toy":
-            wait_until_idle()
+            step()
+        least = settings.train_steps if held else max(settings.train_steps, self._two_bursts)
+        num_steps, seconds, cpu = self._timed(step, least)
         return {"seconds_per_step": seconds / num_steps, "cpu_seconds_per_step": cpu / num_steps}
 
     def close(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,12 @@ class _DaliSide:
         files = _all_files(data, settings.size)
         self._pipeline = self._define(files, settings.batch_size, self._drawn, augment=True)
         self._pipeline.build()
-        self._copies = self._copied()
         self.num_ahead = _DEPTH + 1
+
+    @property
+    def _sends_bytes(self) -> bool:
+        """Whether masks are bytes: what the host copies to a GPU is there sooner."""
+        return self._settings.device != "cpu" and not self._on_gpu
 
     def _define(self, files: _Files, batch_size: int, drawn_ids: _Drawn, augment: bool) -> Any:
         fn, types, _, pipeline_def = _import_dali()
@@ -159,8 +163,7 @@ class _DaliSide:
                 image = fn.cat(image[0:1], image[2:3], image[1:2], axis=0)
             class_ids = fn.python_function(number, function=draw, num_outputs=1, batch_processing=True)
             wanted = class_ids.gpu() if on_gpu else class_ids
-            copied = not on_gpu and self._settings.device != "cpu"  # to a GPU by the host: bytes are sooner there
-            labels_dtype = types.UINT8 if copied else types.INT64
+            labels_dtype = types.UINT8 if self._sends_bytes else types.INT64
             labels = fn.cast(fn.transpose(mask, perm=[2, 0, 1]) == wanted, dtype=labels_dtype)
             return image, labels
 
@@ -175,24 +178,20 @@ class _DaliSide:
             )
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        while True:
-            if self._settings.device == "cpu":
-                image, labels = self._pipeline.run()
-                batch = self._shared(image, labels)
-            else:
-                batch = next(self._copies)
+        for batch in self._shared() if self._settings.device == "cpu" else self._copied():
             # Not an output of the pipeline: the host would wait for what is copied to the GPU.
             ids = [row.reshape(-1).tolist() for row in self._drawn.popleft()]
             yield {**batch, "class_ids": ["&".join(map(str, row)) for row in ids]}
 
-    @staticmethod
-    def _shared(image: Any, labels: Any) -> dict[str, Any]:
+    def _shared(self) -> Iterator[dict[str, Any]]:
         """The outputs as they are, as DALI's own iterator for torch hands them out: DALI does not use them again."""
         from torch.utils.dlpack import from_dlpack
 
-        return {"image": from_dlpack(image.as_tensor()), "labels": from_dlpack(labels.as_tensor())}
+        while True:
+            image, labels = self._pipeline.run()
+            yield {"image": from_dlpack(image.as_tensor()), "labels": from_dlpack(labels.as_tensor())}
 
-    def _copied(self) -> Generator[dict[str, Any], None, None]:
+    def _copied(self) -> Iterator[dict[str, Any]]:
         """For training on a GPU one copy of each output, into page-locked memory or on the GPU itself.
 
         There DALI takes its buffers back in the order of its own stream, which does not wait for training.
@@ -206,13 +205,12 @@ class _DaliSide:
         stream = torch.cuda.current_stream() if self._on_gpu else None
         copied: deque[tuple[Any, ...]] = deque()  # DALI's outputs, until what was copied from them is there
         options: dict[str, Any] = {"device": settings.device} if self._on_gpu else {"pin_memory": True}
+        labels_dtype = torch.uint8 if self._sends_bytes else torch.int64
         while True:
             image, labels = self._pipeline.run() if stream is None else self._pipeline.run(stream.cuda_stream)
             batch = {
                 "image": torch.empty(shape, dtype=torch.float32, **options),
-                "labels": torch.empty(
-                    (shape[0], NUM_PROMPTS, *shape[2:]), dtype=torch.int64 if self._on_gpu else torch.uint8, **options
-                ),
+                "labels": torch.empty((shape[0], NUM_PROMPTS, *shape[2:]), dtype=labels_dtype, **options),
             }
             feed(image.as_tensor(), batch["image"], cuda_stream=stream)
             feed(labels.as_tensor(), batch["labels"], cuda_stream=stream)
@@ -246,7 +244,6 @@ class _DaliSide:
         return {"disk_bytes": folder_bytes(self._data.scratch / f"png{self._settings.size}")}
 
     def close(self) -> None:
-        self._copies.close()
         del self._pipeline
 
 

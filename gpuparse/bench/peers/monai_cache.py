@@ -198,7 +198,7 @@ def _random(data: BenchData, settings: BenchSettings, device: str | None) -> lis
             wanted = torch.from_numpy(class_ids).to(mask.device, torch.uint8)[:, None, None]
             return {
                 "image": image,
-                "labels": (mask == wanted).to(torch.uint8),  # by eight smaller on their way from process to process
+                "labels": (mask == wanted).to(torch.uint8),  # an eighth of the bytes from process to process
                 "text": draw_text(self.R, prompts, class_ids.tolist()),
                 "class_ids": "&".join(map(str, class_ids)),
             }
