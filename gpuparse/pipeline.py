@@ -30,6 +30,9 @@ from gpuparse.pack import SPARE_BLOCK, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES, P
 __all__ = ["BatchPipeline", "PipelineOptions"]
 
 
+# A call of DALI's inflate has a grid with one block of threads in z for each of its blocks (2.1 to 2.4), and CUDA takes
+# no more of these.
+MOST_BLOCKS = 65535
 # Whose code runs inside DALI's call, but for signal handlers.
 _OWN_MODULES = {"gpuparse", "nvidia", "numpy", "torch", "cupy", *sys.stdlib_module_names}
 
@@ -228,7 +231,7 @@ class BatchPipeline:
         for ahead in range(step, min(step + self._options.prefetch_depth + 1, self._options.num_steps)):
             if ahead not in self._ahead:
                 try:
-                    self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
+                    self._ahead[ahead] = self._reading.submit(self._read, ahead)
                 except RuntimeError as error:  # the interpreter ends its pools with the main thread
                     self._ahead[ahead] = concurrent.futures.Future()
                     self._ahead[ahead].set_exception(
@@ -249,6 +252,16 @@ class BatchPipeline:
                 packed = future.result()
             else:
                 self._failures[step] = failure
+        return packed
+
+    def _read(self, step: int) -> PackedBatch:
+        """A batch that DALI can decode. Runs in the reading thread."""
+        packed = self._fetch(step)
+        if self._options.device_index is not None and len(packed.compressed) > MOST_BLOCKS:
+            raise InputError(
+                f"a batch of {packed.num_samples} samples has {len(packed.compressed)} blocks to decode; on a GPU DALI "
+                f"takes {MOST_BLOCKS} at once. Lower batch_size."
+            )
         return packed
 
     def _render_on_host(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

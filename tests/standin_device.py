@@ -78,13 +78,15 @@ class Node:
 class TensorList:
     """An output of DALI's with one tensor in it; its memory is somebody else's when it goes."""
 
-    def __init__(self, array, on_release):
-        self._array, self._on_release = array, on_release
+    def __init__(self, array, device_id, on_release):
+        self._array, self._device_id, self._on_release = array, device_id, on_release
 
     def __getitem__(self, index):
         assert index == 0
-        array = self._array
-        return SimpleNamespace(data_ptr=lambda: array.ctypes.data, shape=lambda: list(array.shape), device_id=lambda: 0)
+        array, device_id = self._array, self._device_id
+        return SimpleNamespace(
+            data_ptr=lambda: array.ctypes.data, shape=lambda: list(array.shape), device_id=lambda: device_id
+        )
 
     def __del__(self):
         self._array[:] = GARBAGE
@@ -136,7 +138,9 @@ class StandInDali:
                     fail_as_dali(RuntimeError("Critical error in pipeline: made to fail"))
                 copy = buffer.copy()
                 inflated = inflate_as_dali(copy, offsets, sizes, slot)
-                return TensorList(copy, lambda: log.append(("released", step))), TensorList(inflated, lambda: None)
+                number = self.options["device_id"]
+                released = TensorList(copy, number, lambda: log.append(("released", step)))
+                return released, TensorList(inflated, number, lambda: None)
 
             def end(self):
                 self._executor.shutdown(wait=True)
@@ -160,11 +164,11 @@ class Event:
         self._stand_in.log.append(("record", stream.name))
 
     def query(self):
-        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        assert self._stand_in.current_device() == self._stand_in.device
         return not self._stand_in.is_waited_for
 
     def synchronize(self):
-        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        assert self._stand_in.current_device() == self._stand_in.device
         self._stand_in.log.append(("synchronize", self._number))
 
 
@@ -180,7 +184,7 @@ class TimedEvent:
         self._milliseconds = next(self._stand_in.milliseconds)
 
     def query(self):
-        assert self._stand_in.current_device() == torch.device("cuda", 0)
+        assert self._stand_in.current_device() == self._stand_in.device
         return self._stand_in.is_done
 
     def elapsed_time(self, end):
@@ -197,11 +201,12 @@ class Stream:
 
 
 class StandInTorch:
-    """The part of torch that gpuparse.device uses, with memory on the host."""
+    """The part of torch that gpuparse.device uses, with memory on the host; all of it belongs to one GPU."""
 
-    def __init__(self, log):
+    def __init__(self, log, device):
         numbers = itertools.count()
         self.log = log
+        self.device = device
         self.allocated = []
         self.free_bytes = None
         self.milliseconds = itertools.count()
@@ -210,7 +215,7 @@ class StandInTorch:
         self.is_waited_for = True
         self._thread = threading.local()
         self.cuda = SimpleNamespace(
-            Stream=lambda device: Stream(log, "home", HOME_STREAM),
+            Stream=self._home_stream,
             Event=lambda enable_timing=False: TimedEvent(self) if enable_timing else Event(self, next(numbers)),
             current_stream=lambda device: Stream(log, "user"),
             device=self._on_device,
@@ -225,6 +230,10 @@ class StandInTorch:
     def current_device(self):
         """The device that the calling thread has chosen, None where it has not."""
         return getattr(self._thread, "device", None)
+
+    def _home_stream(self, device):
+        assert device == self.device
+        return Stream(self.log, "home", HOME_STREAM)
 
     @contextlib.contextmanager
     def _on_stream(self, stream):
@@ -244,7 +253,7 @@ class StandInTorch:
             self._thread.device = before
 
     def empty(self, shape, *, dtype, device):
-        assert device.type == "cuda"
+        assert device == self.device
         assert self._thread.stream.name == "home"  # whose memory it is in torch's allocator
         tensor = torch.empty(shape, dtype=dtype)
         if self.free_bytes is not None and tensor.nbytes > self.free_bytes:
@@ -258,18 +267,18 @@ class NoMemoryError(Exception):
     """CuPy's error of that name."""
 
 
-def standin_cupy(log) -> ModuleType:
-    cupy = ModuleType("cupy")
+def standin_cupy(stand_in) -> ModuleType:
+    cupy, number = ModuleType("cupy"), stand_in.device.index
     cupy.asarray = lambda tensor: tensor.numpy()
     cupy.ndarray = lambda shape, dtype, memory: np.frombuffer(memory, dtype).reshape(shape)
 
     def unowned(address, num_bytes, owner, device):
-        assert (address, device) == (owner.data_ptr(), 0)
+        assert (address, device) == (owner.data_ptr(), number)
         return (ctypes.c_uint8 * num_bytes).from_address(address)
 
     def external_stream(handle, device):
-        assert (handle, device) == (HOME_STREAM, 0)
-        return CupyStream(log)
+        assert (handle, device) == (HOME_STREAM, number)
+        return CupyStream(stand_in)
 
     cupy.cuda = SimpleNamespace(
         ExternalStream=external_stream,
@@ -283,11 +292,13 @@ def standin_cupy(log) -> ModuleType:
 class CupyStream:
     """CuPy's view of the renderer's stream: launches go to it while it is entered."""
 
-    def __init__(self, log):
-        self._log = log
+    def __init__(self, stand_in):
+        self._stand_in = stand_in
 
     def __enter__(self):
-        self._log.append(("launches on", "home"))
+        if self._stand_in.current_device() != self._stand_in.device:  # as CuPy has it
+            raise RuntimeError("The device that the stream is created on does not match with the current device")
+        self._stand_in.log.append(("launches on", "home"))
 
     def __exit__(self, *_):
         pass
@@ -302,11 +313,11 @@ def launch_on_host(file_name, kernel, num_elements, arguments):
     run(ctypes.c_int64(num_elements), *pointers, ctypes.c_int64(slot_bytes), kernels.pointer(slab))
 
 
-def install(monkeypatch) -> SimpleNamespace:
-    """Makes `device="cuda"` run on the stand-ins; returns them."""
-    log = []
-    dali, stand_in = StandInDali(log), StandInTorch(log)
-    monkeypatch.setitem(sys.modules, "cupy", standin_cupy(log))
+def install(monkeypatch, number=0) -> SimpleNamespace:
+    """Makes `device="cuda"` run on the stand-ins, as a GPU of that number; returns them."""
+    log, device = [], torch.device("cuda", number)
+    dali, stand_in = StandInDali(log), StandInTorch(log, device)
+    monkeypatch.setitem(sys.modules, "cupy", standin_cupy(stand_in))
     monkeypatch.setattr("gpuparse.pipeline._import_dali", lambda: dali.parts)
     monkeypatch.setattr("gpuparse.device.torch", stand_in)
     monkeypatch.setattr("gpuparse.clock.torch", stand_in)
@@ -314,5 +325,5 @@ def install(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr("gpuparse.production.pinned_memory", lambda num_bytes: np.full(num_bytes, GARBAGE, np.uint8))
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: log.append(("synchronize device", str(device))))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(("recorded for", stream.name)))
-    monkeypatch.setattr("gpuparse.loader.choose_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("gpuparse.loader.choose_device", lambda _: device)
     return SimpleNamespace(log=log, dali=dali, torch=stand_in)

@@ -15,6 +15,8 @@ from standin_device import HOME_STREAM
 from torch.utils.data import Subset
 
 import gpuparse.device
+import gpuparse.pipeline
+import gpuparse.production
 from gpuparse import DataLoader, SliceDataset
 from gpuparse.augment import OutputTypes
 from gpuparse.device import DeviceRenderer, choose_device, with_index
@@ -239,6 +241,16 @@ def test_batches_are_those_of_the_cpu(mixture, expected, cuda, cache, prefetch_d
         assert (report.cache.num_evicted > 0) == (cache["cache_gib"] < 1)
 
 
+def test_another_gpu_than_the_first_is_used_throughout(mixture, expected, monkeypatch):
+    """What CUDA is asked is asked with that device current, in whichever thread, and DALI and CuPy are given it."""
+    cuda = standin_device.install(monkeypatch, number=1)
+    loader = DataLoader(mixture, device="cuda:1", cache="device", cache_gib=1, **OPTIONS)
+    assert [same(list(loader), epoch) for epoch in expected] == [True, True]
+    assert [pipeline.options["device_id"] for pipeline in cuda.dali.pipelines] == [1, 1]
+    assert [device for what, device in cuda.log if what == "synchronize device"] == ["cuda:1", "cuda:1"]
+    assert cuda.torch.current_device() is None  # the caller's choice is as it was
+
+
 @pytest.mark.parametrize("types", [("float16", "int64"), ("bfloat16", "uint8")])
 @pytest.mark.parametrize("all_class_masks", [False, True])
 def test_other_types_are_those_of_the_cpu(sample_stores, cuda, monkeypatch, types, all_class_masks):
@@ -370,6 +382,38 @@ def test_an_exhausted_device_reaches_the_loop(mixture, cuda):
         list(iterator)
     cuda.torch.free_bytes = None
     assert len(list(loader)) == len(loader)  # the loader can be used again
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_more_blocks_than_dali_takes_are_refused_in_place_of_their_batch(mixture, cuda, monkeypatch, on_error):
+    def loader():
+        return DataLoader(mixture, device="cuda", cache="device", cache_gib=1, on_error=on_error, **OPTIONS)
+
+    sizes, original = [], gpuparse.production.pack
+
+    def pack(*arguments, **options):
+        packed = original(*arguments, **options)
+        sizes.append(len(packed.compressed))
+        return packed
+
+    monkeypatch.setattr("gpuparse.production.pack", pack)
+    cold = list(loader())
+    largest = max(sizes)
+    step = sizes.index(largest)
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", largest)
+    assert same(list(loader()), cold)  # as many as it takes
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", largest - 1)
+    refusing = loader()
+    batches = iter(refusing)
+    assert same([next(batches) for _ in range(step)], cold[:step])
+    message = rf"a batch of 7 samples has {largest} blocks to decode; on a GPU DALI takes {largest - 1} at once\. Lower"
+    with pytest.raises(InputError, match=message):
+        next(batches)
+    assert refusing.report().cache.num_chunks == 0  # nothing is thought to be there that was not decoded
+
+
+def test_the_limit_of_blocks_is_that_of_cudas_grids():
+    assert gpuparse.pipeline.MOST_BLOCKS == 65535  # a grid's extent in z, of every compute capability
 
 
 def test_a_failure_of_dali_reaches_the_loop(mixture, cuda, threads_left):
