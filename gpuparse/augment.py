@@ -121,7 +121,8 @@ def augment(
     """Applies a parameter table to encoded slices and their masks.
 
     Args:
-        image: (batch, 3, height, width) uint8, encoded slices; numpy (CPU) or CuPy (its GPU, on the current stream).
+        image: (batch, 3, height, width) uint8, encoded slices; numpy (CPU) or CuPy (its GPU, on CuPy's
+            current stream there).
         mask: (batch, rows, columns) uint8, uint16 or uint32 on the same device, at native size: it is padded square
             and resized by nearest neighbour as `gpuparse.encode` would (an encoded mask that is square stays as it is).
         params: (batch,) PARAMS_DTYPE, from `sample_params` or made by hand.
@@ -151,9 +152,8 @@ def augment(
     >>> float(batch.image.max()), batch.labels.sum(axis=(2, 3)).tolist()
     (96.5, [[4096, 0]])
     """
-    on_device = kernels.is_device_array(image)
-    _check_array("image", image, 4, ("uint8",), on_device)
-    _check_array("mask", mask, 3, ("uint8", "uint16", "uint32"), on_device)
+    _check_array("image", image, 4, ("uint8",), image)
+    _check_array("mask", mask, 3, ("uint8", "uint16", "uint32"), image)
     num_samples, channels, height, width = image.shape
     if channels != 3 or len(mask) != num_samples:
         raise InputError(
@@ -166,24 +166,24 @@ def augment(
     planes = array_planes(view, num_samples, (view.width * mask.itemsize, mask.itemsize), mask.itemsize)
     blocks = np.arange(num_samples, dtype=np.int64) * (view.height * view.width * mask.itemsize)
     tables = resampling_tables(((view.padded_height, height), (view.padded_width, width)))
-    return finish_batch(
-        kernels.in_words(image, 4),
-        kernels.in_words(mask, mask.itemsize).reshape(-1).view(np.uint8),
-        blocks,
-        planes,
-        tables,
-        params,
-        spec,
-        OutputTypes(image_dtype, labels_dtype),
-        num_threads=num_threads,
-    )
+    with kernels.device_of(image):
+        return finish_batch(
+            kernels.in_words(image, 4),
+            kernels.in_words(mask, mask.itemsize).reshape(-1).view(np.uint8),
+            blocks,
+            planes,
+            tables,
+            params,
+            spec,
+            OutputTypes(image_dtype, labels_dtype),
+            num_threads=num_threads,
+        )
 
 
-def _check_array(name: str, array: Any, rank: int, dtypes: tuple[str, ...], on_device: bool) -> None:
+def _check_array(name: str, array: Any, rank: int, dtypes: tuple[str, ...], image: Any) -> None:
     if not (isinstance(array, np.ndarray) or kernels.is_device_array(array)):
         raise InputError(f"{name} is {type(array).__name__}; expected a numpy or CuPy array.")
-    if kernels.is_device_array(array) != on_device:
-        raise InputError(f"{name} is a {type(array).__module__} array; expected it on the same device as the image.")
+    kernels.check_place(name, array, image)
     if array.ndim != rank or 0 in array.shape[1:]:
         raise InputError(f"{name} has shape {tuple(array.shape)}; expected {rank} axes, none of them empty.")
     if str(array.dtype) not in dtypes:

@@ -64,7 +64,7 @@ def encode(
     """Encodes slices of a volume that is in memory.
 
     Args:
-        image: (z, y, x) uint8, a numpy array (CPU) or a CuPy array (its GPU, on CuPy's current stream).
+        image: (z, y, x) uint8, a numpy array (CPU) or a CuPy array (its GPU, on CuPy's current stream there).
         labels: (z, y, x) uint8, uint16 or uint32 on the same device, or None.
         positions: Slices to encode, from 0 to the axis's length - 1, in any order; None takes all.
         axis: The slice axis: 0 (z), 1 (y) or 2 (x).
@@ -85,10 +85,9 @@ def encode(
     EncodedSlices(image=(2, 3, 64, 64) uint8, mask=(2, 64, 64) uint8)
     """
     height, width = check_size(size)
-    on_device = kernels.is_device_array(image)
-    _check_volume("image", image, ("uint8",), on_device)
+    _check_volume("image", image, ("uint8",), image)
     if labels is not None:
-        _check_volume("labels", labels, ("uint8", "uint16", "uint32"), on_device)
+        _check_volume("labels", labels, ("uint8", "uint16", "uint32"), image)
         if tuple(labels.shape) != tuple(image.shape):
             raise InputError(f"labels have shape {tuple(labels.shape)}; expected the image's, {tuple(image.shape)}.")
     view = view_geometry(image.shape, axis, recipe)
@@ -108,21 +107,21 @@ def encode(
         return planes, np.asarray(slices, np.int64) * strides[view.axis]
 
     triplets = channel_positions(chosen, view.num_slices).reshape(-1)
-    planes, blocks = planes_of(image, triplets)
-    encoded = encode_planes(_bytes_of(image), blocks, planes, tables, (height, width), num_threads)
-    mask = None
-    if labels is not None:
-        planes, blocks = planes_of(labels, chosen)
-        mask = encode_masks(_bytes_of(labels), blocks, planes, tables, (height, width), num_threads)
-        mask = mask.astype(labels.dtype)
-    return EncodedSlices(encoded.reshape(len(chosen), 3, height, width), mask)
+    with kernels.device_of(image):
+        planes, blocks = planes_of(image, triplets)
+        encoded = encode_planes(_bytes_of(image), blocks, planes, tables, (height, width), num_threads)
+        mask = None
+        if labels is not None:
+            planes, blocks = planes_of(labels, chosen)
+            mask = encode_masks(_bytes_of(labels), blocks, planes, tables, (height, width), num_threads)
+            mask = mask.astype(labels.dtype)
+        return EncodedSlices(encoded.reshape(len(chosen), 3, height, width), mask)
 
 
-def _check_volume(name: str, array: Any, dtypes: tuple[str, ...], on_device: bool) -> None:
+def _check_volume(name: str, array: Any, dtypes: tuple[str, ...], image: Any) -> None:
     if not (isinstance(array, np.ndarray) or kernels.is_device_array(array)):
         raise InputError(f"{name} is {type(array).__name__}; expected a numpy or CuPy array (z, y, x).")
-    if kernels.is_device_array(array) != on_device:
-        raise InputError(f"{name} is a {type(array).__module__} array; expected it on the same device as the image.")
+    kernels.check_place(name, array, image)
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(f"{name} has shape {tuple(array.shape)}; expected three axes (z, y, x), none empty.")
     if str(array.dtype) not in dtypes:

@@ -7,6 +7,7 @@ into included headers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gpuparse.errors import KernelError
+from gpuparse.errors import InputError, KernelError
 
 __all__ = [
+    "check_place",
     "cupy_array",
     "cupy_stream",
+    "device_of",
     "host_library",
     "in_words",
     "is_device_array",
@@ -157,6 +160,30 @@ def in_words(array: Any, num_bytes: int) -> Any:
 def is_device_array(array: Any) -> bool:
     """Whether `array` is a CuPy array, decided without importing CuPy."""
     return type(array).__module__.split(".")[0] == "cupy"
+
+
+def check_place(name: str, array: Any, image: Any) -> None:
+    """Refuses an array that does not lie where the image lies that it goes with.
+
+    Args:
+        name: What it is, for the message.
+        array: A numpy or CuPy array.
+        image: Likewise.
+
+    Raises:
+        InputError: One is numpy's and the other CuPy's, or they lie on two GPUs.
+    """
+    if is_device_array(array) != is_device_array(image):
+        raise InputError(f"{name} is a {type(array).__module__} array; expected it on the same device as the image.")
+    if array is not image and is_device_array(array) and array.device != image.device:
+        raise InputError(
+            f"{name} is on GPU {array.device.id}; expected it on the same device as the image, GPU {image.device.id}."
+        )
+
+
+def device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """For a `with` block in which an array's GPU is the current one: elsewhere CuPy puts copies on another."""
+    return array.device if is_device_array(array) else contextlib.nullcontext()
 
 
 def on_device(array: Any) -> Any:
