@@ -24,7 +24,7 @@ from gpuparse.pipeline import dali_cuda_major
 from gpuparse.render import render
 from gpuparse.report import Probes
 
-__all__ = ["DeviceBatch", "DeviceRenderer", "choose_device", "with_index"]
+__all__ = ["DeviceBatch", "DeviceRenderer", "choose_device", "tell_of_first_gpu", "with_index"]
 
 _LOG = logging.getLogger("gpuparse")
 _IMAGE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -102,6 +102,24 @@ def with_index(device: torch.device) -> torch.device:
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def tell_of_first_gpu(device: torch.device, local_rank: int | None) -> None:
+    """Says in the log where a process that is not its machine's first has the first GPU for torch's current one.
+
+    Nothing fails then: the first process's GPU works for the others, and their batches go from there to theirs.
+
+    Args:
+        device: The device that was found by `with_index`.
+        local_rank: The process's number on its machine, None if nobody says.
+    """
+    if device == torch.device("cuda", 0) and local_rank and torch.cuda.device_count() > 1:
+        _LOG.warning(
+            "this is process %d of its machine, and makes its batches on cuda:0, which is torch's current GPU in this "
+            "thread. Call torch.cuda.set_device in the thread that iterates, or give device='cuda:%d'.",
+            local_rank,
+            local_rank,
+        )
 
 
 def _cupy_cuda_major() -> int:

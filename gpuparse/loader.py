@@ -19,14 +19,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.augment import OutputTypes
 from gpuparse.cgroup import num_usable_cpus
-from gpuparse.device import DeviceRenderer, choose_device, with_index
+from gpuparse.device import DeviceRenderer, choose_device, tell_of_first_gpu, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
 from gpuparse.iteration import Iteration, begin
 from gpuparse.order import BlockOrder, MixedOrder, Order, PlainOrder
 from gpuparse.plan import EpochPlan, check_epoch, check_seed
 from gpuparse.production import DeviceMaker, HostMaker, Maker, Supply
-from gpuparse.ranks import count_local_ranks, detect_ranks
+from gpuparse.ranks import count_local_ranks, detect_local_rank, detect_ranks
 from gpuparse.read import ChunkReader
 from gpuparse.report import FailureLog, FailurePolicy, LoaderReport, Probes
 from gpuparse.residency import CacheOptions, Caches
@@ -56,8 +56,9 @@ class DataLoader:
         dataset: A `SliceDataset`, a `torch.utils.data.ConcatDataset` of them, or a `Subset` of either.
         batch_size: Samples per batch on this rank.
         shuffle: Whether the order is permuted, anew in each epoch.
-        device: Where batches are made and left: "cpu", "cuda", "cuda:<n>"; None takes the current CUDA device if there
-            is one and all it needs is installed, else the CPU, and says why in the log, once.
+        device: Where batches are made and left: "cpu", "cuda", "cuda:<n>"; "cuda" is the current CUDA device of the
+            thread that first iterates. None takes that one if all it needs is installed, else the CPU, and says why in
+            the log, once.
         drop_last: Leaves out a last global batch that is short. Without it, that batch is shared out evenly; where it
             does not divide by the world size, fewer than `world_size` samples from the epoch's start come twice.
         seed: Key of the order.
@@ -296,6 +297,8 @@ class DataLoader:
         """What outlives an iteration: made when the first one begins, in the process that iterates."""
         if self._equipment is None:
             device = with_index(self.device)
+            if device != self.device:
+                tell_of_first_gpu(device, detect_local_rank())
             num_local_ranks = count_local_ranks(self._plan.ranks.world_size)
             caches = Caches(self._cache_options, self._flat, device, num_local_ranks)
             size, types = self._flat.size, self._types

@@ -13,7 +13,7 @@ import torch.distributed
 from gpuparse.errors import InputError
 from gpuparse.plan import Ranks
 
-__all__ = ["count_local_ranks", "detect_ranks"]
+__all__ = ["count_local_ranks", "detect_local_rank", "detect_ranks"]
 
 # torchrun and every launcher that follows it; srun. SLURM's variables also stand in jobs that start one process only,
 # such as an interactive shell: there the number of tasks of the *step* is 1.
@@ -51,6 +51,12 @@ def detect_ranks(rank: int | None = None, world_size: int | None = None) -> Rank
                     f"({error}). Give rank and world_size."
                 ) from error
     return Ranks()
+
+
+def detect_local_rank() -> int | None:
+    """This process's number on its machine: LOCAL_RANK (torchrun, Lightning), else SLURM_LOCALID, else None."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    return int(local) if local.isdecimal() else None
 
 
 def count_local_ranks(world_size: int) -> int:

@@ -164,11 +164,11 @@ class Event:
         self._stand_in.log.append(("record", stream.name))
 
     def query(self):
-        assert self._stand_in.current_device() == self._stand_in.device
+        assert self._stand_in.current_device() == self._stand_in.gpu
         return not self._stand_in.is_waited_for
 
     def synchronize(self):
-        assert self._stand_in.current_device() == self._stand_in.device
+        assert self._stand_in.current_device() == self._stand_in.gpu
         self._stand_in.log.append(("synchronize", self._number))
 
 
@@ -184,7 +184,7 @@ class TimedEvent:
         self._milliseconds = next(self._stand_in.milliseconds)
 
     def query(self):
-        assert self._stand_in.current_device() == self._stand_in.device
+        assert self._stand_in.current_device() == self._stand_in.gpu
         return self._stand_in.is_done
 
     def elapsed_time(self, end):
@@ -206,7 +206,7 @@ class StandInTorch:
     def __init__(self, log, device):
         numbers = itertools.count()
         self.log = log
-        self.device = device
+        self.gpu = device
         self.allocated = []
         self.free_bytes = None
         self.milliseconds = itertools.count()
@@ -232,7 +232,7 @@ class StandInTorch:
         return getattr(self._thread, "device", None)
 
     def _home_stream(self, device):
-        assert device == self.device
+        assert device == self.gpu
         return Stream(self.log, "home", HOME_STREAM)
 
     @contextlib.contextmanager
@@ -253,7 +253,7 @@ class StandInTorch:
             self._thread.device = before
 
     def empty(self, shape, *, dtype, device):
-        assert device == self.device
+        assert device == self.gpu
         assert self._thread.stream.name == "home"  # whose memory it is in torch's allocator
         tensor = torch.empty(shape, dtype=dtype)
         if self.free_bytes is not None and tensor.nbytes > self.free_bytes:
@@ -268,7 +268,7 @@ class NoMemoryError(Exception):
 
 
 def standin_cupy(stand_in) -> ModuleType:
-    cupy, number = ModuleType("cupy"), stand_in.device.index
+    cupy, number = ModuleType("cupy"), stand_in.gpu.index
     cupy.asarray = lambda tensor: tensor.numpy()
     cupy.ndarray = lambda shape, dtype, memory: np.frombuffer(memory, dtype).reshape(shape)
 
@@ -296,7 +296,7 @@ class CupyStream:
         self._stand_in = stand_in
 
     def __enter__(self):
-        if self._stand_in.current_device() != self._stand_in.device:  # as CuPy has it
+        if self._stand_in.current_device() != self._stand_in.gpu:  # as CuPy has it
             raise RuntimeError("The device that the stream is created on does not match with the current device")
         self._stand_in.log.append(("launches on", "home"))
 

@@ -251,6 +251,38 @@ def test_another_gpu_than_the_first_is_used_throughout(mixture, expected, monkey
     assert cuda.torch.current_device() is None  # the caller's choice is as it was
 
 
+@pytest.mark.parametrize(
+    ("number", "local_rank", "num_gpus", "is_told"),
+    [
+        (0, "3", 8, True),
+        (0, "0", 8, False),
+        (0, None, 8, False),
+        (0, "3", 1, False),  # the launcher gave each process a GPU of its own
+        (3, "3", 8, False),
+        (1, "3", 8, False),  # somebody has chosen it
+    ],
+)
+def test_a_process_that_has_not_chosen_its_gpu_is_told(
+    mixture, monkeypatch, caplog, number, local_rank, num_gpus, is_told
+):
+    cuda = standin_device.install(monkeypatch, number)
+    cuda.torch.cuda.current_device, cuda.torch.cuda.device_count = lambda: number, lambda: num_gpus
+    monkeypatch.setattr("gpuparse.loader.choose_device", torch.device)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    loader = DataLoader(Subset(mixture, range(7)), device="cuda", batch_size=7, num_threads=1)
+    with caplog.at_level(logging.WARNING, logger="gpuparse"):
+        assert [len(list(loader)) for _ in range(2)] == [1, 1]
+        list(DataLoader(Subset(mixture, range(7)), device=f"cuda:{number}", batch_size=7, num_threads=1))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == is_told  # once for a loader, and never where the device was named
+    if is_told:
+        assert "this is process 3 of its machine, and makes its batches on cuda:0, which is torch's current" in told[0]
+        assert "Call torch.cuda.set_device in the thread that iterates, or give device='cuda:3'." in told[0]
+
+
 @pytest.mark.parametrize("types", [("float16", "int64"), ("bfloat16", "uint8")])
 @pytest.mark.parametrize("all_class_masks", [False, True])
 def test_other_types_are_those_of_the_cpu(sample_stores, cuda, monkeypatch, types, all_class_masks):

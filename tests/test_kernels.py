@@ -91,7 +91,7 @@ def test_there_are_kernels_to_test():
     assert kernel_names("augment_tiles.cu") == ["augment_tiles"]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_kernel_compiles_for_the_gpu(source, architecture):
     cubin = compile_kernel(f'#include "{source}"\n', architecture)

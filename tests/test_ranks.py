@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpuparse.errors import InputError
 from gpuparse.order import BlockOrder, MixedOrder, PlainOrder
 from gpuparse.plan import EpochPlan, Ranks
-from gpuparse.ranks import count_local_ranks, detect_ranks
+from gpuparse.ranks import count_local_ranks, detect_local_rank, detect_ranks
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
@@ -66,6 +66,23 @@ def test_nothing_said_is_one_process(environment):
 def test_ranks_of_this_machine_are_counted_or_all_are_taken(environment, variables, count):
     environment(**variables)
     assert count_local_ranks(8) == count
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, None),
+        (TORCHRUN, 1),
+        ({**SLURM, "SLURM_LOCALID": "7"}, 7),
+        ({**SLURM, **TORCHRUN}, 1),  # torchrun in a task of SLURM's
+        ({"LOCAL_RANK": "0", "SLURM_LOCALID": "3"}, 0),
+        ({"LOCAL_RANK": "-1"}, None),  # DeepSpeed and others, where nothing was launched
+        ({"LOCAL_RANK": ""}, None),
+    ],
+)
+def test_a_process_has_its_number_on_its_machine_from_the_launcher(environment, variables, number):
+    environment(**variables)
+    assert detect_local_rank() == number
 
 
 def test_the_launchers_environment_gives_the_global_rank(environment):

@@ -231,7 +231,8 @@ def _arrays_on(device: str) -> Iterator[Any]:
     index = torch.device(device).index
     index = torch.cuda.current_device() if index is None else index
     stream = torch.cuda.current_stream(index).cuda_stream
-    with cupy.cuda.Device(index), kernels.cupy_stream(stream, index):
+    # In torch's block: leaving CuPy's alone would make a context on the GPU that was current before.
+    with torch.cuda.device(index), cupy.cuda.Device(index), kernels.cupy_stream(stream, index):
         yield cupy
 
 
