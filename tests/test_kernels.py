@@ -91,13 +91,31 @@ def test_there_are_kernels_to_test():
     assert kernel_names("augment_tiles.cu") == ["augment_tiles"]
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_120"])
+def newest_architecture() -> str:
+    """The last that this compiler knows."""
+    count = ctypes.c_int()
+    assert nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)) == 0
+    numbers = (ctypes.c_int * count.value)()
+    assert nvrtc().nvrtcGetSupportedArchs(numbers) == 0
+    return f"sm_{max(numbers)}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "newest"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_kernel_compiles_for_the_gpu(source, architecture):
+    architecture = newest_architecture() if architecture == "newest" else architecture
     cubin = compile_kernel(f'#include "{source}"\n', architecture)
     assert cubin[:4] == b"\x7fELF"
     for name in kernel_names(source):
         assert f".text.{name}\0".encode() in cubin
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_take_no_more_shared_memory_than_any_gpu_has(source):
+    ptx = compile_kernel(f'#include "{source}"\n', "compute_80").decode()
+    shared = [int(number) for number in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", ptx)]
+    assert (sum(shared) > 0) == ("GP_BLOCK_KERNEL" in (kernels.kernel_sources() / source).read_text())
+    assert sum(shared) <= 48 << 10  # of what need not be asked for when a kernel is launched
 
 
 @pytest.mark.parametrize("fused", ["--fmad=false", "--fmad=true"])  # the sources name every rounding themselves
