@@ -128,9 +128,12 @@ def _cupy_cuda_major() -> int:
 
         return int(cupy.cuda.runtime.runtimeGetVersion()) // 1000
     except Exception as error:  # a loader's OSError and CuPy's own classes mean the same here
+        remedy = "Install it with `pip install gpuparse[cuda12]` (or [cuda13])."
+        if isinstance(error, OSError) and error.filename is not None:  # where CuPy 14 makes its folder, when imported
+            remedy = "Let CUPY_CACHE_DIR name a folder that can be written, in which CuPy keeps compiled kernels."
         raise MissingDependencyError(
             f"gpuparse.DataLoader needs CuPy on a CUDA device, which cannot be used ({type(error).__name__}: {error}). "
-            "Install it with `pip install gpuparse[cuda12]` (or [cuda13])."
+            f"{remedy}"
         ) from error
 
 

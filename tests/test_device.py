@@ -67,6 +67,13 @@ def broken_cupy(monkeypatch, machine):
     machine.cuda.runtime.runtimeGetVersion = fail
 
 
+def read_only_home(monkeypatch, machine):
+    def fail():
+        raise PermissionError(13, "Permission denied", "/home/u/.cupy")
+
+    machine.cuda.runtime.runtimeGetVersion = fail
+
+
 def no_dali(monkeypatch, machine):
     monkeypatch.undo()
     monkeypatch.setattr("torch.version.cuda", "12.9")
@@ -111,7 +118,12 @@ OBSTACLES = [
     (
         broken_cupy,
         MissingDependencyError,
-        r"needs CuPy on a CUDA device, which cannot be used \(OSError: libcudart\.so\.12: cannot open",
+        r"needs CuPy on a CUDA device, which cannot be used \(OSError: libcudart\.so\.12: cannot open.*pip install gpu",
+    ),
+    (
+        read_only_home,
+        MissingDependencyError,
+        r"\(PermissionError: .* Permission denied: '/home/u/\.cupy'\)\. Let CUPY_CACHE_DIR name a folder that can be",
     ),
     (
         lambda patch, machine: setattr(machine.cuda.runtime, "runtimeGetVersion", lambda: 13000),
