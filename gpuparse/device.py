@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,13 +233,15 @@ class DeviceRenderer:
         """Device memory that it holds between batches."""
         return sum(t.nbytes for t in (self._encoded, self._slab) if t is not None)
 
-    def render(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, turn: Turn) -> DeviceBatch:
+    def render(
+        self, packed: PackedBatch, buffer: Any, inflated: Sequence[Any], probes: Probes, turn: Turn
+    ) -> DeviceBatch:
         """Launches a batch on the renderer's stream and returns without waiting.
 
         Args:
             packed: The batch.
-            buffer: (n,) uint8 CuPy, the copy of its buffer, ready on that stream.
-            inflated: (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart, likewise.
+            buffer: (n,) uint8 CuPy, the copy of its buffer, where it comes in parts of the first; ready on that stream.
+            inflated: Of each part (m,) uint8 CuPy, its decoded blocks, `slot_bytes` apart, likewise.
             probes: Where to book the times, the host's and the device's.
             turn: This batch on `clock`, begun before its buffer was asked for.
 
@@ -277,13 +280,26 @@ class DeviceRenderer:
         )
 
     def _launch(
-        self, packed: PackedBatch, buffer: Any, inflated: Any, encoded: torch.Tensor, out: AugmentedBatch, turn: Turn
+        self,
+        packed: PackedBatch,
+        buffer: Any,
+        inflated: Sequence[Any],
+        encoded: torch.Tensor,
+        out: AugmentedBatch,
+        turn: Turn,
     ) -> None:
-        arena = inflated
-        if packed.in_slab and self._slab is not None:
-            arena = _cupy_view(self._slab, np.uint8, self._device)
+        arena = inflated[0]
+        memory = self._slab if packed.in_slab else None
+        if len(inflated) > 1 and memory is None:  # freed on return, for what comes behind on the same stream
+            memory = torch.empty(packed.arena_bytes, dtype=torch.uint8, device=self._device)
+        if memory is not None:
+            arena = _cupy_view(memory, np.uint8, self._device)
+            compressed, first = packed.tables(buffer).compressed, 0
             with turn.stage("place"):
-                place_blocks(inflated, packed.tables(buffer).compressed, packed.slot_bytes, arena)
+                for part in inflated:
+                    blocks = compressed[first : first + len(part) // packed.slot_bytes]
+                    place_blocks(part, blocks, packed.slot_bytes, arena)
+                    first += len(blocks)
         # CuPy knows no bfloat16; to the kernel these are 16 bits each.
         image_type, label_type = self._types.arrays
         arrays = AugmentedBatch(

@@ -1,10 +1,10 @@
 """The DALI graph: packed batches go in, rendered batches come out. The only module that imports DALI.
 
 On a GPU: `external_source` (a batch in one buffer) -> one copy -> `decoders.inflate` (all blocks of the batch in one
-call); the kernels are launched behind the pipeline, on its outputs, by the thread that takes the batch. On the CPU
-`external_source` -> one Python operator that decodes and runs the kernels' CPU build in DALI's thread. Both write
-straight into the torch tensors of their batch: DALI would copy what an operator returns (ARCHITECTURE.md has the
-figures).
+call; a batch of more than it takes goes through in parts); the kernels are launched behind the pipeline, on its
+outputs, by the thread that takes the batch. On the CPU `external_source` -> one Python operator that decodes and runs
+the kernels' CPU build in DALI's thread. Both write straight into the torch tensors of their batch: DALI would copy what
+an operator returns (ARCHITECTURE.md has the figures).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["BatchPipeline", "PipelineOptions"]
 
 
 # A call of DALI's inflate has a grid with one block of threads in z for each of its blocks (2.1 to 2.4), and CUDA takes
-# no more of these.
+# no more of these. What is more goes through the graph in further parts.
 MOST_BLOCKS = 65535
 # Whose code runs inside DALI's call, but for signal handlers.
 _OWN_MODULES = {"gpuparse", "nvidia", "numpy", "torch", "cupy", *sys.stdlib_module_names}
@@ -53,11 +53,12 @@ class PipelineOptions:
 
 
 class _Given(NamedTuple):
-    """A batch that DALI has been given, None where there is none, and what it reads in place."""
+    """A batch that DALI has been given, None where there is none, or a part of one, and what it reads in place."""
 
     step: int
     packed: PackedBatch | None
     arrays: tuple[npt.NDArray[Any], ...]
+    is_last: bool = True
 
 
 class BatchPipeline:
@@ -68,10 +69,11 @@ class BatchPipeline:
 
     Args:
         fetch: Step -> the packed batch. Called in the reading thread.
-        render: (step, batch, buffer, arena): makes the batch, in the order of the steps. On the CPU it is called in
-            DALI's thread, the buffer is the batch's own and the arena None. On a GPU `run` calls it; the buffer and the
-            inflated blocks are CuPy arrays, ready on the stream that `run` was given. It launches and returns an event,
-            and they stay valid until that has happened.
+        render: (step, batch, buffer, inflated): makes the batch, in the order of the steps. On the CPU it is called in
+            DALI's thread, the buffer is the batch's own and `inflated` empty. On a GPU `run` calls it; the buffer (of a
+            batch in parts the first's, with all tables) and the inflated blocks of each part are CuPy arrays, ready on
+            the stream that `run` was given. It launches and returns an event, and they stay valid until that has
+            happened.
         options: Length, depth, device.
 
     Raises:
@@ -96,8 +98,11 @@ class BatchPipeline:
         # What DALI has been given and not yet rendered, in order; it works off its input in that order.
         # With it go the arrays that DALI reads where they are, for as long as it may.
         self._given: deque[_Given] = deque()
+        # On a GPU: parts of a batch that DALI has not asked for, and how many more than one batches had so far.
+        self._parts: deque[_Given] = deque()
+        self._num_extra_parts = 0
         # Of batches on a GPU that are launched and perhaps not done: what their kernels read, and when they are.
-        self._launched: deque[tuple[_Given, Any, Any]] = deque()
+        self._launched: deque[tuple[list[_Given], Any, Any]] = deque()
         self._num_rendered = 0
         self._num_taken = 0
         self._reading = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="gpuparse-fetch")
@@ -117,7 +122,7 @@ class BatchPipeline:
     def num_ready(self) -> int:
         """Batches not yet taken that are rendered; on a GPU, that are read, of which DALI has some."""
         if self._options.device_index is not None:
-            num_given = sum(given.step < self._options.num_steps for given in self._given)
+            num_given = sum(given.is_last and given.step < self._options.num_steps for given in self._given)
             return num_given + sum(future.done() for future in self._ahead.values())
         return max(0, self._num_rendered - self._num_taken)
 
@@ -134,8 +139,23 @@ class BatchPipeline:
         """
         _refuse_after_fork()
         step = self._num_taken
+        outputs = [self._run_dali(stream)]
+        given = [self._given.popleft()] if self._options.device_index is not None else []
+        while given and not given[-1].is_last:
+            outputs.append(self._run_dali(stream))
+            given.append(self._given.popleft())
+        self._num_taken += 1
+        failure = self._failures.pop(step, None)
+        if failure is not None:
+            raise failure
+        if given:
+            self._launch(given, outputs)
+        return step
+
+    def _run_dali(self, stream: int | None) -> Any:
+        """The outputs of DALI's graph for what it was given next."""
         try:
-            outputs = self._pipeline.run(stream) if stream is not None else self._pipeline.run()
+            return self._pipeline.run(stream) if stream is not None else self._pipeline.run()
         except GpuparseError:
             raise
         except BaseException as error:
@@ -143,19 +163,12 @@ class BatchPipeline:
             error = error.with_traceback(None)  # its frames would keep the pipeline alive after close
             if is_passed_on:
                 raise error
-            failure = self._failures.pop(step, None)
+            failure = self._failures.pop(self._num_taken, None)
             raise failure or PipelineError(
-                f"DALI failed at batch {step} of this iteration: {error} If the device is out of memory, lower "
-                "batch_size, prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same batches."
+                f"DALI failed at batch {self._num_taken} of this iteration: {error} If the device is out of memory, "
+                "lower batch_size, prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same "
+                "batches."
             ) from error
-        self._num_taken += 1
-        given = self._given.popleft() if self._options.device_index is not None else None
-        failure = self._failures.pop(step, None)
-        if failure is not None:
-            raise failure
-        if given is not None:
-            self._launch(given, *outputs)
-        return step
 
     @property
     def is_inherited(self) -> bool:
@@ -190,6 +203,7 @@ class BatchPipeline:
     def _forget(self) -> None:
         """Lets go of everything: DALI's graph is a circle that holds this object until garbage is collected."""
         self._given.clear()
+        self._parts.clear()
         self._ahead.clear()
         self._failures.clear()
         del self._fetch, self._render
@@ -217,21 +231,26 @@ class BatchPipeline:
 
     def _host_source(self, step: int) -> list[npt.NDArray[np.uint8]]:
         packed = self._next(step)
-        self._given.append(_Given(step, packed, ()))
-        return [SPARE_BLOCK if packed is None else packed.buffer]
+        buffer = SPARE_BLOCK if packed is None else packed.buffer
+        self._given.append(_Given(step, packed, (buffer,)))
+        return [buffer]
 
-    def _device_source(self, step: int) -> list[list[npt.NDArray[Any]]]:
-        packed = self._next(step)
-        arrays = inflate_inputs(packed)
-        self._given.append(_Given(step, packed, arrays))
-        return [[array] for array in arrays]
+    def _device_source(self, iteration: int) -> list[list[npt.NDArray[Any]]]:
+        if not self._parts:
+            step = iteration - self._num_extra_parts
+            packed = self._next(step)
+            parts = inflate_inputs(packed)
+            self._parts.extend([_Given(step, packed, arrays, arrays is parts[-1]) for arrays in parts])
+            self._num_extra_parts += len(parts) - 1
+        self._given.append(given := self._parts.popleft())
+        return [[array] for array in given.arrays]
 
     def _next(self, step: int) -> PackedBatch | None:
         """The batch of one step, None where there is none. Runs in the thread that calls `run`, so it only waits."""
         for ahead in range(step, min(step + self._options.prefetch_depth + 1, self._options.num_steps)):
             if ahead not in self._ahead:
                 try:
-                    self._ahead[ahead] = self._reading.submit(self._read, ahead)
+                    self._ahead[ahead] = self._reading.submit(self._fetch, ahead)
                 except RuntimeError as error:  # the interpreter ends its pools with the main thread
                     self._ahead[ahead] = concurrent.futures.Future()
                     self._ahead[ahead].set_exception(
@@ -254,30 +273,21 @@ class BatchPipeline:
                 self._failures[step] = failure
         return packed
 
-    def _read(self, step: int) -> PackedBatch:
-        """A batch that DALI can decode. Runs in the reading thread."""
-        packed = self._fetch(step)
-        if self._options.device_index is not None and len(packed.compressed) > MOST_BLOCKS:
-            raise InputError(
-                f"a batch of {packed.num_samples} samples has {len(packed.compressed)} blocks to decode; on a GPU DALI "
-                f"takes {MOST_BLOCKS} at once. Lower batch_size."
-            )
-        return packed
-
     def _render_on_host(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         given = self._given.popleft()
         if not self._closed:
             try:
-                self._render_given(given, buffer, None)
+                self._render_given(given, buffer, ())
             except BaseException as error:
                 self._failures[given.step] = error
         self._num_rendered += given.step < self._options.num_steps  # behind the last batch DALI runs on with nothing
         return np.zeros(1, np.uint8)
 
-    def _launch(self, given: _Given, *outputs: Any) -> None:
+    def _launch(self, given: list[_Given], outputs: list[Any]) -> None:
         """Renders a batch from what DALI has handed out, its copy and its blocks; keeps these as long as needed."""
-        buffer, arena = (_bytes_on_device(output[0]) for output in outputs)
-        self._launched.append((given, outputs, self._render_given(given, buffer, arena)))
+        buffer = _bytes_on_device(outputs[0][0][0])
+        inflated = tuple(_bytes_on_device(blocks[0]) for _, blocks in outputs)
+        self._launched.append((given, outputs, self._render_given(given[0], buffer, inflated)))
         if len(self._launched) > self._options.prefetch_depth:
             self._end_oldest()
 
@@ -286,12 +296,13 @@ class BatchPipeline:
         if event is not None:
             event.synchronize()
 
-    def _render_given(self, given: _Given, buffer: Any, arena: Any) -> Any:
+    def _render_given(self, given: _Given, buffer: Any, inflated: tuple[Any, ...]) -> Any:
         if given.packed is None:
             return None
-        if buffer.nbytes != given.packed.buffer.nbytes:
-            raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {given.packed.buffer.nbytes}")
-        return self._render(given.step, given.packed, buffer, arena)
+        num_bytes = given.arrays[0].nbytes
+        if buffer.nbytes != num_bytes:
+            raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {num_bytes}")
+        return self._render(given.step, given.packed, buffer, inflated)
 
 
 def _is_of_a_handler(error: Exception) -> bool:
@@ -308,19 +319,25 @@ def _bytes_on_device(tensor: Any) -> Any:
     return cupy_array(tensor.data_ptr(), (math.prod(tensor.shape()),), np.uint8, tensor, tensor.device_id())
 
 
-def inflate_inputs(packed: PackedBatch | None) -> tuple[npt.NDArray[Any], ...]:
+def inflate_inputs(packed: PackedBatch | None) -> list[tuple[npt.NDArray[Any], ...]]:
     """What DALI's inflate is told of a batch: its buffer; offsets, sizes and the decoded length of its blocks.
 
-    Inflate wants at least one block: where a batch brings none, and where there is no batch, it gets a spare one.
+    A batch of more than MOST_BLOCKS comes in parts, whose buffers are consecutive pieces of its own; the first has the
+    tables. Inflate wants at least one block: where a batch brings none, and where there is no batch, it gets a spare.
     """
-    if packed is not None and len(packed.compressed):
-        offsets, sizes = packed.compressed["data_offset"], packed.compressed["num_bytes"]
-        slot_bytes = packed.slot_bytes
-    else:
-        offsets = np.array([packed.sections["spare"].offset if packed is not None else 0])
-        sizes, slot_bytes = np.array([SPARE_BLOCK_BYTES]), SPARE_DECODED_BYTES
-    buffer = SPARE_BLOCK if packed is None else packed.buffer
-    return buffer, offsets.astype(np.int32), sizes.astype(np.int32), np.array([slot_bytes], np.int32)
+    if packed is None or not len(packed.compressed):
+        buffer, spare = (SPARE_BLOCK, 0) if packed is None else (packed.buffer, packed.sections["spare"].offset)
+        return [(buffer, *(np.array([n], np.int32) for n in (spare, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES)))]
+    slot, start = np.array([packed.slot_bytes], np.int32), 0
+    parts: list[tuple[npt.NDArray[Any], ...]] = []
+    for first in range(0, len(packed.compressed), MOST_BLOCKS):
+        blocks = packed.compressed[first : first + MOST_BLOCKS]
+        following = packed.compressed["data_offset"][first + MOST_BLOCKS : first + MOST_BLOCKS + 1].tolist()
+        buffer = packed.buffer[start : following[0]] if following else packed.buffer[start:]
+        offsets, sizes = (blocks["data_offset"] - start).astype(np.int32), blocks["num_bytes"].astype(np.int32)
+        parts.append((buffer, offsets, sizes, slot))
+        start += len(buffer)
+    return parts
 
 
 _dali_process: int | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -55,7 +55,9 @@ class Maker(Protocol):
     def begin(self) -> Any:
         """Notes that a batch is asked for; what it returns goes to `make`, where that runs in the same thread."""
 
-    def make(self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: Any) -> tuple[Any, Any]:
+    def make(
+        self, packed: PackedBatch, buffer: Any, inflated: Sequence[Any], probes: Probes, begun: Any
+    ) -> tuple[Any, Any]:
         """The batch, perhaps still under way; and an event after which its buffer is free, None for at once."""
 
     def tensors(self, made: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +108,7 @@ class HostMaker:
         """Nothing: what is made takes the host's time, which is booked where it is made."""
 
     def make(
-        self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: None
+        self, packed: PackedBatch, buffer: Any, inflated: Sequence[Any], probes: Probes, begun: None
     ) -> tuple[AugmentedBatch, None]:
         """Decodes, encodes and augments; done when it returns."""
         image_shape, labels_shape = packed.shapes(self._size)
@@ -159,7 +161,7 @@ class DeviceMaker:
         return self._renderer.clock.begin()
 
     def make(
-        self, packed: PackedBatch, buffer: Any, inflated: Any, probes: Probes, begun: Turn
+        self, packed: PackedBatch, buffer: Any, inflated: Sequence[Any], probes: Probes, begun: Turn
     ) -> tuple[DeviceBatch, Any]:
         """Launches and returns at once; the buffer is free when the batch is ready."""
         made = self._renderer.render(packed, buffer, inflated, probes, begun)
@@ -360,7 +362,7 @@ def produce(
         work[step] = _Work(samples, slot)
         return packed
 
-    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
+    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Sequence[Any]) -> Any:
         mine, event = work[step], None
         try:
             mine.made, event = maker.make(packed, buffer, inflated, probes, begun)

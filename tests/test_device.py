@@ -428,32 +428,25 @@ def test_an_exhausted_device_reaches_the_loop(mixture, cuda):
     assert len(list(loader)) == len(loader)  # the loader can be used again
 
 
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_more_blocks_than_dali_takes_are_refused_in_place_of_their_batch(mixture, cuda, monkeypatch, on_error):
-    def loader():
-        return DataLoader(mixture, device="cuda", cache="device", cache_gib=1, on_error=on_error, **OPTIONS)
+@pytest.mark.parametrize("prefetch_depth", [1, 3])
+@pytest.mark.parametrize("most", [1, 3, 20])
+@pytest.mark.parametrize("cache", [{}, {"cache": "device", "cache_gib": 0.0018}, {"cache": "device", "cache_gib": 1}])
+def test_batches_of_more_blocks_than_dali_takes_are_those_of_the_cpu(
+    mixture, expected, cuda, monkeypatch, cache, most, prefetch_depth
+):
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", most)
+    loader = DataLoader(mixture, device="cuda", prefetch_depth=prefetch_depth, **cache, **OPTIONS)
+    assert [same(list(loader), epoch) for epoch in expected] == [True, True]
+    assert sum(pipeline._num_fed for pipeline in cuda.dali.pipelines) > 2 * (len(loader) + prefetch_depth)
+    assert loader.report().num_batches == 2 * len(loader)
 
-    sizes, original = [], gpuparse.production.pack
 
-    def pack(*arguments, **options):
-        packed = original(*arguments, **options)
-        sizes.append(len(packed.compressed))
-        return packed
-
-    monkeypatch.setattr("gpuparse.production.pack", pack)
-    cold = list(loader())
-    largest = max(sizes)
-    step = sizes.index(largest)
-    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", largest)
-    assert same(list(loader()), cold)  # as many as it takes
-    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", largest - 1)
-    refusing = loader()
-    batches = iter(refusing)
-    assert same([next(batches) for _ in range(step)], cold[:step])
-    message = rf"a batch of 7 samples has {largest} blocks to decode; on a GPU DALI takes {largest - 1} at once\. Lower"
-    with pytest.raises(InputError, match=message):
-        next(batches)
-    assert refusing.report().cache.num_chunks == 0  # nothing is thought to be there that was not decoded
+def test_a_failure_in_a_later_part_reaches_the_loop(mixture, cuda, monkeypatch, threads_left):
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", 3)
+    cuda.dali.fail_at = 1
+    with pytest.raises(PipelineError, match=r"DALI failed at batch 0 of this iteration: .*made to fail"):
+        list(DataLoader(mixture, device="cuda", **OPTIONS))
+    assert not threads_left()
 
 
 def test_the_limit_of_blocks_is_that_of_cudas_grids():

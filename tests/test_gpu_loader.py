@@ -357,7 +357,8 @@ def test_dalis_inflate_decodes_every_kind_of_block(make, name):
     seen = []
 
     def render(step, packed, buffer, inflated):
-        seen.append((step, cupy.asnumpy(buffer), cupy.asnumpy(inflated)))
+        (blocks,) = inflated
+        seen.append((step, cupy.asnumpy(buffer), cupy.asnumpy(blocks)))
 
     pipeline = BatchPipeline(lambda step: batches[step], render, PipelineOptions(len(batches), 2, 0))
     assert [pipeline.run() for _ in batches] == [0, 1, 2]

@@ -17,7 +17,6 @@ from torch.utils.data import Subset
 
 import gpuparse
 from gpuparse import DataLoader, SliceDataset
-from gpuparse.errors import InputError
 from gpuparse.evaluation.prepare import PreparedVolume
 
 pytestmark = pytest.mark.gpu
@@ -174,9 +173,21 @@ def deep(tmp_path_factory):
     return SliceDataset(gpuparse.convert(folder).datasets[0].store_path, img_size=(16, 16), num_prompts=1)
 
 
-def test_as_many_blocks_as_dali_takes(deep):
-    most = Subset(deep, range(32_767))  # 32 768 slices of the image and 32 767 of labels
-    (batch,), (wanted,) = (list(DataLoader(most, batch_size=len(most), device=device)) for device in ("cuda", "cpu"))
+@pytest.mark.parametrize("num_samples", [32_767, 32_768])
+def test_batches_of_as_many_blocks_as_dali_takes_and_of_more(deep, num_samples):
+    """Of the image a block more than samples, of the labels as many: 65 535 in one call, 65 537 in two."""
+    chosen = Subset(deep, range(num_samples))
+    (batch,), (wanted,) = (
+        list(DataLoader(chosen, batch_size=num_samples, device=device)) for device in ("cuda", "cpu")
+    )
     assert same(on_host(batch), wanted)
-    with pytest.raises(InputError, match=r"a batch of 32768 samples has 65537 blocks to decode; on a GPU DALI takes"):
-        list(DataLoader(Subset(deep, range(32_768)), batch_size=32_768, device="cuda"))
+
+
+def test_batches_in_parts_are_the_cpus(ct, monkeypatch):
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", 5)
+    options = {"batch_size": 8, "shuffle": True}
+    for cache in ({}, {"cache": "device", "cache_gib": 0.25}):
+        for batch, wanted in zip(
+            DataLoader(ct, device="cuda", **cache, **options), DataLoader(ct, device="cpu", **options), strict=True
+        ):
+            assert same(on_host(batch), wanted)

@@ -172,12 +172,29 @@ def test_inflate_is_told_of_every_block(mixed_store):
     case = [c.name for c in mixed_store.cases].index("pair")
     keys = [SliceKey(mixed_store, case, 0, 0)]
     packed = pack(ChunkReader(), keys, params_of(keys), labels_of(keys), SIZE, TYPES)
-    buffer, offsets, sizes, slot = inflate_inputs(packed)
-    assert buffer is packed.buffer
+    ((buffer, offsets, sizes, slot),) = inflate_inputs(packed)
+    assert buffer.ctypes.data == packed.buffer.ctypes.data
+    assert len(buffer) == len(packed.buffer)
     assert [array.dtype for array in (offsets, sizes, slot)] == [np.int32] * 3
     arena = np.zeros(packed.arena_bytes, np.uint8)
     inflate_on_host(packed.buffer, packed.compressed, arena, 1)
     np.testing.assert_array_equal(inflate_as_dali(buffer, offsets, sizes, slot).reshape(-1), arena)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 1000])
+def test_more_blocks_than_inflate_takes_come_in_parts(mixed_store, monkeypatch, most):
+    keys = [SliceKey(mixed_store, case, 0, 0) for case in range(len(mixed_store.cases))]
+    packed = pack(ChunkReader(), keys, params_of(keys), labels_of(keys), SIZE, TYPES)
+    assert len(packed.compressed) > 5
+    monkeypatch.setattr("gpuparse.pipeline.MOST_BLOCKS", most)
+    parts = inflate_inputs(packed)
+    assert len(parts) == -(-len(packed.compressed) // most)
+    np.testing.assert_array_equal(np.concatenate([buffer for buffer, *_ in parts]), packed.buffer)  # each byte once
+    assert all((part.offset + part.num_bytes) <= len(parts[0][0]) for part in packed.sections.values())
+    assert all(array.dtype == np.int32 for _, *arrays in parts for array in arrays)
+    arena = np.zeros(packed.arena_bytes, np.uint8)
+    inflate_on_host(packed.buffer, packed.compressed, arena, 1)
+    np.testing.assert_array_equal(np.concatenate([inflate_as_dali(*part).reshape(-1) for part in parts]), arena)
 
 
 def test_inflate_gets_a_spare_block_where_there_is_none(mixed_store):
@@ -186,7 +203,7 @@ def test_inflate_gets_a_spare_block_where_there_is_none(mixed_store):
     empty = pack(ChunkReader(), keys, params_of(keys), labels_of(keys), SIZE, TYPES)
     assert (len(empty.compressed), empty.arena_bytes) == (0, 0)
     for packed in (empty, None):
-        buffer, offsets, sizes, slot = inflate_inputs(packed)
+        ((buffer, offsets, sizes, slot),) = inflate_inputs(packed)
         assert buffer is (SPARE_BLOCK if packed is None else empty.buffer)
         assert (len(offsets), sizes.tolist(), slot.tolist()) == (1, [18], [16])
         assert inflate_as_dali(buffer, offsets, sizes, slot).reshape(-1).tolist() == [0] * 16

@@ -29,8 +29,8 @@ def test_batches_come_in_order_with_their_own_buffers(prefetch_depth, threads_le
         fetched.append(step)
         return packed(step)
 
-    def render(step, batch, buffer, arena):
-        assert arena is None
+    def render(step, batch, buffer, inflated):
+        assert inflated == ()
         assert buffer.tobytes() == batch.buffer.tobytes() == packed(step).buffer.tobytes()
         rendered.append(step)
 
@@ -117,7 +117,7 @@ def test_a_buffer_of_another_batch_is_noticed():
     given = pipeline._given
     original = given.popleft
     pipeline._given = SimpleNamespace(
-        append=given.append, clear=given.clear, popleft=lambda: original()._replace(packed=packed(3))
+        append=given.append, clear=given.clear, popleft=lambda: original()._replace(arrays=(packed(3).buffer,))
     )
     with pytest.raises(RuntimeError, match="DALI brought 20 bytes for a batch of 23"):
         pipeline.run()

@@ -6,7 +6,7 @@ import importlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ class _DaliInflate:
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
 
-        lists = [inflate_inputs(packed)[1:] for packed in batches]
+        lists = [inflate_inputs(packed)[0][1:] for packed in batches]
         self._pipeline = Pipeline(
             batch_size=1, num_threads=1, device_id=settings.device.index, prefetch_queue_depth=_DEPTH, exec_dynamic=True
         )
@@ -238,7 +238,7 @@ def _behind(
     made: dict[int, Any] = {}
     probes = Probes()
 
-    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Any) -> Any:
+    def render(step: int, packed: PackedBatch, buffer: Any, inflated: Sequence[Any]) -> Any:
         made[step] = renderer.render(packed, buffer, inflated, probes, renderer.clock.begin())
         return made[step].ready
 
@@ -259,7 +259,7 @@ def _inside(
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    inputs = [inflate_inputs(packed) for packed in batches]
+    inputs = [inflate_inputs(packed)[0] for packed in batches]
     home = torch.cuda.ExternalStream(renderer.stream_handle, device=settings.device)
     made: deque[Any] = deque()
     numbers = itertools.count()
@@ -269,7 +269,7 @@ def _inside(
         stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=settings.device)
         home.wait_stream(stream)
         packed = batches[next(numbers) % len(batches)]
-        made.append(renderer.render(packed, buffers[0], arenas[0].reshape(-1), probes, renderer.clock.begin()))
+        made.append(renderer.render(packed, buffers[0], [arenas[0].reshape(-1)], probes, renderer.clock.begin()))
         made[-1].ready.hold(stream)
         return [buffers[0][:4]]  # DALI copies what an operator returns
 
