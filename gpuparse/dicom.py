@@ -23,7 +23,15 @@ from gpuparse.nifti import nifti_stem
 from gpuparse.optional import import_optional
 from gpuparse.scan import Scan
 
-__all__ = ["DicomFolder", "look_into", "read_segmentation", "read_series", "segment_names", "series_bytes"]
+__all__ = [
+    "DicomFolder",
+    "look_into",
+    "no_series",
+    "read_segmentation",
+    "read_series",
+    "segment_names",
+    "series_bytes",
+]
 
 _SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
@@ -100,7 +108,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
             ):  # reports and other objects are passed over
                 raise _damaged(path, ValueError("its header ends too early"))
     if not series:
-        raise VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
+        raise no_series(folder)
     chosen = list(series)
     for choice in (placed, set(segmentations.values())):  # screen shots have no place
         if len(chosen) > 1:
@@ -119,6 +127,11 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
             "out, or name the labels with --label-glob."
         )
     return DicomFolder(tuple(series[uid]), notes[uid][0], labels[0] if with_labels and labels else None)
+
+
+def no_series(folder: Path) -> VolumeFormatError:
+    """What is wrong with a case's folder that holds no DICOM image."""
+    return VolumeFormatError(f"{folder}: no DICOM images in it. Name a folder with one series, or leave it out.")
 
 
 def series_bytes(files: Sequence[Path]) -> int:

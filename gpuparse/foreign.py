@@ -7,12 +7,19 @@ files needs the extra `formats`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpuparse.arguments import check_instance
-from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
+from gpuparse.dicom import (
+    look_into,
+    no_series,
+    read_segmentation,
+    read_series,
+    segment_names,
+    series_bytes,
+)
 from gpuparse.errors import GpuparseError, InputError, VolumeFormatError
 from gpuparse.intensity import CT_WINDOWS, Window, parse_window
 from gpuparse.listing import files_below, is_folder, subfolders
@@ -218,7 +225,7 @@ def find_folders(
 
 def find_files(folder: Path, wanted: ForeignFormat, split: str = "train") -> list[tuple[Path, ...]]:
     """The files of each case of a dataset, as `find_cases` finds them; none is opened."""
-    return [files for _, files in _with_files(find_pairs(folder, wanted.layout, split))]
+    return [files for _, files in _with_files(find_pairs(folder, wanted.layout, split), wanted.layout)]
 
 
 def find_cases(
@@ -240,7 +247,7 @@ def find_cases(
     orientation = check_orientation(wanted.orientation)
     window = None if wanted.window is None else parse_window(wanted.window)
     layout = wanted.layout
-    pairs = dict(_with_files(find_pairs(folder, layout, split)))
+    pairs = dict(_with_files(find_pairs(folder, layout, split), layout))
     facts = read_dataset_json(folder)
     names = class_names(facts, f"{folder}/dataset.json")
     modality = _channel_name(facts, layout.channel)
@@ -265,23 +272,30 @@ def find_cases(
     return ForeignDataset(cases, propose_prompts(names, modality) if names else None)
 
 
-def _with_files(pairs: Sequence[Pair]) -> list[tuple[Pair, tuple[Path, ...]]]:
-    """Pairs and what they are read from. One whose folder cannot be read is replaced by one that says so."""
+def _with_files(pairs: Sequence[Pair], layout: FolderLayout) -> list[tuple[Pair, tuple[Path, ...]]]:
+    """Pairs and what they are read from. One whose folder holds no series, or cannot be read, is made to say so."""
     found: list[tuple[Pair, tuple[Path, ...]]] = []
     for pair in pairs:
         try:
-            found.append((pair, _files(pair)))
+            if layout.format == "dicom" and pair.problem is None and is_folder(pair.image):
+                found.append(_with_series(pair))
+            else:
+                found.append((pair, _distinct([pair.image], pair.labels)))
         except OSError as error:
             found.append((unreadable_pair(pair.name, pair.image, error), (pair.image,)))
     return found
 
 
-def _files(pair: Pair) -> tuple[Path, ...]:
-    """What a case is read from, the image first; of a folder, every file in it."""
-    images = [pair.image]
-    if pair.problem is None and is_folder(pair.image):
-        images = files_below(pair.image) or images
-    return tuple(dict.fromkeys([*images, *([] if pair.labels is None else [pair.labels])]))
+def _with_series(pair: Pair) -> tuple[Pair, tuple[Path, ...]]:
+    """A pair whose image is a folder, and every file in it."""
+    files = files_below(pair.image)
+    if all(nifti_stem(path) is not None for path in files):
+        return replace(pair, problem=str(no_series(pair.image))), _distinct([pair.image], pair.labels)
+    return pair, _distinct(files, pair.labels)
+
+
+def _distinct(images: Sequence[Path], labels: Path | None) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys([*images, *([] if labels is None else [labels])]))
 
 
 def _channel_name(facts: Any, channel: int | None) -> str | None:

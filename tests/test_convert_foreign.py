@@ -266,6 +266,33 @@ def test_dicom_through_the_command_line(tmp_path):
     assert run(tmp_path / "d", "--format", "dicom").exit_code == 0  # the store beside the case is no case
 
 
+@pytest.mark.parametrize("files", [(), ("p1.nii.gz",)])
+def test_a_dicom_case_without_images_is_named_and_the_others_are_converted(tmp_path, files):
+    """Such as a folder of NIfTI labels beside the series, or an empty one."""
+    root = tmp_path / "d"
+    series = write_series(root / "p1", modality="MR")
+    write_segmentation(root / "p1" / "seg.dcm", series, as_stored(LABELS, "LPS")[0], NAMES)
+    (root / "class_prompts.json").write_text(json.dumps({"d": PROMPTS}))
+    (root / "labels").mkdir()
+    for name in files:
+        write_nifti(root / "labels" / name, *as_stored(LABELS, "LPS"))
+    with pytest.raises(VolumeFormatError, match=r"d/labels: no DICOM images in it\. Name a folder with one series"):
+        run(root, "--format", "dicom")
+    dry = run(root, "--format", "dicom", "--dry-run", "--on-error", "skip")
+    assert "d: 1 cases to write, 0 to keep" in dry.stdout
+    assert run(root, "--format", "dicom", "--on-error", "skip").exit_code == 1
+    np.testing.assert_array_equal(arrays(root / "train.zarr")[1], LABELS)
+
+
+def test_a_folder_in_the_place_of_a_nifti_file_is_refused(nnunet, tmp_path):
+    """Some archives hold `case.nii.gz/case.nii`."""
+    folder = nnunet / "imagesTr" / "c_0000.nii.gz"
+    write_nifti(folder / "c.nii", *as_stored(IMAGE, "LPS"))
+    shutil.copy(nnunet / "labelsTr" / "a.nii.gz", nnunet / "labelsTr" / "c.nii.gz")
+    with pytest.raises(VolumeFormatError, match=r"c_0000\.nii\.gz: it is no regular file but a folder"):
+        run(nnunet.parent, "--window", "abdomen", "--out", tmp_path / "out")
+
+
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_dicom_headers_are_looked_through_once_before_the_first_case(tmp_path, monkeypatch, on_terminal):
     root = tmp_path / "d"
