@@ -83,6 +83,19 @@ def test_mirroring_follows_mirror_and_recipe(write_case, data_dir):
         assert [f["code"] for f in json.loads(run(data_dir, "--json", *arguments).stdout)["findings"]] == [code]
 
 
+def test_names_in_the_table_are_never_cut(write_case, data_dir):
+    """Not of the case that is found, nor of the one that it repeats, which stands in a narrower column."""
+    name = "patient" * 24
+    for number in (1, 2):
+        write_case(good_image(), good_labels(), name=f"{name}{number}")
+    result = run(data_dir)
+    cells = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    where, found = ("".join(cell[column].strip() for cell in cells) for column in (3, 4))
+    assert f"{name}2.npz" in where
+    assert f"{name}1.npz" in found
+    assert "…" not in result.stdout
+
+
 def test_many_findings_of_one_code_are_cut_short_in_the_table(write_case, data_dir):
     for number in range(25):
         write_case(good_image((2, 4, 4), seed=number), np.zeros((2, 4, 4), np.uint8), name=f"case{number:02}")

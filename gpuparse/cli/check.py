@@ -126,8 +126,8 @@ def _print_report(report: CheckReport) -> None:
 def _findings_table(findings: tuple[Finding, ...]) -> Table:
     from gpuparse.check.rules import RULES
 
-    where = Column("where", overflow="fold")
-    table = Table("severity", "code", where, "found", "remedy", title="Findings", show_lines=True)
+    texts = [Column(name, overflow="fold") for name in ("where", "found", "remedy")]
+    table = Table("severity", "code", *texts, title="Findings", show_lines=True)
     shown: Counter[str] = Counter()
     for finding in findings:
         shown[finding.code] += 1
