@@ -253,7 +253,9 @@ def test_cpu_kernels_that_are_stale(monkeypatch):
     (check,) = compiling.check_cpu_kernels()
     assert check.status == "error"
     assert "built from other sources" in check.found
-    assert "bench/install_offline.sh" in check.remedy
+    assert check.remedy == (
+        "Run bench/install_offline.sh in gpuparse's checkout, or there: pip install -e . (or pip install .)"
+    )
 
 
 def test_a_forced_variant_is_named(monkeypatch):
@@ -278,10 +280,15 @@ def test_sources_that_do_not_compile(broken_sources, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"),
-    [(None, 'Run: pip install "nvidia-cuda-nvrtc-cu12>=12.4.127"'), ("12.4.99", 'Run: pip install "cupy-cuda12x>=14"')],
+    ("version", "cupy_version", "remedy"),
+    [
+        (None, "14.2.0", 'Run: pip install "nvidia-cuda-nvrtc-cu12>=12.4.127"'),
+        ("12.4.99", "13.6.0", 'Run: pip install "cupy-cuda12x>=14"'),
+        ("12.4.99", None, 'Run: pip install "cupy-cuda12x>=14"'),
+        ("12.4.99", "14.2.0", 'Run: pip install --force-reinstall --no-deps "nvidia-cuda-nvrtc-cu12>=12.4.127"'),
+    ],
 )
-def test_a_compiler_that_cupy_does_not_find(version, remedy, monkeypatch):
+def test_a_compiler_that_cupy_does_not_find(version, cupy_version, remedy, monkeypatch):
     """CuPy 13 beside a CPU build of torch finds the system's NVRTC alone, whatever pip has installed."""
 
     def fail():
@@ -292,7 +299,7 @@ def test_a_compiler_that_cupy_does_not_find(version, remedy, monkeypatch):
     monkeypatch.setattr(nvrtc, "getVersion", fail)
     monkeypatch.setattr(compiling, "list_gpus", list)
     monkeypatch.setattr(compiling, "torch_cuda_major", lambda: None)
-    monkeypatch.setattr(compiling, "installed", lambda name: version)
+    monkeypatch.setattr(compiling, "installed", lambda name: cupy_version if "cupy" in name else version)
     (check,) = compiling.check_compiler()
     assert (check.status, check.remedy) == ("warning", remedy)
     assert "CuPy failed to load libnvrtc.so.12" in check.found
@@ -344,7 +351,7 @@ def test_little_shared_memory(monkeypatch, tmp_path):
 def test_a_store_that_is_none(tmp_path):
     (check,) = storage.check_storage(str(tmp_path), 0.1)
     assert check.status == "error"
-    assert "holds no train.zarr. Make it with `gpuparse convert" in check.found
+    assert "holds no train.zarr. Make one with `gpuparse convert" in check.found
     assert check.remedy == "gpuparse check says more about a store."
 
 

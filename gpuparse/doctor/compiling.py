@@ -14,7 +14,7 @@ from gpuparse import kernels
 from gpuparse.doctor.checks import Check, Status
 from gpuparse.doctor.gpus import list_gpus
 from gpuparse.doctor.isolated import describe
-from gpuparse.doctor.requirements import CUDA_EXTRAS, install, installed, torch_cuda_major
+from gpuparse.doctor.requirements import CUDA_EXTRAS, install, installed, is_at_least, torch_cuda_major
 from gpuparse.errors import KernelError
 
 __all__ = ["check_compiler", "check_cpu_kernels"]
@@ -24,7 +24,7 @@ _DEFAULT_CAPABILITIES = ((8, 0), (9, 0))
 
 def check_cpu_kernels() -> Iterator[Check]:
     """The compiled CPU library: there, of these sources, and in which build."""
-    remedy = "Run bench/install_offline.sh in the checkout, or: pip install --force-reinstall --no-deps gpuparse"
+    remedy = "Run bench/install_offline.sh in gpuparse's checkout, or there: pip install -e . (or pip install .)"
     values: dict[str, Any] = {}
     try:
         values["digest"] = kernels.source_digest()
@@ -61,9 +61,14 @@ def check_compiler() -> Iterator[Check]:
     except Exception as error:  # the library is not there
         found = f"CuPy finds no NVRTC ({describe(error, 200)})"
         nvrtc_requirement = _requirement("nvrtc")
-        # CuPy 13 does not look at pip's; torch for CUDA loads it, a CPU build does not.
-        is_there = installed(nvrtc_requirement.partition(">")[0]) is not None
-        remedy = install(_requirement("cupy").partition(">")[0] + ">=14" if is_there else nvrtc_requirement)
+        cupy_name = _requirement("cupy").partition(">")[0]
+        remedy = install(nvrtc_requirement)
+        if installed(nvrtc_requirement.partition(">")[0]) is not None:
+            # CuPy 13 does not look at pip's; torch for CUDA loads it, a CPU build does not.
+            if is_at_least(installed(cupy_name) or "13", "14"):
+                remedy = remedy.replace("install", "install --force-reinstall --no-deps", 1)
+            else:
+                remedy = install(f"{cupy_name}>=14")
         yield Check("kernel compiler", bad, found, f"Run: {remedy}")
         return
     wanted = [gpu.capability for gpu in gpus] or list(_DEFAULT_CAPABILITIES)
