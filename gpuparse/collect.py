@@ -74,7 +74,7 @@ def detect_format(data_dir: str | os.PathLike[str], split: str = "train") -> str
     npz = find_datasets(data_dir, split)
     wanted = ForeignFormat(FolderLayout("nnunet"))
     nnunet = find_datasets(data_dir, split, wanted) if split in ("train", "test") else []
-    if not npz and not nnunet and split == "test":  # it may lack a test set
+    if not npz and not nnunet and split != "train":  # it lacks a test set, or has no part of that name
         nnunet = find_datasets(data_dir, "train", wanted)
     if npz and nnunet:
         raise InputError(

@@ -195,7 +195,7 @@ def find_folders(
         on_error: Called with each subfolder of which it cannot be told, and the reason; None raises that.
 
     Raises:
-        InputError: There is no such folder.
+        InputError: There is no such folder, or the format has no such split.
         OSError: It cannot be read.
     """
     root = data_dir.absolute()

@@ -75,10 +75,11 @@ def folder_matches(folder: Path, layout: FolderLayout, split: str = "train") -> 
     """Whether a folder holds cases of this layout itself.
 
     Raises:
+        InputError: nnU-Net's folders have no such split.
         OSError: None is seen, and something in it cannot be read.
     """
     if layout.format == "nnunet":
-        return is_folder(folder / f"images{_SPLIT_SUFFIX.get(split, '')}")
+        return is_folder(folder / f"images{_nnunet_suffix(split)}")
     matches = _matches(folder, layout.image_glob or "*", folders=layout.format == "dicom")
     if not matches.found and matches.unreadable:
         raise next(iter(matches.unreadable.values()))[1]
@@ -141,10 +142,14 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     return data
 
 
-def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
+def _nnunet_suffix(split: str) -> str:
     if split not in _SPLIT_SUFFIX:
         raise InputError(f"split is {split!r}; an nnU-Net folder has 'train' (imagesTr) and 'test' (imagesTs).")
-    image_dir, label_dir = (folder / f"{kind}{_SPLIT_SUFFIX[split]}" for kind in ("images", "labels"))
+    return _SPLIT_SUFFIX[split]
+
+
+def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
+    image_dir, label_dir = (folder / f"{kind}{_nnunet_suffix(split)}" for kind in ("images", "labels"))
     files = _nifti_files(image_dir)
     if not files:
         raise InputError(f"{image_dir}: no .nii or .nii.gz files. Expected nnU-Net's {image_dir.name} with images.")

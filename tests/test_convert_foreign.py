@@ -415,3 +415,10 @@ def test_an_nnunet_folder_without_a_test_set_is_told_so(nnunet):
     message = r"neither it nor a folder in it holds images of format nnunet\. Expected for nnunet imagesTs and labelsTs"
     with pytest.raises(InputError, match=message):
         run(nnunet.parent, "--window", "abdomen", "--split", "test")
+
+
+@pytest.mark.parametrize("options", [(), ("--format", "nnunet")])
+def test_an_nnunet_folder_is_told_which_splits_there_are(nnunet, options):
+    message = r"split is 'val'; an nnU-Net folder has 'train' \(imagesTr\) and 'test' \(imagesTs\)\."
+    with pytest.raises(InputError, match=message):
+        run(nnunet.parent, "--window", "abdomen", "--split", "val", *options)
