@@ -109,7 +109,13 @@ def assign_splits(
     open_groups = sorted(everything - set(decided), key=lambda group: (_rank(split.seed, group), group))
     missing = max(0, wanted - sum(decided.values()))
     chosen = {group for group, value in decided.items() if value} | set(open_groups[:missing])
-    if split.fraction > 0 and len(everything) == 1:
+    if split.fraction > 0 and len(groups) == 1:
+        _LOG.warning(
+            "%s: %s: it has a single case, %r, and both parts need one.",
+            dataset, "no case is left for training" if chosen else "no case is set apart for validation",
+            next(iter(groups)),
+        )  # fmt: skip
+    elif split.fraction > 0 and len(everything) == 1:
         _LOG.warning(
             "%s: %s: its %d cases are one group, %r. Look at group_regex (--group-regex), or name the cases in a file "
             "(--split-file).",

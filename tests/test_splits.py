@@ -65,6 +65,16 @@ def test_one_group_of_all_cases_is_told(caplog):
     )
 
 
+def test_a_single_case_is_told(caplog):
+    with caplog.at_level(logging.WARNING, logger="gpuparse"):
+        assert assign_splits("ONE", ["pat1"], ValSplit(0.3)) == {"pat1": False}
+        assert assign_splits("HAD", ["pat1"], ValSplit(0.3), {"pat1": True}) == {"pat1": True}
+    assert [record.getMessage() for record in caplog.records] == [
+        "ONE: no case is set apart for validation: it has a single case, 'pat1', and both parts need one.",
+        "HAD: no case is left for training: it has a single case, 'pat1', and both parts need one.",
+    ]
+
+
 def test_another_seed_sets_other_cases_apart_and_all_are_equally_likely():
     choices = [chosen(NAMES, fraction=0.2, seed=seed) for seed in range(200)]
     assert choices[0] == chosen(NAMES, fraction=0.2)
