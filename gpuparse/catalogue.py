@@ -11,6 +11,7 @@ from gpuparse.errors import InputError, StorageError
 from gpuparse.listing import cannot_be_read, is_folder, is_passed_over, subfolders
 from gpuparse.places import Place, open_place
 from gpuparse.remote import RemoteOptions, RemotePath
+from gpuparse.source import ways_to_a_store
 
 __all__ = ["find_stores"]
 
@@ -77,7 +78,7 @@ def _local_stores(root: Path, unreadable: dict[Path, InputError]) -> Mapping[str
             if not is_passed_over(folder.name):
                 unreadable[folder] = _unreadable(folder, error)
     if not found and not unreadable:
-        raise InputError(f"{root}: no store in it. Make one with `gpuparse convert {root}`, or name a .zarr folder.")
+        raise InputError(f"{root}: no store in it. {ways_to_a_store(root, root)}")
     return found
 
 

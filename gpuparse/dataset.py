@@ -42,6 +42,7 @@ from gpuparse.sampling import (
     redraw_foreground,
     words_for_training,
 )
+from gpuparse.source import ways_to_a_store
 from gpuparse.store import Store, read_store, split_code
 from gpuparse.views import Recipe, check_recipe, check_size
 
@@ -184,7 +185,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self._epoch[0] = check_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        length = len(self)
+        length, index = len(self), whole_number("index", index, None)
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for {self!r}.")
         if self.redraws and not self._has_warned:
@@ -358,10 +359,13 @@ def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Stor
     own, shared = root / f"{split}.zarr", root / "train.zarr"
     place = own if has_folder(own) else shared
     if not has_folder(place):
-        remedy = f"Make it with `gpuparse convert {root.parent}`, or name a .zarr folder."
-        if isinstance(root, Path) and not root.exists():
+        if not isinstance(root, Path):
+            remedy = "Make one with `gpuparse convert`, or name a .zarr folder."
+        elif not root.is_dir():
             remedy = "There is no such folder: name one that is there, a dataset's or a store."
-        elif isinstance(root, Path) and (inside := sorted(path.parent.name for path in root.glob("*/*.zarr"))):
+        elif not (inside := sorted(path.parent.name for path in root.glob("*/*.zarr"))):
+            remedy = ways_to_a_store(root, root.parent)
+        else:
             names = list(dict.fromkeys(inside))
             remedy = f"It holds datasets: name one of them, such as '{root / names[0]}' ({', '.join(names)})."
         raise StoreFormatError(

@@ -5,15 +5,17 @@ A format brings a `Reader` and a function that lists its cases; nothing behind t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpuparse.errors import VolumeFormatError
-from gpuparse.listing import names_in
+from gpuparse.listing import is_folder, is_passed_over, names_in, subfolders
 from gpuparse.volume import MAX_VOLUME_BYTES, Volume, check_name, check_regular, declared_bytes, read_volume
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "has_npz",
     "is_npz_name",
     "npz_names",
+    "ways_to_a_store",
 ]
 
 _HASH_PIECE_BYTES = 1 << 22
@@ -197,6 +200,27 @@ def has_npz(folder: Path) -> bool:
         OSError: The folder cannot be read.
     """
     return any(map(is_npz_name, names_in(folder)))
+
+
+def ways_to_a_store(folder: Path, data_dir: object) -> str:
+    """What to do about a folder without a store: the store beside it, or the command that makes one.
+
+    Args:
+        folder: What was named: a dataset's folder, the folder of its npz files, or anything else.
+        data_dir: What to convert where it is neither.
+    """
+    beside = folder.absolute().with_name(f"{folder.absolute().name}.zarr")
+    options = ""
+    with contextlib.suppress(OSError):  # that a folder cannot be read is said where it is read
+        if is_folder(beside):
+            return f"Name '{beside}', which is beside it."
+        splits = [path.name for path in subfolders(folder) if not is_passed_over(path.name) and has_npz(path)]
+        if has_npz(folder):
+            data_dir, splits = beside.parent.parent, [beside.stem]
+        elif splits:
+            data_dir = beside.parent
+        options = f" --split {shlex.quote(splits[0])}" if splits and "train" not in splits else ""
+    return f"Make one with `gpuparse convert {shlex.quote(str(data_dir))}{options}`, or name a .zarr folder."
 
 
 def file_bytes(path: Path) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import shlex
 import shutil
 
 import cv2
@@ -16,6 +18,7 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 
 import gpuparse
 from gpuparse import Augmentation, SliceDataset
+from gpuparse.catalogue import find_stores
 from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
 from gpuparse.flat import FlatDataset
 from gpuparse.order import Draws
@@ -223,7 +226,7 @@ def test_non_square_items_without_quarter_turns(ct):
 
 
 def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
-    with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make it with `gpuparse convert"):
+    with pytest.raises(StoreFormatError, match=r"holds no train.zarr. Make one with `gpuparse convert"):
         SliceDataset(tmp_path)
     (tmp_path / "above" / "AMOS").mkdir(parents=True)
     (tmp_path / "above" / "AMOS" / "train.zarr").symlink_to(ct.store.path)
@@ -244,6 +247,34 @@ def test_missing_stores_and_splits(tmp_path, ct, write_case, data_dir):
         SliceDataset(ct.root_dir, split="test")
     with pytest.raises(IndexError, match="index 1000000 is out of range"):
         ct[1_000_000]
+    for index in ("a", 1.0, slice(3), None):
+        with pytest.raises(InputError, match=r"index is .*; expected a whole number\."):
+            ct[index]
+    assert ct[np.int16(-1)]["mask_file"] == ct[len(ct) - 1]["mask_file"]
+
+
+def test_what_holds_no_store_is_told_how_to_make_one(tmp_path, data_dir, write_case):
+    """The command that is named converts, also from a folder below the one to be converted, and with a blank in it."""
+    write_case(np.zeros((3, 8, 8), np.uint8), np.ones((3, 8, 8), np.uint8))
+    root = data_dir.rename(tmp_path / "my data")
+    dataset = next(path for path in root.iterdir() if path.is_dir())
+    for folder in (dataset, dataset / "train"):
+        with pytest.raises(StoreFormatError, match=r"Make one with `gpuparse convert '.*my data'`, or name") as caught:
+            SliceDataset(folder)
+        with pytest.raises(InputError, match="no store in it") as told:
+            find_stores(folder)
+        commands = [re.search("`gpuparse convert (.*)`", str(error.value))[1] for error in (caught, told)]
+        assert [shlex.split(command) for command in commands] == [[str(root)]] * 2
+    gpuparse.convert(root)
+    for error, function in ((StoreFormatError, SliceDataset), (InputError, find_stores)):
+        with pytest.raises(error, match=rf"Name '{dataset}/train\.zarr', which is beside it\."):
+            function(dataset / "train")
+    (dataset / "train").rename(dataset / "test")
+    shutil.rmtree(dataset / "train.zarr")
+    with pytest.raises(StoreFormatError, match=r"Make one with `gpuparse convert '.*my data' --split test`"):
+        SliceDataset(dataset)
+    with pytest.raises(StoreFormatError, match="There is no such folder"):
+        SliceDataset(root / "class_prompts.json")
 
 
 def test_a_relative_path_means_the_same_after_a_change_of_folder(ct, sample_stores, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from gpuparse.arguments import check_flag, check_num_threads
+from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.device import choose_device
 from gpuparse.errors import InputError
 from gpuparse.evaluation.cases import EvaluationCase, find_cases
@@ -131,6 +131,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         }
 
     def _case(self, index: int) -> EvaluationCase:
+        index = whole_number("index", index, None)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {self!r}.")
         return self.cases[index]
