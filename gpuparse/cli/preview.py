@@ -38,7 +38,7 @@ def preview_command(
         typer.Option("--slice", min=0, help="This slice, by its position; may be given several times."),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option("--n", "-n", min=1, help="Samples in all; of the datasets each has its share.")
+        int, typer.Option("--n", "-n", min=1, help="Samples in all; each dataset has its share, one at least.")
     ] = 12,
     split: Annotated[Literal["train", "val"], typer.Option("--split", help="Which part of the store.")] = "train",
     augment: Annotated[

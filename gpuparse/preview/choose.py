@@ -31,7 +31,7 @@ class SliceChoice:
         cases: Names of cases; none takes all.
         axes: Slice axes; none takes all in use.
         positions: Positions along the axis; with these, every slice that fits is shown.
-        num_samples: How many, where `positions` does not say.
+        num_samples: How many, where `positions` does not say; of several stores each has its share, one at least.
         split: `train` or `val`.
         seed: Another seed chooses other cases.
 
