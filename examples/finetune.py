@@ -85,6 +85,8 @@ def main(options: argparse.Namespace) -> None:
     if checkpoint.exists():
         for name, state in torch.load(checkpoint, map_location=device).items():
             parts[name].load_state_dict(state)
+    if rank == 0 and loader.epoch >= options.epochs:
+        print(f"{checkpoint}: {loader.epoch} epochs are done. More of them with --epochs; remove it to begin anew.")
     train = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
     def save() -> None:
