@@ -155,8 +155,9 @@ class SliceDataset(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __repr__(self) -> str:
+        num_cases = len(np.unique(self.store.slices.case[self._rows]))
         return (
-            f"SliceDataset({self.name!r}, split={self.split!r}, {len(self)} slices of {len(self.store.cases)} cases, "
+            f"SliceDataset({self.name!r}, split={self.split!r}, {len(self)} slices of {num_cases} cases, "
             f"{self.num_prompts} prompts, recipe={self.recipe!r})"
         )
 

@@ -304,3 +304,12 @@ def test_flat_dataset_refuses_what_it_cannot_read(ct):
 def test_reprs_say_what_there_is(ct):
     assert repr(ct).startswith("SliceDataset('SAMPLE_CT', split='train', 114 slices of 4 cases, 4 prompts")
     assert "1 chunks" not in repr(gpuparse.open_store(ct.store.path))
+
+
+def test_a_repr_counts_the_cases_of_its_own_part(data_dir, write_case):
+    for number in range(4):
+        write_case(np.zeros((3, 8, 8), np.uint8), np.ones((3, 8, 8), np.uint8), name=f"case{number}")
+    gpuparse.convert(data_dir, val_split=gpuparse.ValSplit(0.25))
+    train, val = (repr(SliceDataset(data_dir / "DATA", split=split)) for split in ("train", "val"))
+    assert train.startswith("SliceDataset('DATA', split='train', 9 slices of 3 cases, ")
+    assert val.startswith("SliceDataset('DATA', split='val', 3 slices of 1 cases, ")
