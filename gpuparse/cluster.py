@@ -7,6 +7,8 @@ another one, so a task may run twice; it must not matter.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import socket
 import time
 import uuid
@@ -28,6 +30,32 @@ _TASKS_PER_THREAD = 2  # one to run, one to have at hand
 _MIN_TASKS = 4  # in flight where there are no workers yet: a cluster that adapts starts them for tasks only
 _REFRESH_SECONDS = 5.0
 _CONNECT_SECONDS = 20.0
+_FILE_SECONDS = 120.0  # for a scheduler that was started just before; Dask itself would wait for ever
+_FLUSH_SECONDS = 2.0
+_LOG = logging.getLogger("gpuparse")
+
+
+def _address_in(file: Path) -> str:
+    """The address in a scheduler's file, which one that is just starting may not have written yet.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is another file.
+    """
+    start = time.monotonic()
+    if not file.exists():
+        _LOG.warning("waiting for a scheduler to write %s, at most %g s.", file, _FILE_SECONDS)
+    while not file.exists():
+        if time.monotonic() - start >= _FILE_SECONDS:
+            raise TimeoutError(f"nothing has written that file in {_FILE_SECONDS:g} s")
+        time.sleep(0.05)
+    start = time.monotonic()
+    while True:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(file.read_text(encoding="utf-8"))["address"])
+        if time.monotonic() - start >= _FLUSH_SECONDS:
+            raise ValueError("there is no address in that file")
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)
@@ -57,9 +85,9 @@ class DaskPool(TaskPool):
         self._distributed = distributed
         self._scheduler = scheduler
         self._required: tuple[Path, ...] = ()
-        place = {"scheduler_file" if scheduler.endswith(".json") else "address": scheduler}
         try:
-            self._client = distributed.Client(**place, timeout=_CONNECT_SECONDS, set_as_default=False)
+            address = _address_in(Path(scheduler)) if scheduler.endswith(".json") else scheduler
+            self._client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             raise ClusterError(
                 f"scheduler {scheduler!r} cannot be reached: {error}. Expected the address that `dask scheduler` "

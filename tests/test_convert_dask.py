@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import gpuparse
 from gpuparse.cli import app
-from gpuparse.cluster import DaskPool
+from gpuparse.cluster import DaskPool, _address_in
 from gpuparse.errors import ClusterError, InputError, MissingDependencyError, VolumeFormatError
 from gpuparse.store import open_store
 from gpuparse.workers import Died, Task
@@ -192,6 +193,28 @@ def test_a_scheduler_that_is_lost_or_not_there_is_an_error(tmp_path, monkeypatch
         ):
             with pytest.raises(ClusterError, match=r"cannot be reached: .* Expected the address that `dask scheduler`"):
                 DaskPool(place)
+
+
+def test_a_scheduler_file_is_waited_for_and_not_for_ever(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "scheduler.json"
+    monkeypatch.setattr("gpuparse.cluster._FILE_SECONDS", 0.2)
+    message = r"scheduler '.*scheduler\.json' cannot be reached: nothing has written that file in 0\.2 s\. Expected"
+    with pytest.raises(ClusterError, match=message):
+        DaskPool(str(file))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for a scheduler to write {file}, at most 0.2 s."
+    ]
+    monkeypatch.setattr("gpuparse.cluster._FLUSH_SECONDS", 0.2)
+    for text in ("", "[1]", '{"TOY": {}}'):
+        file.write_text(text)
+        with pytest.raises(ClusterError, match=r"cannot be reached: there is no address in that file\. Expected"):
+            DaskPool(str(file))
+    monkeypatch.setattr("gpuparse.cluster._FILE_SECONDS", 30)
+    file.unlink()
+    writer = threading.Timer(0.3, lambda: file.write_text('{"address": "tcp://127.0.0.1:7"}'))
+    writer.start()
+    assert _address_in(file) == "tcp://127.0.0.1:7"
+    writer.join()
 
 
 def test_options_that_contradict_each_other_are_refused(data, monkeypatch):
