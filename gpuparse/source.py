@@ -203,7 +203,7 @@ def has_npz(folder: Path) -> bool:
 
 
 def ways_to_a_store(folder: Path, data_dir: object) -> str:
-    """What to do about a folder without a store: the store beside it, or the command that makes one.
+    """What to do about a folder without a store: the store around or beside it, or the command that makes one.
 
     Args:
         folder: What was named: a dataset's folder, the folder of its npz files, or anything else.
@@ -211,6 +211,8 @@ def ways_to_a_store(folder: Path, data_dir: object) -> str:
     """
     beside = folder.absolute().with_name(f"{folder.absolute().name}.zarr")
     options = ""
+    if around := [path for path in beside.parents if path.name.endswith(".zarr")]:
+        return f"Name '{around[-1]}', which it is a part of."
     with contextlib.suppress(OSError):  # that a folder cannot be read is said where it is read
         if is_folder(beside):
             return f"Name '{beside}', which is beside it."

@@ -269,6 +269,8 @@ def test_what_holds_no_store_is_told_how_to_make_one(tmp_path, data_dir, write_c
     for error, function in ((StoreFormatError, SliceDataset), (InputError, find_stores)):
         with pytest.raises(error, match=rf"Name '{dataset}/train\.zarr', which is beside it\."):
             function(dataset / "train")
+        with pytest.raises(error, match=rf"Name '{dataset}/train\.zarr', which it is a part of\."):
+            function(dataset / "train.zarr" / "cases")
     (dataset / "train").rename(dataset / "test")
     shutil.rmtree(dataset / "train.zarr")
     with pytest.raises(StoreFormatError, match=r"Make one with `gpuparse convert '.*my data' --split test`"):
