@@ -101,3 +101,8 @@ def test_it_learns_and_a_run_killed_on_two_ranks_goes_on_in_one_process_where_it
     assert rest == pytest.approx({key: whole[key] for key in rest}, rel=1e-2)
     place = torch.load(tmp_path / "killed" / "checkpoint.pt")["loader"]
     assert (place["epoch"], place["position"]) == (2, 0)
+    process = start(tmp_path / "killed", 8)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    assert output == f"{checkpoint}: 2 epochs are done. More of them with --epochs; remove it to begin anew.\n"
