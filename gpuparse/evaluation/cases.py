@@ -451,7 +451,7 @@ def _holds(own: str, split: str) -> bool:
 
 def _cases_of_store(path: Place, root: Place, split: str | None, name: str | None, prompts: PromptSource) -> CaseSet:
     if prompts is not None:
-        raise InputError(f"{path}: a store has prompts of its own; prompts={prompts!r} cannot replace them. Omit it.")
+        raise InputError(f"{path}: a store has prompts of its own; prompts (--prompts) cannot replace them. Omit it.")
     store = read_store(path)
     own = _split_of(path, store)
     if root != path:
