@@ -216,7 +216,10 @@ def ways_to_a_store(folder: Path, data_dir: object) -> str:
     with contextlib.suppress(OSError):  # that a folder cannot be read is said where it is read
         if is_folder(beside):
             return f"Name '{beside}', which is beside it."
-        splits = [path.name for path in subfolders(folder) if not is_passed_over(path.name) and has_npz(path)]
+        folders = subfolders(folder)
+        if stores := [path.name for path in folders if path.name.endswith(".zarr") and not path.name.startswith(".")]:
+            return f"It holds {', '.join(stores)}: name {'that' if len(stores) == 1 else 'one'}."
+        splits = [path.name for path in folders if not is_passed_over(path.name) and has_npz(path)]
         if has_npz(folder):
             data_dir, splits = beside.parent.parent, [beside.stem]
         elif splits:

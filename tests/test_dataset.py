@@ -275,6 +275,9 @@ def test_what_holds_no_store_is_told_how_to_make_one(tmp_path, data_dir, write_c
     shutil.rmtree(dataset / "train.zarr")
     with pytest.raises(StoreFormatError, match=r"Make one with `gpuparse convert '.*my data' --split test`"):
         SliceDataset(dataset)
+    gpuparse.convert(root, split="test")
+    with pytest.raises(StoreFormatError, match=r"holds no train\.zarr\. It holds test\.zarr: name that\."):
+        SliceDataset(dataset)
     with pytest.raises(StoreFormatError, match="There is no such folder"):
         SliceDataset(root / "class_prompts.json")
 
