@@ -166,6 +166,10 @@ MODES = {
         {"max_epochs": -1, "max_steps": 8, "limit_val_batches": 0},
         [("batch end", 6), ("epoch end", 6), ("in a step", 7)],
     ),
+    "limited steps": (
+        {"max_epochs": -1, "max_steps": 10, "limit_train_batches": 4, "limit_val_batches": 0},
+        [("batch end", 4), ("epoch end", 4), ("epoch end", 8)],
+    ),
 }
 
 

@@ -313,8 +313,9 @@ class _TrainLoader(DataLoader):
         else:
             self.load_state_dict(state)
         self._place.num_epochs_ahead = self._epoch - trainer_epoch
-        # In the epoch that it was saved in, Lightning counts as it did.
-        self._place.is_catching_up = trainer_epoch != resumed["trainer_epoch"]
+        # In the epoch that it was saved in, Lightning counts as it did; with `max_steps` it may still ask for a batch
+        # behind the last one of `limit_train_batches`.
+        self._place.is_catching_up = resumed["epoch_is_done"] or trainer_epoch != resumed["trainer_epoch"]
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         if self._place.resumed is not None:  # the data module's own goes first
