@@ -163,7 +163,8 @@ class MixedOrder:
         lists = np.array([number for number, _ in located], np.int64)
         draws = np.array([draw for _, draw in located], np.int64)
         lengths = np.array(self.lengths, np.int64)[lists]
-        epochs, numbers = np.divmod(draws, lengths)
+        runs, numbers = np.divmod(draws, lengths)
+        epochs = runs % (1 << 32)  # of a heavy list more than there are epochs, where these are counted from high up
         if self.shuffle:
             numbers = permute(numbers, lengths, self.seed, epochs, purpose=lists)
         return Draws(numbers + self._offsets[lists], epochs)

@@ -205,6 +205,21 @@ def test_any_positions_of_a_mixture_are_that_part_of_the_whole(lists, epoch, dat
     np.testing.assert_array_equal(part.epochs, everything.epochs[positions])
 
 
+def test_a_mixture_counted_from_the_last_epochs_runs_through_its_lists_as_ever():
+    # Of the light list's 30 samples each epoch of 40 takes 4, of the heavy one's 10 it takes 36: 3.6 runs an epoch.
+    order, last = MixedOrder([30, 10], [1, 9], shuffle=True, seed=1), 2**32 - 1
+    draws = whole(order, last)
+    counts = order.counts(last * 40)
+    for part, (start, stop) in enumerate([(0, 30), (30, 40)]):
+        mine = (start <= draws.numbers) & (draws.numbers < stop)
+        length = stop - start
+        runs, numbers = np.divmod(np.arange(counts[part], counts[part] + mine.sum()), length)
+        assert draws.epochs[mine].tolist() == [run % 2**32 for run in runs.tolist()]
+        expected = permute(numbers, length, 1, draws.epochs[mine], purpose=part)
+        np.testing.assert_array_equal(draws.numbers[mine] - start, expected)
+    assert runs.min() >= 2**32
+
+
 def test_weights_of_any_sum_mean_the_same_and_equal_weights_take_turns():
     small = whole(MixedOrder([30, 10, 5], [0.2, 0.2, 0.6], shuffle=True, seed=1))
     large = whole(MixedOrder([30, 10, 5], [2e9, 2e9, 6e9], shuffle=True, seed=1))
