@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 
+import numpy as np
 import torch.distributed
 
 from gpuparse.errors import InputError
@@ -37,7 +38,7 @@ def detect_ranks(rank: int | None = None, world_size: int | None = None) -> Rank
     if (rank is None) != (world_size is None):
         raise InputError(f"rank is {rank} and world_size is {world_size}; give both, or neither to have them found.")
     if rank is not None and world_size is not None:
-        return Ranks(rank, world_size)
+        return Ranks(*(int(number) if isinstance(number, np.integer) else number for number in (rank, world_size)))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
     for rank_name, size_name in _LAUNCHERS:

@@ -115,6 +115,7 @@ def test_torch_distributed_comes_before_the_environment_and_arguments_before_bot
     assert detect_ranks() == Ranks(0, 1)
     assert detect_ranks(1, 2) == Ranks(1, 2)
     assert detect_ranks(rank=0, world_size=24) == Ranks(0, 24)
+    assert repr(detect_ranks(np.int64(1), np.int32(2))) == "Ranks(rank=1, world_size=2)"  # plain, for plain states
 
 
 def test_torch_distributed_is_asked_for_the_global_rank(environment, process_group, monkeypatch):
@@ -133,6 +134,7 @@ def test_torch_distributed_is_asked_for_the_global_rank(environment, process_gro
         ((0, 0), "rank is 0 of world_size 0"),
         ((0.0, 1), r"rank is 0\.0 of world_size 1; .* both whole numbers"),
         ((0, "2"), "rank is 0 of world_size '2'"),
+        ((np.int64(2), np.int64(2)), "rank is 2 of world_size 2; expected 0 <= rank < world_size"),
     ],
 )
 def test_arguments_that_make_no_rank_are_refused(environment, arguments, message):
