@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -121,7 +122,8 @@ class FlatDataset:
         dataset: The dataset as the user composed it.
 
     Raises:
-        InputError: Something in it is no `SliceDataset`, the parts have different sizes, or a Subset reaches outside.
+        InputError: Something in it is no `SliceDataset` or makes items in its own way, the parts have different sizes,
+            or a Subset reaches outside.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -233,6 +235,12 @@ class FlatDataset:
 
 
 def _compose(dataset: Any, parts: list[SliceDataset]) -> _Node:
+    for kind, name in itertools.product((SliceDataset, Subset, ConcatDataset), ("__getitem__", "__getitems__")):
+        if isinstance(dataset, kind) and getattr(type(dataset), name, None) is not getattr(kind, name, None):
+            raise InputError(
+                f"dataset {type(dataset).__name__} has a {name} of its own, which gpuparse.DataLoader never calls: "
+                "it makes whole batches. Change the batches after they are yielded, or use torch's DataLoader."
+            )
     if isinstance(dataset, SliceDataset):
         parts.append(dataset)
         return _Leaf(len(parts) - 1, len(dataset))

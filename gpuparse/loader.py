@@ -53,7 +53,8 @@ class DataLoader:
     Under several processes each rank gets its own part of every global batch; all ranks have `len(loader)` batches.
 
     Args:
-        dataset: A `SliceDataset`, a `torch.utils.data.ConcatDataset` of them, or a `Subset` of either.
+        dataset: A `SliceDataset`, a `torch.utils.data.ConcatDataset` of them, or a `Subset` of either. A class derived
+            from one of these may not make items in its own way.
         batch_size: Samples per batch on this rank.
         shuffle: Whether the order is permuted, anew in each epoch.
         device: Where batches are made and left: "cpu", "cuda", "cuda:<n>"; "cuda" is the current CUDA device of the

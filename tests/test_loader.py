@@ -336,6 +336,39 @@ def test_subsets_of_what_is_not_there_are_refused(ct, indices, message):
         DataLoader(Subset(ct, indices), batch_size=4)
 
 
+class _Brighter(SliceDataset):
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "image": item["image"] + 1}
+
+
+class _Named(Subset):
+    name = "a"
+
+
+class _Numbered(Subset):
+    def __getitems__(self, indices):
+        return [{**self.dataset[self.indices[i]], "number": i} for i in indices]
+
+
+class _Turned(ConcatDataset):
+    def __getitem__(self, index):
+        return super().__getitem__(len(self) - 1 - index)
+
+
+def test_classes_that_make_items_in_their_own_way_are_refused(ct):
+    brighter = _Brighter(ct.root_dir, img_size=(96, 96))
+    for dataset, name, method in (
+        (brighter, "_Brighter", "__getitem__"),
+        (ConcatDataset([ct, Subset(brighter, [3])]), "_Brighter", "__getitem__"),
+        (_Numbered(ct, [3]), "_Numbered", "__getitems__"),
+        (Subset(_Turned([ct]), [3]), "_Turned", "__getitem__"),
+    ):
+        with pytest.raises(InputError, match=f"dataset {name} has a {method} of its own, which .* never calls"):
+            DataLoader(dataset)
+    assert same(list(DataLoader(_Named(ct, range(4)), 2)), list(DataLoader(Subset(ct, range(4)), 2)))
+
+
 @pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda i: np.array(i, np.uint8)])
 @pytest.mark.parametrize("indices", [[7, 3, 3, 60], [2, 4, 6], [9, 6, 3, 0], [5], [5, 5], []])
 def test_indices_of_a_subset_may_be_any_row_of_whole_numbers(ct, make, indices):
