@@ -239,10 +239,11 @@ class DataLoader:
                 step = 0
                 for batch in batches:
                     step += 1  # noqa: SIM113  # enumerate would hold this batch while the next one is waited for
-                    if self._owner is owner:
-                        self._position = plan.consumed(step)
                     if self.log_every and step % self.log_every == 0:
                         _LOG.info("epoch %d, batch %d of %d: %s", epoch, step, plan.num_batches, self.report())
+                    position = plan.consumed(step)
+                    if self._owner is owner:
+                        self._position = position  # last: what is interrupted before hands out nothing
                     yield batch
                     del batch  # what the user keeps is the user's; the rest is free for the next batch
             if self._owner is owner:

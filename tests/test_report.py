@@ -210,6 +210,24 @@ def test_lines_in_the_log(ct, caplog):
     assert not any(record.getMessage().startswith("epoch ") for record in caplog.records)
 
 
+class _Interrupting(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("epoch 0, batch 3 "):
+            raise KeyboardInterrupt
+
+
+def test_a_batch_that_an_interrupt_of_its_line_has_kept_back_comes_again(ct, caplog, monkeypatch):
+    whole = list(DataLoader(ct, batch_size=4, device="cpu", num_threads=1))
+    loader, batches = DataLoader(ct, batch_size=4, log_every=1, device="cpu", num_threads=1), []
+    monkeypatch.setattr(logging.getLogger("gpuparse"), "handlers", [_Interrupting()])
+    with caplog.at_level(logging.INFO, logger="gpuparse"), pytest.raises(KeyboardInterrupt):
+        batches.extend(iter(loader))
+    assert same(batches, whole[:2])
+    again = DataLoader(ct, batch_size=4, device="cpu", num_threads=1)
+    again.load_state_dict(loader.state_dict())
+    assert same(list(again), whole[2:])
+
+
 @pytest.mark.parametrize("log_every", [-1, 1.5, None])
 def test_log_every_is_refused_by_name(ct, log_every):
     with pytest.raises(InputError, match=rf"log_every is {log_every}; expected a number of batches, or 0"):
