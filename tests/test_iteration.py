@@ -163,6 +163,32 @@ def test_errors_end_an_iteration(cells, monkeypatch):
     assert not iteration._open
 
 
+def test_threads_that_iterate_a_loader_at_once_run_one_epoch_each(cells):
+    options = {"batch_size": 4, "shuffle": True, "num_threads": 1, "device": "cpu"}
+    data = Subset(cells, range(12))
+    loader = DataLoader(data, **options)
+    expected = [[name for batch in loader for name in batch["mask_file"]] for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(15):
+            loader, found, together = DataLoader(data, **options), [], threading.Barrier(3)
+
+            def iterate(loader=loader, found=found, together=together):
+                together.wait()
+                found.append([name for batch in loader for name in batch["mask_file"]])
+
+            threads = [threading.Thread(target=iterate) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(found) == sorted(expected)
+            assert loader.epoch == 3
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_batch_is_free_while_the_next_one_is_waited_for(cells, monkeypatch):
     """A batch of a GPU takes hundreds of megabytes."""
     held, earlier = [], weakref.WeakSet()
