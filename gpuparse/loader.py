@@ -230,13 +230,13 @@ class DataLoader:
         self._begun, self._owner = False, None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        owner = object()
+        owner, plan = object(), self._plan  # the plan first: where that fails, nothing has begun
         if self._begun:  # the last iteration was left before its end, or still runs: this one is the next epoch
             self._epoch, self._position = self._epoch + 1, 0
         epoch, start = self._epoch, self._position
         self._begun, self._owner = True, owner  # before anything is called: another thread may begin one, too
         try:
-            plan = replace(self._plan, start=start)
+            plan = replace(plan, start=start)
             with contextlib.closing(self._begin(epoch, plan, self._probes)) as batches:
                 step = 0
                 for batch in batches:

@@ -11,9 +11,11 @@ import time
 import weakref
 
 import pytest
+from comparing import same
 from torch.utils.data import Subset
 
 from gpuparse import DataLoader, SliceDataset, iteration, production
+from gpuparse.errors import InputError
 
 SIZE = (32, 32)
 
@@ -219,3 +221,15 @@ def test_a_forked_process_ends_iterations_of_its_own():
         assert {thread.name for thread in threading.enumerate()} >= {"gpuparse-ending"}
     finally:
         iteration._ending = before
+
+
+def test_an_iteration_that_finds_no_rank_has_not_begun(cells, monkeypatch):
+    loader = DataLoader(cells, batch_size=4, shuffle=True, device="cpu")
+    expected = list(DataLoader(cells, batch_size=4, shuffle=True, device="cpu"))
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="RANK='8' and WORLD_SIZE='8'"):
+        next(iter(loader))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert same(list(loader), expected)  # of epoch 0
