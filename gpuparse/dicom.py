@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
-from gpuparse.listing import cannot_be_read, files_below
+from gpuparse.listing import cannot_be_read, files_below, is_refused
 from gpuparse.nifti import nifti_stem
 from gpuparse.optional import import_optional
 from gpuparse.scan import Scan
@@ -220,6 +220,8 @@ def read_segmentation(path: Path, class_ids: Mapping[str, int]) -> Scan:
         )
     try:
         volume = seg.get_volume(combine_segments=True)
+    except MemoryError:
+        raise
     except Exception as error:  # highdicom raises RuntimeError, ValueError and more
         raise VolumeFormatError(
             f"{path}: its segments cannot be made one label volume: {error}. Segments must not overlap and must be "
@@ -377,12 +379,17 @@ def _numbers_in_use(seg: Any) -> set[int]:
 
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Whatever goes wrong within names the file: damaged ones make pydicom and highdicom raise nearly anything."""
+    """Whatever goes wrong within names the file: damaged ones make pydicom and highdicom raise nearly anything.
+
+    Want of memory is no damage, and goes on as it is.
+    """
     try:
         yield
-    except GpuparseError:
+    except (GpuparseError, MemoryError):
         raise
     except Exception as error:
+        if is_refused(error):
+            raise VolumeFormatError(cannot_be_read(path, error)) from error
         raise _damaged(path, error) from error
 
 

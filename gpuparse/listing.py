@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
 __all__ = [
     "LOST_AND_FOUND",
@@ -20,6 +21,7 @@ __all__ = [
     "is_absent",
     "is_folder",
     "is_passed_over",
+    "is_refused",
     "matches_below",
     "may_be_folder",
     "names_in",
@@ -35,6 +37,14 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)  # those that 
 def cannot_be_read(path: object, error: OSError) -> str:
     """The words of an error about a file or a folder of the user's that the system will not show."""
     return f"{path}: cannot be read: {error}. Check permissions, the disk and its mount."
+
+
+def is_refused(error: Exception) -> TypeGuard[OSError]:
+    """Whether it was the system that did not show a file, rather than a library that made nothing of its bytes.
+
+    Damage is told by exceptions without a number (gzip), or leads to places outside of the file (EINVAL).
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def is_absent(error: OSError) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, VolumeFormatError
+from gpuparse.listing import cannot_be_read, is_refused
 from gpuparse.optional import import_optional
 from gpuparse.scan import Scan, orientation_of
 from gpuparse.volume import MAX_VOLUME_BYTES, too_large
@@ -93,7 +94,7 @@ class _Header:
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]]]:
     """The file's uncompressed bytes, nibabel's image over them, and the voxel sizes as the file has them.
 
-    Whatever goes wrong within names the file.
+    Whatever goes wrong within names the file, but for want of memory.
     """
     import_optional("nibabel", "to read NIfTI", "formats")
     try:
@@ -114,13 +115,13 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]
                 # No memory map: a file that shrinks while it is read would end the process.
                 image = kind.from_file_map(kind.make_file_map({"image": file}), mmap=False)
             yield file, image, zooms
-    except GpuparseError:
+    except (GpuparseError, MemoryError):
         raise
     except EOFError as error:
         raise VolumeFormatError(f"{path}: cut short: {error}. Copy it again.") from error
-    except FileNotFoundError as error:
-        raise VolumeFormatError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # damaged headers and contents make nibabel, gzip and zlib raise nearly anything
+        if is_refused(error):
+            raise VolumeFormatError(cannot_be_read(path, error)) from error
         raise VolumeFormatError(
             f"{path}: damaged NIfTI ({type(error).__name__}: {error}). Copy or export it again."
         ) from error

@@ -212,7 +212,7 @@ def declared_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_VOLUME_BYT
 def _damage_reported(path: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
-    except VolumeFormatError:
+    except (VolumeFormatError, MemoryError):  # want of memory is no damage
         raise
     except zipfile.BadZipFile as error:
         raise VolumeFormatError(

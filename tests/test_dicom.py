@@ -9,6 +9,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+from permissions import forbidden
 from pydicom.uid import MPEG2MPML, JPEGLSLossless, RLELossless
 from scans import HEART, LIVER, OBLIQUE, SPACING_MM, as_stored, phantom, write_nifti, write_segmentation, write_series
 
@@ -375,3 +376,23 @@ def test_a_series_larger_than_allowed_is_refused_by_its_headers(folder):
     assert case.declared_bytes() >= case.num_bytes + 4 * 2 * IMAGE.size
     with pytest.raises(VolumeFormatError, match=r"000\.txt: neither it nor its neighbours are DICOM images"):
         series_bytes([folder / "000.txt"])
+
+
+def test_what_the_system_does_not_show_is_not_called_damaged(folder):
+    path = folder / "003.dcm"
+    message = r"003\.dcm: cannot be read: \[Errno 13\] Permission denied: .*\. Check permissions, the disk and its"
+    with forbidden(path), pytest.raises(VolumeFormatError, match=message):
+        look_into(folder)
+
+
+def test_want_of_memory_is_no_damage(folder, tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise MemoryError("Unable to allocate 15 GiB")
+
+    segmentation = write_segmentation(tmp_path / "seg.dcm", write_series(tmp_path / "series"), LPS_LABELS, NAMES)
+    monkeypatch.setattr("highdicom.seg.Segmentation.get_volume", failing)
+    with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
+        read_segmentation(segmentation, IDS)
+    monkeypatch.setattr("gpuparse.dicom._pixels", failing)
+    with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
+        scan_of(folder)

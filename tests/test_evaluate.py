@@ -121,6 +121,17 @@ def test_what_happens_in_a_process_is_an_error_here(folders, monkeypatch):
         evaluate(pred, data, num_jobs=2)
 
 
+def test_want_of_memory_is_no_damaged_file(folders, monkeypatch):
+    pred, data, _ = folders
+
+    def failing(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("gpuparse.npz.NpzFile.read", failing)
+    with pytest.raises(InputError, match=r"^case 'a' of 'CELLS': not enough memory to score it\. Lower --jobs\.$"):
+        evaluate(pred, data)
+
+
 def test_one_dataset_with_predictions_beside_or_below(folders, tmp_path):
     pred, data, arrays = folders
     inside = evaluate(pred, data / "ORGANS", split="test")

@@ -9,6 +9,7 @@ import struct
 import nibabel
 import numpy as np
 import pytest
+from permissions import forbidden
 from scans import phantom, write_nifti
 
 from gpuparse.errors import GpuparseError, MissingDependencyError, VolumeFormatError
@@ -180,3 +181,18 @@ def test_stems():
 
     names = ("a.nii", "a.b.nii.gz", "A.NII.GZ", "a.gz", ".nii", "a.npz")
     assert [nifti_stem(Path(name)) for name in names] == ["a", "a.b", "A", None, None, None]
+
+
+def test_what_the_system_does_not_show_is_not_called_damaged(path):
+    message = r"case\.nii\.gz: cannot be read: \[Errno 13\] Permission denied: .*\. Check permissions, the disk and its"
+    with forbidden(path), pytest.raises(VolumeFormatError, match=message):
+        read_nifti(path)
+
+
+def test_want_of_memory_is_no_damage(path, monkeypatch):
+    def failing(*_):
+        raise MemoryError("Unable to allocate 15 GiB")
+
+    monkeypatch.setattr("nibabel.arrayproxy.ArrayProxy.get_unscaled", failing)
+    with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
+        read_nifti(path)

@@ -337,3 +337,13 @@ def test_a_file_that_goes_or_fails_is_named(write_case, image, monkeypatch, read
     monkeypatch.setattr("pathlib.Path.read_bytes", failing)
     with pytest.raises(VolumeFormatError, match=rf"^{path}: cannot be read: \[Errno 5\] Input/output error$"):
         read(path)
+
+
+@pytest.mark.parametrize("read", [read_volume, lambda path: read_arrays(path, ["imgs"])])
+def test_want_of_memory_is_no_damage(write_case, image, monkeypatch, read):
+    def failing(*_):
+        raise MemoryError("Unable to allocate 15 GiB")
+
+    monkeypatch.setattr("gpuparse.npz.NpzFile.read", failing)
+    with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
+        read(write_case(image))

@@ -163,3 +163,5 @@ def _score(job: _Job) -> CaseScores | GpuparseError:
         return job.run()
     except GpuparseError as error:
         return error
+    except MemoryError:
+        return InputError(f"case {job.case.name!r} of {job.dataset!r}: not enough memory to score it. Lower --jobs.")
