@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from pathlib import Path
 
-__all__ = ["describe_write_error"]
+__all__ = ["describe_write_error", "mount_folder"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
@@ -60,13 +61,22 @@ def _disk(folder: Path) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
             name, place = line.split(" ")[:2]
-            if place.replace("\\040", " ") == str(point):
+            if mount_folder(place) == str(point):
                 device = f" ({name})"  # of several mounts there, the last one is on top
     return f"The disk at '{point}'{device}"
 
 
+def mount_folder(place: str) -> str:
+    r"""The path of a mount in a table of the system's, where blanks, tabs, line ends and backslashes are octal.
+
+    >>> mount_folder(r"/media/my\040disk")
+    '/media/my disk'
+    """
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
+
+
 def _mount_point(folder: Path) -> Path:
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))  # a link may lead to another disk
     while not os.path.ismount(folder) and folder.parent != folder:  # false too where it is gone
         folder = folder.parent
     return folder

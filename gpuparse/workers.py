@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-__all__ = ["Died", "Task", "TaskPool", "WorkerPool", "serve"]
+__all__ = ["Died", "Task", "TaskPool", "WorkerPool", "describe_end", "serve"]
 
 Result = TypeVar("Result")
 
@@ -208,7 +208,7 @@ class WorkerPool(TaskPool):
                 self._idle.append(worker)
             except (EOFError, OSError):
                 worker.pipe.close()
-                result = Died(_describe_end(worker.process.wait()))
+                result = Died(describe_end(worker.process.wait()))
             yield worker.number, result
 
     def _stop(self, workers: list[_Worker]) -> None:
@@ -239,9 +239,11 @@ def _start(kept: list[_Worker]) -> None:
         there.close()
 
 
-def _describe_end(status: int) -> str:
+def describe_end(status: int) -> str:
+    """How a process ended, by the status that `subprocess` has of it."""
     if status < 0:
-        return f"it was ended by signal {signal.Signals(-status).name}"
+        names = {one.value: one.name for one in signal.Signals}
+        return f"it was ended by signal {names.get(-status, -status)}"  # those of real time have numbers alone
     return f"it ended with status {status}"
 
 

@@ -16,7 +16,7 @@ from mounts import mounting
 from stores import content
 
 import gpuparse
-from gpuparse.disk import describe_write_error
+from gpuparse.disk import describe_write_error, mount_folder
 from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
 
 MIB = 2**20
@@ -320,3 +320,17 @@ def test_other_failures_have_a_remedy_too(tmp_path, number, message):
     error = OSError(number, os.strerror(number))
     text = describe_write_error(error, tmp_path / "x", num_bytes=2 << 30)
     assert re.search(message, text), text
+
+
+def test_behind_a_link_the_disk_is_the_one_that_it_leads_to(disk, tmp_path):
+    disk.tmpfs(4 * MIB)
+    (tmp_path / "out").symlink_to(disk.path)
+    text = describe_write_error(OSError(errno.ENOSPC, "no room"), tmp_path / "out/DATA")
+    assert f"The disk at '{disk.path}' (tmpfs) has 4 MiB free of 4 MiB" in text
+
+
+@pytest.mark.parametrize(
+    ("told", "path"), [(r"/media/my\040disk", "/media/my disk"), (r"/a\134040", r"/a\040"), ("/média", "/média")]
+)
+def test_a_mount_is_named_as_its_folder_is(told, path):
+    assert mount_folder(told) == path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuparse.workers import Died, Task, WorkerPool
+from gpuparse.workers import Died, Task, WorkerPool, describe_end
 
 
 def square(n):
@@ -55,6 +55,18 @@ def test_a_process_that_dies_is_one_result_and_the_others_go_on():
     assert results[2].reason == "it was ended by signal SIGKILL"
     assert results[3].reason == "it ended with status 7"
     assert all(result != os.getpid() for result in results)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (7, "it ended with status 7"),
+        (-signal.SIGKILL, "it was ended by signal SIGKILL"),
+        (-40, "it was ended by signal 40"),  # one of real time, which has no name
+    ],
+)
+def test_the_end_of_a_process_is_told_by_its_status(status, told):
+    assert describe_end(status) == told
 
 
 def test_a_task_that_cannot_be_loaded_is_a_death_and_no_hang():

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from gpuparse.doctor.checks import Check
+from gpuparse.workers import describe_end
 
 __all__ = ["Isolation", "Probe", "serve"]
 
@@ -94,7 +95,7 @@ class Isolation:
         if _DONE in lines:
             return checks
         if ended == "in time":
-            ended = _describe_end(process.returncode)
+            ended = describe_end(process.returncode)
         last = next((line.strip() for line in reversed(messages.splitlines()) if line.strip()), "")
         return [*checks, Check(probe.name, "error", f"{ended}{f' ({last[-300:]})' if last else ''}", probe.remedy)]
 
@@ -109,12 +110,6 @@ class Isolation:
 def _kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _describe_end(status: int) -> str:
-    if status < 0:
-        return f"it was ended by signal {signal.Signals(-status).name}"
-    return f"it ended with status {status}"
 
 
 def serve(name: str, function: str, arguments: str, seconds: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuparse.disk import mount_folder
 from gpuparse.doctor.checks import Check
 from gpuparse.doctor.isolated import describe
 from gpuparse.errors import GpuparseError
@@ -153,9 +154,9 @@ def _file_system(path: Path) -> str:
     best, kind = "", "unknown file system"
     real = os.path.realpath(path)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             left, right = line.split(" - ", 1)
-            mount = left.split()[4].encode().decode("unicode_escape")
+            mount = mount_folder(left.split(" ")[4])
             inside = real == mount or real.startswith(mount.rstrip("/") + "/")
             if inside and len(mount) >= len(best):
                 best, kind = mount, right.split()[0]
