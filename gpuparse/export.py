@@ -23,7 +23,14 @@ from gpuparse.arguments import check_choice, check_flag, check_path, check_selec
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
-from gpuparse.folders import discard_folder, remove_discarded, replace_folder, replace_text, replacing
+from gpuparse.folders import (
+    discard_folder,
+    remove_discarded,
+    remove_unfinished,
+    replace_folder,
+    replace_text,
+    replacing,
+)
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
 from gpuparse.places import Place, has_folder, open_place, store_errors_told
@@ -344,8 +351,7 @@ class _NpzExport:
                             "folder with --out."
                         )
         for part in set(self.parts.values()):
-            for leftover in (self.target / part).glob(".*.new"):
-                leftover.unlink(missing_ok=True)
+            remove_unfinished(self.target / part)
 
     def is_done(self, number: int) -> bool:
         """False: what is there is compared where it is written."""

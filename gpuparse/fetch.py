@@ -16,7 +16,7 @@ from typing import Any
 from gpuparse.connections import import_obstore
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import InputError, StorageError, StoreWriteError
-from gpuparse.folders import replace_text, replacing
+from gpuparse.folders import is_unfinished, replace_text, replacing
 from gpuparse.lock import StoreLock
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.proposal import PROPOSAL_FILE
@@ -144,7 +144,7 @@ def _remove_leftovers(
             if key in known and _is_same(path, known[key]):  # as it was fetched; else the user has written it
                 path.unlink()
                 del known[key]
-        elif is_own(key) or (path.name.startswith(".") and path.name.endswith(".new")):
+        elif is_own(key) or is_unfinished(path.name):
             path.unlink()
             known.pop(key, None)
 

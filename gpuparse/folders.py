@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 __all__ = [
     "beside",
     "discard_folder",
+    "is_unfinished",
     "remove_discarded",
+    "remove_unfinished",
     "replace_bytes",
     "replace_folder",
     "replace_text",
@@ -22,6 +25,8 @@ __all__ = [
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NEW = ".new"
+_UNFINISHED = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(_NEW)}")  # what `beside` calls a file
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -72,6 +77,22 @@ def remove_discarded(parent: Path, name: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a name is one under which `replacing` writes a file, and a killed process leaves it; nobody else's is."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes files that killed processes were about to put in place, from a folder that may not be there.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    for path in folder.glob(f".*{_NEW}"):
+        if is_unfinished(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file whole: readers see the old text or the new one.
 
@@ -92,7 +113,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, ending: str = ".new") -> Iterator[Path]:
+def replacing(path: Path, ending: str = _NEW) -> Iterator[Path]:
     """A name beside `path` to write a file to, which takes its place at the end; where that is not reached, it is gone.
 
     Args:
@@ -106,7 +127,7 @@ def replacing(path: Path, ending: str = ".new") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def beside(path: Path, ending: str = ".new") -> Iterator[Path]:
+def beside(path: Path, ending: str = _NEW) -> Iterator[Path]:
     """A name in the folder of `path`, no longer than others; what is there in the end is removed."""
     temporary = path.with_name(f".{uuid.uuid4().hex}{ending}")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gpuparse.case import CaseRecord, convert_case, kept_case, stored_case
 from gpuparse.conversion_report import REPORT_FILE, CaseResult, CaseState, DatasetReport, Failure, write_report
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
-from gpuparse.folders import discard_folder, remove_discarded
+from gpuparse.folders import discard_folder, remove_discarded, remove_unfinished
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.publish import PublishTarget, ValCases, choose_val_cases, publish
 from gpuparse.source import SourceCase
@@ -271,9 +271,7 @@ class DatasetRun:
             remove_discarded(root / "index", "*")
         parts = (root / part for root in (work_path, store_path) for part in ("", "cases", "index"))
         for folder in (store_path.parent, *parts):
-            for leftover in folder.glob(".*.new"):
-                if not leftover.is_dir():
-                    leftover.unlink(missing_ok=True)
+            remove_unfinished(folder)
 
 
 def _folders_of(store: Store | None) -> dict[str, Path]:

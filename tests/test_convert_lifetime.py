@@ -211,11 +211,15 @@ def test_a_split_that_does_not_fit_writes_nothing_and_a_dry_run_says_so(data_dir
 def test_leftovers_of_killed_writes_go_and_folders_of_that_name_stop_nothing(data_dir, add):
     add("a", 10)
     (dataset,) = gpuparse.convert(data_dir).datasets
-    leftover = dataset.store_path / "index/.zarr.json.0123.new"
-    leftover.write_text("")
-    (dataset.store_path / "cases/.odd.new").mkdir()
+    leftovers = [folder / f".{'0a' * 16}.new" for folder in (dataset.store_path / "index", data_dir / "DATA")]
+    for leftover in leftovers:
+        leftover.write_text("")
+    (dataset.store_path / f"cases/.{'1b' * 16}.new").mkdir()
+    others = data_dir / "DATA/.settings.new"  # somebody's own, beside the store
+    others.write_text("mine")
     gpuparse.convert(data_dir)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert others.read_text() == "mine"
 
 
 def test_a_dry_run_refuses_names_that_conversion_refuses(data_dir, add):
@@ -243,6 +247,17 @@ def test_an_export_sees_the_store_as_it_is_now(data_dir, add, tmp_path):
     files = (tmp_path / "second/DATA/train").iterdir()
     assert {p.stem: int(np.load(p)["imgs"].max()) for p in files} == {"a": 10, "b": 20, "c": 31}
     assert gpuparse.info(dataset.store_path, voxels=True).stores[0].voxels.num_voxels == 3 * 192
+
+
+def test_what_a_killed_export_was_writing_goes_and_nothing_of_the_users_does(data_dir, add, tmp_path):
+    add("a", 10)
+    (dataset,) = gpuparse.convert(data_dir).datasets
+    folder = tmp_path / "DATA/train"
+    folder.mkdir(parents=True)
+    for name in (f".{'0a' * 16}.new", ".settings.new"):
+        (folder / name).write_text(name)
+    export_store(dataset.store_path, tmp_path, format="npz")
+    assert sorted(path.name for path in folder.iterdir()) == [".settings.new", "a.npz"]
 
 
 def test_an_overwriting_export_leaves_no_part_that_the_store_has_not(data_dir, add, tmp_path):

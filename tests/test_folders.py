@@ -58,3 +58,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, is_there):
         assert (temporary.parent, temporary.suffix) == (tmp_path, ".npz")
         assert len(list(tmp_path.iterdir())) == 1 + is_there
     assert [found.read_text() for found in tmp_path.iterdir()] == ["new"]
+
+
+def test_only_what_replacing_was_writing_is_removed(tmp_path):
+    with folders.replacing(tmp_path / "text") as temporary:
+        assert folders.is_unfinished(temporary.name)
+        temporary.write_text("new")
+    (tmp_path / temporary.name).write_text("left by a process that was killed")
+    others = [".settings.new", f".{'a' * 31}.new", f".{'a' * 32}.new.txt", f"x.{'a' * 32}.new", "text"]
+    for name in others:
+        (tmp_path / name).write_text(name)
+    (tmp_path / f".{'b' * 32}.new").mkdir()
+    folders.remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, f".{'b' * 32}.new"])
+    folders.remove_unfinished(tmp_path / "absent")

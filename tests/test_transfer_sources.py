@@ -111,7 +111,7 @@ def test_other_datasets_and_splits_stay_and_what_is_gone_goes(server, source, fo
     assert fetched(server) == []
     for key in ("A/train/x.npz", "B/train/x.npz"):
         server.delete(f"src/{key}")
-    (folder / "A/train/.0123.new").write_bytes(b"left by a run that was killed")
+    (folder / f"A/train/.{'0a' * 16}.new").write_bytes(b"left by a run that was killed")
     download_sources(source, folder, split="train", datasets=["A"])
     del stays["A/train/x.npz"]
     assert files(folder) == stays
