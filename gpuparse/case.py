@@ -249,14 +249,17 @@ def _presence(case: SourceCase, volume: Volume, settings: CaseSettings) -> dict[
         return find_presence(volume.labels, pairs, prompts.class_ids[0])
     nameless = [int(i) for i in np.unique(pairs[axes[0]][:, 1]) if int(i) not in prompts.classes]
     if nameless:
-        listed = ", ".join(map(str, nameless[:_MAX_NAMED]))
-        more = f" and {len(nameless) - _MAX_NAMED} more" if len(nameless) > _MAX_NAMED else ""
         raise VolumeFormatError(
-            f"{case.path}: gts holds class {listed}{more}, for which {PROMPTS_FILE} has no prompt "
-            f"(it has {', '.join(map(str, prompts.class_ids))}). Add prompts, or set these voxels to 0; "
+            f"{case.path}: gts holds class {_listed(nameless)}, for which {PROMPTS_FILE} has no prompt "
+            f"(it has {_listed(prompts.class_ids)}). Add prompts, or set these voxels to 0; "
             "if the ids number instances, set instance_label to 1."
         )
     return find_presence(volume.labels, pairs, None)
+
+
+def _listed(class_ids: Sequence[int]) -> str:
+    more = f" and {len(class_ids) - _MAX_NAMED} more" if len(class_ids) > _MAX_NAMED else ""
+    return ", ".join(map(str, class_ids[:_MAX_NAMED])) + more
 
 
 def _write_case(

@@ -75,11 +75,13 @@ def find_presence(
     """
     class_runs: dict[str, dict[str, list[list[int]]]] = {}
     zeroed_runs: dict[str, list[list[int]]] = {}
-    every_id = np.unique(next(iter(pairs.values()))[:, 1]).tolist()  # the same along each axis
     for axis, found in pairs.items():
         positions, ids = found[:, 0], found[:, 1]
         if instance_class is None:
-            class_runs[str(axis)] = {str(i): _runs(positions[ids == i]) for i in every_id}
+            order = np.argsort(ids, kind="stable")  # positions stay ascending
+            every_id, starts = np.unique(ids[order], return_index=True)  # the same ids along each axis
+            by_id = np.split(positions[order], starts[1:])
+            class_runs[str(axis)] = {str(i): _runs(by_id[k]) for k, i in enumerate(every_id.tolist())}
         else:
             class_runs[str(axis)] = {str(instance_class): _runs(np.unique(positions))} if len(positions) else {}
         zeroed_runs[str(axis)] = _runs(_zeroed(labels, axis, positions, ids & 255))

@@ -69,6 +69,11 @@ FAULTS = {
         r"gts holds class 9, for which class_prompts\.json has no prompt \(it has 1, 2\)",
         "Add prompts, or set these voxels to 0",
     ),
+    "labels that are noise": (
+        changed(gts=np.arange(LABELS.size, dtype=np.uint16).reshape(LABELS.shape)),
+        r"gts holds class 3, 4, .*, 22 and \d+ more, for which class_prompts\.json has no prompt",
+        "if the ids number instances",
+    ),
     "a bad spacing": (changed(spacing=np.zeros(3)), r"spacing is \[0\.0, 0\.0, 0\.0\]", "from the image's header"),
     "cut to nothing": (cut(0), "not a complete npz .* of 0 bytes", "Copy or export it again"),
     "cut at a tenth": (cut(0.1), "not a complete npz", "Copy or export it again"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,3 +90,18 @@ def test_runs_of_slices_and_what_the_reference_zeroes():
     assert instances["class_runs"] == {"0": {"7": [[0, 2], [3, 6]]}}
     empty = np.zeros((2, 3, 3), np.uint8)
     assert find_presence(empty, label_pairs(empty, (0,)), 7)["class_runs"] == {"0": {}}
+    assert find_presence(empty, label_pairs(empty, (0,)), None)["class_runs"] == {"0": {}}
+
+
+def test_many_classes_take_time_in_proportion_to_what_there_is_of_them():
+    labels = np.arange(60_000, dtype=np.uint16).reshape(3, 100, 200)
+    labels[2, 50:] = labels[0, 50:]
+    pairs = label_pairs(labels, (0, 1, 2))
+    started = time.perf_counter()
+    runs = find_presence(labels, pairs, None)["class_runs"]
+    assert time.perf_counter() - started < 20  # a look at all pairs for each class takes minutes
+    assert runs["0"]["10050"] == [[0, 1], [2, 3]]  # row 50, column 50
+    assert runs["0"]["1"] == [[0, 1]]
+    for axis in (0, 1, 2):
+        held = {(p, int(i)) for i, spans in runs[str(axis)].items() for a, b in spans for p in range(a, b)}
+        assert held == set(map(tuple, pairs[axis].tolist()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -73,6 +74,16 @@ def test_files_that_are_no_prompt_file_are_refused(tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         load_class_prompts(path)
+
+
+def test_many_classes_are_read_in_time_in_proportion_to_their_number(tmp_path):
+    path = tmp_path / "class_prompts.json"
+    entry = {**{str(i): [f"part {i}"] for i in range(1, 100_001)}, "instance_label": 0}
+    path.write_text(json.dumps({"A": entry}))
+    started = time.perf_counter()
+    prompts = load_class_prompts(path)["A"]
+    assert time.perf_counter() - started < 20  # a look at all keys for each of them takes minutes
+    assert parse_class_prompts(prompts, "A").class_ids == tuple(range(1, 100_001))
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):

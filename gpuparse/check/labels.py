@@ -60,10 +60,11 @@ def scan_labels(labels: npt.NDArray[Any], axes: Sequence[int], prompts: ClassPro
         ids = np.union1d(ids, here[here > 0])
         low = plane.astype(np.uint8)
         masks = [(full, low == 255), (other, (low != 255) & (low != 0)), (empty, low == 0)]
+        held = set(here.tolist())
         found = [
             (column, plane != 0 if instance else plane == class_id)
             for column, class_id in enumerate(classes)
-            if instance or class_id in here
+            if instance or class_id in held
         ]
         for axis in axes:
             rows: int | slice = z if axis == 0 else slice(None)
@@ -111,7 +112,8 @@ def check_labels(
         return findings + check_instances(place, labels, spacing_mm)
     nameless = [int(i) for i in scan.ids if int(i) not in prompts.classes]
     if nameless:
-        shown = ", ".join(map(str, nameless[:10])) + ", ..." * (len(nameless) > 10)
-        named = ", ".join(map(str, prompts.class_ids))
+        shown, named = (
+            ", ".join(map(str, ids[:10])) + ", ..." * (len(ids) > 10) for ids in (nameless, prompts.class_ids)
+        )
         findings.append(place.finding("GP408", f"id {shown}; prompts are there for {named}."))
     return findings
