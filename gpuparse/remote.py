@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 
 _WEAK = "W/"  # begins a version that a web server does not vouch for byte by byte
 _LONGEST_PAUSE_SECONDS = 30.0
+_JITTER = random.SystemRandom()  # ranks seeded alike shall not try again in step, nor a user's numbers depend on faults
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError")
 _NO_SUCH_END = ("status code: 416", "non-partial response")  # what servers say of the end of an empty object
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
@@ -169,7 +170,7 @@ class RemoteSite:
                         "Use one, or copy the data here."
                     ) from error
                 pause = min(_LONGEST_PAUSE_SECONDS, options.backoff_seconds * 2 ** min(attempt - 1, 30))
-                if attempt == options.num_attempts or not _pause(pause * random.uniform(0.5, 1.0)):
+                if attempt == options.num_attempts or not _pause(pause * _JITTER.uniform(0.5, 1.0)):
                     raise StorageError(
                         f"'{url}' {what}: {attempt} attempts in {time.monotonic() - start:.1f} s failed, the last "
                         f"one: {reason(error)}. Check the network and the server, or raise num_attempts and "

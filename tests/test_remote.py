@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import multiprocessing
 import pickle
+import random
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -147,7 +148,7 @@ def test_items_of_a_remote_dataset_are_the_local_ones(server, options, sample_st
 
 @pytest.mark.parametrize("fault", ["500", "reset", "cut", "slow"])
 def test_a_fault_is_tried_again_with_growing_pauses_until_it_is_an_error(server, options, monkeypatch, fault):
-    pauses = []
+    pauses, drawn = [], random.getstate()
     monkeypatch.setattr(remote.time, "sleep", pauses.append)
     options = dataclasses.replace(
         options, num_attempts=4, backoff_seconds=10.0, timeout_seconds=0.2 if fault == "slow" else 20
@@ -164,6 +165,7 @@ def test_a_fault_is_tried_again_with_growing_pauses_until_it_is_an_error(server,
         place.read_bytes()
     assert len(server.requests) == 8
     assert len(pauses) == 6
+    assert random.getstate() == drawn  # ranks seeded alike do not wait alike, and a run draws what it draws elsewhere
 
 
 @pytest.mark.parametrize("num_bytes", [None, 4, 6])
