@@ -414,7 +414,7 @@ class _NpzExport:
         path = self._prompts_path
         try:
             entries = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"'{path}' is no JSON ({error}). Correct it, or name another folder with --out."
             ) from error

@@ -135,7 +135,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(cannot_be_read(path, error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}. Mend it with any JSON editor.") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds {type(data).__name__}; expected an object with 'labels'. Mend it.")
@@ -167,7 +167,8 @@ def _nnunet_pairs(folder: Path, layout: FolderLayout, split: str) -> list[Pair]:
     channel = layout.channel
     if channel is None:
         if len(found) > 1:
-            names = read_dataset_json(folder).get("channel_names", {})
+            names = read_dataset_json(folder).get("channel_names")
+            names = names if isinstance(names, Mapping) else {}
             listed = ", ".join(f"{n} ({names[str(n)]})" if str(n) in names else str(n) for n in found)
             raise InputError(f"{image_dir}: images of several channels: {listed}. Choose one with --channel.")
         channel = found[0]

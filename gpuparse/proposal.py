@@ -47,12 +47,18 @@ def class_names(dataset_json: Mapping[str, Any], where: str) -> dict[int, str]:
             key, value = value, key
         ids = list(value) if isinstance(value, list) else [value]
         try:
-            numbers = {int(v) for v in ids}
+            numbers = {_whole(v) for v in ids}
         except (TypeError, ValueError):
             raise InputError(f"{where}: label {key!r} has id {value!r}; expected whole numbers. Mend it.") from None
         if key.lower() not in ("background", "ignore"):
             regions.append((key, {number for number in numbers if number > 0}))
     return {number: _name_of(number, regions) for number in sorted(set().union(*(ids for _, ids in regions)))}
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
 
 
 def _name_of(number: int, regions: Sequence[tuple[str, set[int]]]) -> str:

@@ -150,7 +150,9 @@ def _from_file(dataset: str, names: Sequence[str], path: Path) -> dict[str, bool
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}.") from error
-    entry = data.get(dataset, data) if isinstance(data, dict) else data
+    entry = data
+    if isinstance(data, dict) and isinstance(data.get(dataset), dict):  # a dataset may be called "train", too
+        entry = data[dataset]
     if not isinstance(entry, dict) or not all(isinstance(entry.get(part), list) for part in ("train", "val")):
         raise InputError(
             f'{path}: expected {{"train": [case names], "val": [case names]}}, or such an object for {dataset!r}. '

@@ -458,7 +458,7 @@ def test_prompts_of_others_stay(stores, tmp_path):
         export_store(stores / "CELLS", tmp_path, format="npz")
     export_store(stores / "CELLS", tmp_path, format="npz", overwrite=True)
     assert json.loads(path.read_text(encoding="utf-8"))["CELLS"]["1"] == ["cell"]
-    for text, message in (("{", "is no JSON"), ("[]", "holds a list; expected an object")):
+    for text, message in (("{", "is no JSON"), ("[" * 10**5, "is no JSON"), ("[]", "holds a list; expected an object")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             export_store(stores / "CELLS", tmp_path, format="npz")

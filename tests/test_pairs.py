@@ -66,6 +66,10 @@ def test_several_channels_want_a_choice(folder):
     with pytest.raises(InputError, match=r"several channels: 0 \(T1\), 3 \(FLAIR\)\. Choose one with --channel"):
         find_pairs(root, NNUNET)
     assert [p.image.name for p in find_pairs(root, FolderLayout("nnunet", channel=3))] == names_of(names, 3)
+    for channels, told in ((None, "3"), (["T1"], "3"), ({"3": "FLAIR"}, r"3 \(FLAIR\)")):
+        (root / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+        with pytest.raises(InputError, match=rf"several channels: 0, {told}\. Choose one"):
+            find_pairs(root, NNUNET)
     with pytest.raises(InputError, match=r"no channel 1; it has 0, 3"):
         find_pairs(root, FolderLayout("nnunet", channel=1))
     (root / names[3]).unlink()
@@ -238,14 +242,28 @@ def test_class_names_of_nnunet(labels, names):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["liver"], "labels is list"), ({"liver": "one", "x": None}, "label .* expected whole numbers")],
+    [
+        (["liver"], "labels is list"),
+        ({"liver": "one", "x": None}, "label .* expected whole numbers"),
+        ({"liver": 1.5}, r"label 'liver' has id 1\.5; expected whole numbers"),
+        ({"liver": [1, float("inf")]}, r"label 'liver' has id \[1, inf\]; expected whole numbers"),
+        ({"liver": float("nan")}, "label 'liver' has id nan"),
+        ({"liver": True}, "label 'liver' has id True"),
+    ],
 )
 def test_class_names_that_are_none_are_refused(labels, message):
     with pytest.raises(InputError, match=rf"dataset\.json: {message}"):
         class_names({"labels": labels}, "dataset.json")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "holds list; expected an object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
+        ("[]", "holds list; expected an object"),
+    ],
+)
 def test_a_broken_dataset_json_is_named(tmp_path, text, message):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=rf"dataset\.json: {message}"):

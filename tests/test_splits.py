@@ -185,6 +185,9 @@ def test_split_files_for_one_dataset_or_several(split_file):
     assert assign_splits("DATA", ["a", "b", "c"], split) == {"a": False, "b": True, "c": True}
     assert assign_splits("OTHER", ["x"], split) == {"x": False}
     assert assign_splits("DATA", ["1", "2"], split_file({"train": [1], "val": [2]})) == {"1": False, "2": True}
+    by_part = {"train": ["a"], "val": ["b"]}
+    for data in (by_part, {"train": by_part}):  # of a dataset that is called as a part is
+        assert assign_splits("train", ["a", "b"], split_file(data)) == {"a": False, "b": True}
     marked = split_file('\ufeff{"train": ["a"], "val": ["b"]}')  # a byte order mark, as some editors write
     assert assign_splits("DATA", ["a", "b"], marked) == {"a": False, "b": True}
 
