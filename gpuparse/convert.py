@@ -29,7 +29,7 @@ from gpuparse.publish import PublishTarget
 from gpuparse.remote import RemoteOptions
 from gpuparse.run import DatasetRun, RunOptions
 from gpuparse.splits import ValSplit
-from gpuparse.store import Store, read_earlier
+from gpuparse.store import read_earlier
 from gpuparse.transfer import Staging
 from gpuparse.urls import is_url
 from gpuparse.volume import MAX_VOLUME_BYTES, check_name
@@ -151,7 +151,7 @@ def convert(
                 # What others published at the URL decides; what was sent from here may be older than the store here.
                 is_own = store is not None and (published is None or staging.is_own(published, store_path))
                 earlier = store if is_own else published
-                settings = CaseSettings(found.prompts, level or _level_of(earlier))
+                settings = CaseSettings(found.prompts, level or (earlier.level if earlier else None) or "fast")
                 target = PublishTarget(found.name, store_path, split, settings, val_split)
                 run = DatasetRun(target, found.cases, options, pool, store, earlier)
                 report = run()
@@ -206,8 +206,3 @@ def _write_errors_told(store_path: Path) -> Iterator[None]:
         raise StoreWriteError(
             f"{store_path}: cannot be written: {told}. Then run the command again: finished cases are kept."
         ) from error
-
-
-def _level_of(store: Store | None) -> Level:
-    level = store.attributes.get("settings", {}).get("level") if store is not None else None
-    return level if level in LEVELS else "fast"

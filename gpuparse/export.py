@@ -439,7 +439,7 @@ def _is_source(case: StoredCase, path: Path) -> bool:
     """Whether a file is the very one that a case was made from."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return bool(case.noted().get("source", {}).get("sha256") == digest)
+    return bool(case.noted("source").get("sha256") == digest)
 
 
 def _holds(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> bool:

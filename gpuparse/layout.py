@@ -126,7 +126,7 @@ def read_json(path: Place, remedy: str) -> dict[str, Any]:
             f"'{path}' cannot be read: {error}. Check permissions, the number of open files (`ulimit -n`), the disk "
             "and its mount."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are among them
         raise StoreFormatError(f"'{path}' cannot be read as JSON: {error}. {remedy}") from error
     if not isinstance(data, dict):
         raise StoreFormatError(f"'{path}' holds {type(data).__name__}, expected an object. {remedy}")
@@ -190,10 +190,12 @@ def parse_layout(path: Place, shape: tuple[int, int, int], shard_bytes: Mapping[
         chunks = tuple(int(n) for n in sharding["chunk_shape"])
         shards = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
         expect("ranks of chunk and shard", (len(chunks), len(shards)), (3, 3))
+        if min(*chunks, *shards) < 1:
+            expect("sides of chunk and shard", (chunks, shards), "1 voxel or more")
         expect("remainder of shard by chunk", [s % c for s, c in zip(shards, chunks, strict=True)], [0, 0, 0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
         expect("blosc typesize", blosc["typesize"], blosc_typesize(math.prod(chunks) * dtype.itemsize))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, StoreFormatError):
             raise
         reason = f"{type(error).__name__}: {error}"

@@ -12,14 +12,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from gpuparse.arguments import check_choice
-from gpuparse.arrays import read_column
+from gpuparse.arrays import LEVELS, Level, read_column
 from gpuparse.errors import InputError, StorageError, StoreFormatError
 from gpuparse.layout import ArrayLayout, parse_layout, read_json, shard_sizes
 from gpuparse.places import Place, check_store_folder, local_path, open_place
@@ -188,6 +188,13 @@ class Store:
         """
         return local_path(self.place)
 
+    @property
+    def level(self) -> Level | None:
+        """How hard it was compressed; None where its attributes do not tell."""
+        settings = self.attributes.get("settings")
+        level = settings.get("level") if isinstance(settings, dict) else None
+        return level if level in tuple(LEVELS) else None
+
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
         """The attributes of the slice index."""
@@ -221,7 +228,7 @@ class Store:
                 raise ValueError("its values do not match their crc32c")
         except StorageError:
             raise
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, OSError) as error:
             self._check_current(error)
             raise StoreFormatError(
                 f"'{self.place}': column {name!r} of the slice index is damaged ({error}). {_REMEDY}"
@@ -239,9 +246,8 @@ class Store:
     @functools.cached_property
     def case_columns(self) -> CaseColumns:
         """All cases as columns, read when first asked for."""
-        names: Any = self._index.get("case_names")
-        folders: Any = self._index.get("case_folders")
-        if names is None or folders is None:
+        names, folders = self._index.get("case_names"), self._index.get("case_folders")
+        if not _is_texts(names) or not _is_texts(folders):
             raise StoreFormatError(f"'{self.place}': the slice index names no cases. {_REMEDY}")
         shape, spacing, axes = (self._column(f"case_{n}") for n in ("shape", "spacing_mm", "axes"))
         if len({len(names), len(folders), len(shape), len(spacing), len(axes)}) > 1:
@@ -390,6 +396,10 @@ def read_earlier(place: Place, *, anew: bool) -> Store | None:
         if anew:
             return None
         raise
+
+
+def _is_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def split_code(split: str) -> int:

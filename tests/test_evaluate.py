@@ -159,11 +159,19 @@ def test_nifti_predictions_are_turned_as_a_store_of_nifti_sources_lies(tmp_path)
     (case,) = find_cases(tmp_path / "DATA").cases
     assert np.array_equal(case.affine_ras_mm(), affine)
     assert evaluate(tmp_path / "pred", tmp_path / "DATA").cases[0].dice == 1.0
-    attributes.write_text("{}")
-    with pytest.raises(
-        StoreFormatError, match=r"cases/a/zarr\.json' cannot be read \(KeyError.*Convert the case again"
+    for damaged, reason in (
+        ({}, "KeyError: 'attributes'"),
+        ({"attributes": {"gpuparse": []}}, "AttributeError"),
+        ({"attributes": {"gpuparse": {"origin": "ARS"}}}, "ValueError"),
+        ({"attributes": {"gpuparse": {"origin": 5}}}, "TypeError"),
+        ({"attributes": {"gpuparse": {"origin": {"affine_ras_mm": [[1, 0], [0]]}}}}, "ValueError"),
+        ({"attributes": {"gpuparse": {"origin": {"affine_ras_mm": [1, 2, 3]}}}}, "ValueError: cannot reshape"),
     ):
-        case.affine_ras_mm()
+        attributes.write_text(json.dumps(damaged))
+        with pytest.raises(
+            StoreFormatError, match=rf"cases/a': zarr\.json is damaged \({reason}.*Convert this case ag"
+        ):
+            case.affine_ras_mm()
 
 
 def test_a_set_of_cases_with_different_classes_is_reported_in_parts(tmp_path):

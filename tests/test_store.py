@@ -186,6 +186,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     assert isinstance(error.value, GpuparseError)
     for text, message in [
         ("{", rf"zarr\.json' cannot be read as JSON: .*{REMEDY}"),
+        ('{"n": ' + "1" * 5000 + "}", r"zarr\.json' cannot be read as JSON: Exceeds the limit"),
         ("\udc80", r"zarr\.json' cannot be read as JSON: .*utf-8"),
         ("[1]", rf"zarr\.json' holds list, expected an object\. {REMEDY}"),
         ('{"zarr_format": 3, "attributes": {}}', r"is a Zarr group but no gpuparse store \(no 'gpuparse' attributes\)"),
@@ -265,11 +266,32 @@ def test_an_index_whose_values_are_gone_is_not_read_as_zeros(store_path, column)
         assert len(open_store(store_path).slices) == len(open_store(store_path).cases)
 
 
-def test_an_index_without_case_names_is_refused(store_path):
+@pytest.mark.parametrize("value", [None, 3, "case_001", [1, 2], {"case_001": 0}])
+@pytest.mark.parametrize("key", ["case_names", "case_folders"])
+def test_an_index_without_case_names_is_refused(store_path, key, value):
     (index,) = [p for p in (store_path / "index").iterdir() if p.is_dir()]
-    edit(index / "zarr.json", lambda d: d["attributes"].clear())
-    with pytest.raises(StoreFormatError, match=REMEDY):
+    edit(index / "zarr.json", lambda d: d["attributes"].update({key: value}))
+    with pytest.raises(StoreFormatError, match=rf"train\.zarr': the slice index names no cases\. {REMEDY}"):
         assert open_store(store_path).cases
+
+
+@pytest.mark.parametrize("checksums", [None, [1], "position"])
+def test_an_index_whose_checksums_are_none_is_damaged(store_path, checksums):
+    (index,) = [p for p in (store_path / "index").iterdir() if p.is_dir()]
+    edit(index / "zarr.json", lambda d: d["attributes"].update(crc32c=checksums))
+    with pytest.raises(StoreFormatError, match=r"column 'case' of the slice index is damaged"):
+        assert open_store(store_path).slices
+
+
+@pytest.mark.parametrize(("settings", "level"), [
+    ({"level": "high"}, "high"), ({"level": "best"}, None), ({"level": ["high"]}, None), ({}, None), (None, None),
+    (["high"], None),
+])  # fmt: skip
+def test_the_level_of_a_store_is_what_its_attributes_tell_and_none_where_they_do_not(store_path, settings, level):
+    edit(store_path / "zarr.json", lambda d: d["attributes"]["gpuparse"].update(settings=settings))
+    store = open_store(store_path)
+    assert store.level == level
+    assert gpuparse.info(store_path).stores[0].storage.level == level
 
 
 def test_a_missing_array_is_named(store_path):
@@ -321,7 +343,17 @@ FOREIGN = {
     "a shard of no whole chunks": (
         lambda m: sharding(m).update(chunk_shape=[3, 216, 272]), r"remainder of shard by chunk is \[1, 0, 0\]"
     ),
-    "chunks of nothing": (lambda m: sharding(m).update(chunk_shape=[0, 1, 1]), r"incomplete \(ZeroDivisionError"),
+    "chunks of nothing": (
+        lambda m: sharding(m).update(chunk_shape=[0, 1, 1]), r"sides of chunk and shard is .*\(0, 1, 1\).* '1 voxel or"
+    ),
+    "shards turned round": (
+        lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[-28, 216, 272]), r"sides .* \(-28, 216, 272\)"
+    ),
+    "endless chunks": (
+        lambda m: sharding(m).update(chunk_shape=[float("inf"), 1, 1]), r"zarr\.json is incomplete \(OverflowError"
+    ),
+    "codecs that are texts": (lambda m: inner("bytes")(m).update() or sharding(m)["codecs"][0].update(
+        configuration="little"), r"zarr\.json is incomplete \(AttributeError"),
     "two codecs outside": (lambda m: m.update(codecs=m["codecs"] * 2), r"zarr\.json is incomplete \(ValueError"),
     "no codecs": (lambda m: m.pop("codecs"), r"zarr\.json is incomplete \(KeyError: 'codecs'\)"),
     "no shape": (lambda m: m.update(shape=None), r"zarr\.json is incomplete \(TypeError"),

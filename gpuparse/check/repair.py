@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuparse.arguments import check_instance, check_path, whole_number
-from gpuparse.arrays import LEVELS
 from gpuparse.check.case import CaseTask, check_case
 from gpuparse.check.findings import CheckReport, Place
 from gpuparse.check.store import opened_store
@@ -180,13 +179,12 @@ class _Repair:
             raise
 
     def _convert(self, data_dir: Path, max_jobs: int, *, overwrite: bool) -> None:
-        level = self.store.attributes.get("settings", {}).get("level")
         report = self.store.path.with_name(REPORT_FILE)
         said = report.read_bytes() if report.is_file() else None
         try:
             convert(
                 data_dir, out_dir=self.store.path.parent.parent, split=self.store.split, overwrite=overwrite,
-                level=level if level in LEVELS else None, num_jobs=min(self.num_jobs, max_jobs),
+                level=self.store.level, num_jobs=min(self.num_jobs, max_jobs),
                 max_volume_gib=self.limit / GIB,
             )  # fmt: skip
         finally:

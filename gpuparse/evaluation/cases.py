@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,9 @@ import numpy.typing as npt
 from gpuparse.arguments import check_selection
 from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
-from gpuparse.errors import ChunkCorruptError, InputError, StorageError, StoreFormatError
+from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
 from gpuparse.evaluation.entries import Entries, PromptSource
+from gpuparse.layout import CASE_REMEDY, read_json
 from gpuparse.listing import LOST_AND_FOUND
 from gpuparse.npz import NpzFile
 from gpuparse.places import Place, has_folder, local_path, open_place, store_errors_told
@@ -168,40 +168,42 @@ class StoredCase:
 
     def image(self) -> npt.NDArray[np.uint8]:
         """(z, y, x) uint8."""
-        image: npt.NDArray[np.uint8] = self._read(IMAGE_PATH)
-        return image
+        return self._read(IMAGE_PATH)
 
     def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
         """(z, y, x) ids as stored."""
-        labels: npt.NDArray[np.unsignedinteger[Any]] = self._read(LABELS_PATH)
-        return labels
+        return self._read(LABELS_PATH)
 
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size along z, y, x."""
         return self.store.cases[self.number].spacing_mm
 
     def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
-        """What conversion noted of the source, such as a NIfTI file; None where that held no directions."""
-        affine = self.noted().get("origin", {}).get("affine_ras_mm")
-        return None if affine is None else np.array(affine, np.float64)
-
-    def noted(self) -> dict[str, Any]:
-        """What conversion noted of the case: its attributes under `gpuparse`.
+        """What conversion noted of the source, such as a NIfTI file; None where that held no directions.
 
         Raises:
-            StoreFormatError: They cannot be read.
+            StoreFormatError: It cannot be read.
             StorageError: Remote storage failed.
         """
-        path = self.store.case_place(self.number) / "zarr.json"
+        affine = self.noted("origin").get("affine_ras_mm")
         try:
-            noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["attributes"]["gpuparse"]
-        except StorageError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreFormatError(f"'{path}' cannot be read ({error!r}). Convert the case again.") from error
-        return noted
+            return None if affine is None else np.array(affine, np.float64).reshape(4, 4)
+        except (TypeError, ValueError) as error:
+            raise self._damaged(error) from error
 
-    def _read(self, array_path: str) -> Any:
+    def noted(self, part: Literal["origin", "source"]) -> dict[str, Any]:
+        """A part of what conversion noted of the case; empty where it did not. Raises as `affine_ras_mm` does."""
+        node = read_json(self.store.case_place(self.number) / "zarr.json", CASE_REMEDY)
+        try:
+            return dict(node["attributes"]["gpuparse"].get(part, {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> StoreFormatError:
+        place = self.store.case_place(self.number)
+        return StoreFormatError(f"'{place}': zarr.json is damaged ({type(error).__name__}: {error}). {CASE_REMEDY}")
+
+    def _read(self, array_path: str) -> npt.NDArray[Any]:
         layout = self.store.layout(self.number, array_path)
         if self.store.is_remote:
             values, findings = read_checked(FindingPlace(str(layout.place), self.store.name, self.name), layout)

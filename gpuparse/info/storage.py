@@ -57,8 +57,8 @@ def storage_info(store: Store, opened: Sequence[int]) -> StorageInfo:
         num_shards += sum(len(layout.shard_bytes or ()) for layout in (image, labels))
     num_cases = len(store.case_columns)
     share = num_voxels(store, range(num_cases)) / max(1, num_voxels(store, opened))
-    level = store.attributes.get("settings", {}).get("level")
-    name = f"blosc ({LEVELS[level][0]})" if level in LEVELS else "blosc (lz4)"
+    level = store.level
+    name = f"blosc ({LEVELS[level or 'fast'][0]})"
     return StorageInfo(
         codec=f"sharding_indexed [bytes, {name}, crc32c]",
         level=level,
