@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuparse.folders import replace_text
+from gpuparse.folders import alone, replace_text
 
 __all__ = ["CaseResult", "CaseState", "ConversionReport", "DatasetReport", "Failure", "REPORT_FILE", "write_report"]
 
@@ -178,9 +178,10 @@ def write_report(
         "without_source": [] if dataset is None else list(dataset.without_source),
         "files": files,
     }
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        entries = {}
-    entries = entries if isinstance(entries, dict) else {}
-    replace_text(path, json.dumps({**entries, store_path.name: entry}))
+    with alone(path.parent):  # train and val of a dataset may be converted at once
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            entries = {}
+        entries = entries if isinstance(entries, dict) else {}
+        replace_text(path, json.dumps({**entries, store_path.name: entry}))

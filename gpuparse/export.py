@@ -24,6 +24,7 @@ from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
 from gpuparse.evaluation.cases import StoredCase
 from gpuparse.folders import (
+    alone,
     discard_folder,
     remove_discarded,
     remove_unfinished,
@@ -34,7 +35,7 @@ from gpuparse.folders import (
 from gpuparse.lock import StoreLock
 from gpuparse.memory import default_memory_bytes
 from gpuparse.places import Place, has_folder, open_place, store_errors_told
-from gpuparse.prompts import parse_class_prompts
+from gpuparse.prompts import PROMPTS_FILE, parse_class_prompts
 from gpuparse.remote import RemoteOptions
 from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, view_suffix, write_slices
 from gpuparse.store import Store, read_store
@@ -400,15 +401,16 @@ class _NpzExport:
     def publish(self) -> list[Path]:
         """Adds the dataset to class_prompts.json; returns the folders with npz files."""
         path = self._prompts_path
-        entries = self._prompts()
-        if self.store.name not in entries or self.overwrite:
-            entries[self.store.name] = self.store.attributes["class_prompts"]
-            replace_text(path, json.dumps(entries, indent=4) + "\n")
+        with alone(path.parent):  # other datasets may be exported there at once
+            entries = self._prompts()
+            if self.store.name not in entries or self.overwrite:
+                entries[self.store.name] = self.store.attributes["class_prompts"]
+                replace_text(path, json.dumps(entries, indent=4) + "\n")
         return [self.target / part for part in sorted(set(self.parts.values()))]
 
     @property
     def _prompts_path(self) -> Path:
-        return self.target.parent / "class_prompts.json"
+        return self.target.parent / PROMPTS_FILE
 
     def _prompts(self) -> dict[str, Any]:
         path = self._prompts_path

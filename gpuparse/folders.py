@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "alone",
     "beside",
     "discard_folder",
     "is_unfinished",
@@ -58,6 +60,23 @@ def discard_folder(folder: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(gone, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps others out that ask for the same folder, threads and processes, where the file system has locks.
+
+    For what is read, changed and written back: each of two that do so at once would lose what the other one adds.
+    """
+    handle: int | None = None
+    try:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_discarded(parent: Path, name: str) -> None:

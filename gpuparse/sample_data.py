@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_bytes, replacing
+from gpuparse.prompts import PROMPTS_FILE
 
 __all__ = ["make_sample_data"]
 
@@ -86,7 +87,7 @@ def make_sample_data(out_dir: str | os.PathLike[str], *, seed: int = 0) -> Path:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed is {seed!r}; expected a whole number of at least 0. Pass for example seed=0.")
     root = Path(out_dir)
-    prompts_path = root / "class_prompts.json"
+    prompts_path = root / PROMPTS_FILE
     prompts = (json.dumps(_CLASS_PROMPTS, indent=2) + "\n").encode()
     missing: list[tuple[Path, _Arrays]] = []
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 import gpuparse
 from gpuparse import folders
+from gpuparse.conversion_report import CaseResult, write_report
 from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError, VolumeFormatError
 from gpuparse.export import export_store
 from gpuparse.splits import ValSplit
@@ -288,3 +290,49 @@ def test_prompts_in_another_order_are_other_prompts(data_dir, write_case, tmp_pa
     (tmp_path / "out/class_prompts.json").write_text(json.dumps(there))
     with pytest.raises(InputError, match="has other prompts for 'DATA' than the store"):
         export_store(dataset.store_path, tmp_path / "out", format="npz")
+
+
+def at_once(monkeypatch, where, first, second):
+    """Makes two calls such that the other one begins where the first is about to write its text."""
+    write, begun = folders.replace_text, []
+
+    def replace_text(path, text):
+        if not begun:
+            begun.append(threading.Thread(target=second))
+            begun[0].start()
+            begun[0].join(0.5)  # it ends where nothing keeps it from that
+        write(path, text)
+
+    monkeypatch.setattr(where, replace_text)
+    first()
+    begun[0].join()
+
+
+def test_reports_that_are_written_at_once_lose_nothing(tmp_path, monkeypatch):
+    def writing(name):
+        result = CaseResult("DATA", tmp_path / name / "a.npz", 7, "written")
+        return lambda: write_report(tmp_path / f"{name}.zarr", None, [result], [])
+
+    at_once(monkeypatch, "gpuparse.conversion_report.replace_text", writing("train"), writing("val"))
+    entries = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert {name: entry["files"][0]["file"] for name, entry in entries.items()} == {
+        f"{name}.zarr": str(tmp_path / name / "a.npz") for name in ("train", "val")
+    }
+
+
+def test_datasets_that_are_exported_to_one_folder_at_once_all_have_their_prompts(
+    data_dir, write_case, tmp_path, monkeypatch
+):
+    labels = np.ones((3, 8, 8), np.uint8)
+    for dataset in ("DATA", "OTHER"):
+        write_case(labels, labels, dataset=dataset, prompts={"1": [f"what {dataset} has"]})
+    gpuparse.convert(data_dir)
+
+    def exporting(dataset):
+        return lambda: export_store(data_dir / dataset, tmp_path / "out", format="npz")
+
+    at_once(monkeypatch, "gpuparse.export.replace_text", exporting("DATA"), exporting("OTHER"))
+    entries = json.loads((tmp_path / "out/class_prompts.json").read_text(encoding="utf-8"))
+    assert {name: entry["1"] for name, entry in entries.items()} == {
+        name: [f"what {name} has"] for name in ("DATA", "OTHER")
+    }

@@ -23,6 +23,7 @@ from gpuparse.bench.baselines.process_2d import write_png_tree
 from gpuparse.bench.data import BenchData
 from gpuparse.bench.measuring import ratio_of_medians, summary
 from gpuparse.errors import InputError
+from gpuparse.prompts import PROMPTS_FILE
 
 __all__ = ["check_original", "compare_with_original"]
 
@@ -49,7 +50,7 @@ def compare_with_original(data: BenchData, checkout: Path, rounds: int) -> dict[
 
     folder = data.scratch / "original"
     folder.mkdir()
-    (folder / "class_prompts.json").write_bytes((data.folder / "class_prompts.json").read_bytes())
+    (folder / PROMPTS_FILE).write_bytes((data.folder / PROMPTS_FILE).read_bytes())
     for volume in data.volumes:  # the original takes hidden files for volumes, too
         (folder / volume.dataset / "train").mkdir(parents=True, exist_ok=True)
         (folder / volume.dataset / "train" / volume.path.name).symlink_to(volume.path.resolve())

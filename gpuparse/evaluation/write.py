@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import reprlib
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from gpuparse.arrays import serial_blosc, write_group, write_voxels
 from gpuparse.errors import InputError, StoreFormatError, StoreWriteError
-from gpuparse.folders import beside, replace_folder, replacing
+from gpuparse.folders import alone, beside, replace_folder, replacing
 from gpuparse.layout import CASE_REMEDY, read_json
 from gpuparse.optional import import_optional
 from gpuparse.scan import orientation_of
@@ -167,25 +166,13 @@ def write_label_image(store: Store, case: str, prediction: Any, name: str = "pre
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    with _alone(labels_dir):
+    with alone(labels_dir):
         listing = read_json(labels_dir / "zarr.json", CASE_REMEDY)
         listed = listing["attributes"]["ome"]["labels"]
         if name not in listed:
             listed.append(name)
             replace_file(labels_dir / "zarr.json", json.dumps(listing, indent=2).encode())
     return labels_dir / name
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes that do the same out, where the file system has locks."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def replace_file(path: Path, data: bytes) -> None:
