@@ -408,6 +408,16 @@ class TestRefusals:
         with pytest.raises(InputError, match="the page cannot be written"):
             page.write_page(toy[1], tmp_path / "file/out")
 
+    def test_data_whose_prompts_begin_with_a_byte_order_mark(self, write_case, data_dir):
+        labels = np.zeros((4, 20, 20), np.uint8)
+        labels[1:3, 3:9, 4:9] = 2
+        write_case(np.full((4, 20, 20), 9, np.uint8), labels, prompts={"2": "die Füße"})
+        prompts = data_dir / "class_prompts.json"
+        prompts.write_text(prompts.read_text(encoding="utf-8"), encoding="utf-8-sig")
+        with prepare(data_dir) as data:
+            assert data.prompts == {"DATA": {2: ["die Füße"]}}
+            assert {folder.parent.name for folder in data.png_folders(16)} == {"DATA"}
+
     def test_data_of_instances_alone(self, write_case, data_dir):
         labels = np.zeros((4, 20, 20), np.uint8)
         labels[1:3, 3:9, 4:9] = 2

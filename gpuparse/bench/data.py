@@ -18,7 +18,7 @@ from gpuparse.bench.baselines.process_2d import channel_numbers, read_volume, sl
 from gpuparse.convert import convert
 from gpuparse.errors import InputError
 from gpuparse.npz import NpzFile
-from gpuparse.prompts import PROMPTS_FILE
+from gpuparse.prompts import PROMPTS_FILE, load_class_prompts, parse_class_prompts
 from gpuparse.sample_data import make_sample_data
 from gpuparse.source import npz_names
 
@@ -86,12 +86,10 @@ class BenchData:
     @functools.cached_property
     def prompts(self) -> dict[str, dict[int, list[str]]]:
         """Dataset -> class id -> its prompts."""
-        content = json.loads((self.folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+        content = load_class_prompts(self.folder / PROMPTS_FILE)
         return {
             name: {
-                int(key): [texts] if isinstance(texts, str) else texts
-                for key, texts in content[name].items()
-                if key != "instance_label"
+                class_id: list(texts) for class_id, texts in parse_class_prompts(content[name], name).classes.items()
             }
             for name in self.names
         }
@@ -172,7 +170,7 @@ def prepare(folder: Path | None, work_dir: Path | None = None, small: bool = Fal
         if folder is None:
             folder = _write_small(scratch / "data") if small else _write_samples(scratch / "data")
         report = convert(folder, out_dir=scratch / "stores")
-        prompts = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+        prompts = load_class_prompts(folder / PROMPTS_FILE)
         names = tuple(entry.name for entry in report.datasets if not prompts[entry.name]["instance_label"])
         if not names:
             raise InputError(f"{folder} holds no dataset whose ids are classes; expected one with instance_label 0.")
@@ -183,7 +181,7 @@ def _write_samples(folder: Path) -> Path:
     """The generated sample data, and its cells once more as a dataset of classes: for that one has three views."""
     make_sample_data(folder)
     prompts_path = folder / PROMPTS_FILE
-    prompts = json.loads(prompts_path.read_text(encoding="utf-8"))
+    prompts = load_class_prompts(prompts_path)
     prompts["SAMPLE_GRADES"] = {
         **{str(grade): [f"Cell nuclei of grade {grade} in fluorescence microscopy"] for grade in range(1, 6)},
         "instance_label": 0,

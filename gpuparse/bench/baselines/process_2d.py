@@ -30,7 +30,7 @@ def write_png_tree(data_dir: Path, name: str, out_dir: Path, size: int = 512) ->
     """
     import cv2
 
-    prompts = json.loads((data_dir / "class_prompts.json").read_text())[name]
+    prompts = json.loads((data_dir / "class_prompts.json").read_text(encoding="utf-8-sig"))[name]
     annotations: dict[Path, list[dict[str, Any]]] = {}
     for path in sorted((data_dir / name / "train").glob("[!.]*.npz")):
         image, labels, spacing = read_volume(path)
