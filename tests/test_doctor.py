@@ -283,6 +283,9 @@ def test_a_missing_cupy_matters_where_there_is_a_gpu():
     assert [check.status for check in fit(TORCH13, missing, dali(13), {"num_gpus": 0})] == ["ok"]
     broken = {"packages": {"cupy-cuda13x": "14.2.0"}}  # has an error of its own
     assert [check.status for check in fit(TORCH13, broken, dali(13), DRIVER, H100)] == ["ok"]
+    old = {"version": "2.3.0+cu118", "cuda": "11.8", "architectures": ["sm_90"]}
+    (check,) = [check for check in fit(old, missing, {}, DRIVER, H100) if "CuPy is missing" in check.found]
+    assert check.remedy == "Install a torch for CUDA 12 or 13 (https://pytorch.org/get-started/locally/)."
 
 
 def test_a_torch_for_the_cpu_beside_a_gpu_is_a_warning():

@@ -86,8 +86,9 @@ def _package_and_torch(
     if own is None:
         if is_optional or package.get("packages"):
             return []  # its own line says what there is to say
-        command = install(*(r for r in extra or () if not r.startswith("nvidia-dali")))
-        return [_line(bad, f"{name} is missing: GPUs cannot be used without it", f"Run: {command}")]
+        if extra is not None:
+            command = f"Run: {install(*(r for r in extra if not r.startswith('nvidia-dali')))}"
+        return [_line(bad, f"{name} is missing: GPUs cannot be used without it", command)]
     if own == major:
         return []
     return [_line(bad, f"{name} is built for CUDA {own}, torch for CUDA {major}", command)]
