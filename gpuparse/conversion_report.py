@@ -130,7 +130,7 @@ class ConversionReport:
             else:
                 lines.append(
                     f"{d.name}: {d.num_cases} cases ({d.num_kept} kept), {d.num_slices} slices, "
-                    f"{d.source_bytes / 1e6:.1f} MB npz -> {d.store_bytes / 1e6:.1f} MB store, {d.seconds:.2f} s"
+                    f"{d.source_bytes / 1e6:.1f} MB of sources -> {d.store_bytes / 1e6:.1f} MB store, {d.seconds:.2f} s"
                 )
             lines += [notice] if (notice := d.notice()) else []
         return "\n".join(lines + [f"skipped: {failure.reason}" for failure in self.failures])

@@ -202,7 +202,9 @@ def test_the_report_counts_what_was_done(write_case, data_dir):
     assert [(s.dataset, s.path, s.source_bytes, s.state) for s in seen] == [
         ("DATA", p, p.stat().st_size, "written") for p in files
     ]
-    assert re.search(r"^DATA: 3 cases \(0 kept\), 9 slices, 0\.0 MB npz -> 0\.0 MB store, \d+\.\d\d s$", str(report))
+    assert re.search(
+        r"^DATA: 3 cases \(0 kept\), 9 slices, 0\.0 MB of sources -> 0\.0 MB store, \d+\.\d\d s$", str(report)
+    )
     case = json.loads((dataset.store_path / "cases/case0/zarr.json").read_text(encoding="utf-8"))["attributes"][
         "gpuparse"
     ]
