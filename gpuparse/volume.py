@@ -58,7 +58,7 @@ class Volume:
 
 
 def check_name(name: str, what: str) -> str:
-    """Returns `name` if it can be a folder of a store on every platform and cannot leave its parent.
+    """Returns `name` if it can be a folder of a store, locally or in a bucket, and cannot leave its parent.
 
     Args:
         name: A dataset's or a case's name.
