@@ -20,8 +20,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from gpuparse.arrays import write_column, write_group
+from gpuparse.arrays import MAX_CHUNK_BYTES, write_column, write_group
 from gpuparse.case import CaseRecord, CaseSettings
+from gpuparse.errors import StoreWriteError
 from gpuparse.folders import discard_folder, replace_folder, replace_text
 from gpuparse.splits import ValSplit, assign_splits, follow_groups
 from gpuparse.store import FORMAT_VERSION, SliceTable, Store, split_code
@@ -152,6 +153,11 @@ def _write_index(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: lis
     checksums = {name: google_crc32c.value(values.tobytes()) for name, values in columns.items()}
     write_group(path, {"case_names": names, "case_folders": folders, "crc32c": checksums})
     for name, values in columns.items():
+        if values.nbytes > MAX_CHUNK_BYTES:
+            raise StoreWriteError(
+                f"'{path}': column {name!r} of the slice index takes {values.nbytes / 2**30:.1f} GiB; a store holds at "
+                "most 2 GiB of each. Give some of the cases a dataset of their own."
+            )
         write_column(path / name, values)
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import gpuparse
 from gpuparse.cli import app
-from gpuparse.errors import InputError, VolumeFormatError
+from gpuparse.errors import InputError, StoreWriteError, VolumeFormatError
 from gpuparse.memory import default_memory_bytes
 from gpuparse.source import NpzReader
 from gpuparse.store import open_store
@@ -194,6 +194,15 @@ def test_a_slice_too_large_for_a_chunk_is_refused(volumes, monkeypatch):
         VolumeFormatError, match=r"a\.npz: a slice of shape \(1, 64, 64\) takes more than 2 GiB.*Cut the"
     ):
         gpuparse.convert(volumes)
+
+
+def test_an_index_too_large_for_a_store_is_refused_and_the_cases_stay_for_the_next_run(volumes, monkeypatch):
+    monkeypatch.setattr("gpuparse.publish.MAX_CHUNK_BYTES", 0)
+    with pytest.raises(StoreWriteError, match=r"column 'case' of the slice index takes 0\.0 GiB; .* of each\. Give"):
+        gpuparse.convert(volumes)
+    assert not (volumes / "DATA/train.zarr").exists()
+    monkeypatch.undo()
+    assert set(states(volumes).values()) == {"kept"}
 
 
 def test_the_default_budget_is_half_of_what_is_free_or_allowed(tmp_path, monkeypatch):
