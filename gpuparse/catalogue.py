@@ -9,13 +9,11 @@ from pathlib import Path
 from gpuparse.arguments import check_selection
 from gpuparse.errors import InputError, StorageError
 from gpuparse.listing import cannot_be_read, is_folder, is_passed_over, subfolders
-from gpuparse.places import Place, open_place
+from gpuparse.places import STORE_NAMES, Place, open_place
 from gpuparse.remote import RemoteOptions, RemotePath
 from gpuparse.source import ways_to_a_store
 
 __all__ = ["find_stores"]
-
-_NAMES = ("train.zarr", "val.zarr", "test.zarr")
 
 
 def find_stores(
@@ -100,12 +98,12 @@ def _remote_stores(root: RemotePath) -> Mapping[str, Sequence[Place]]:
             return {root.name: here}
         found = {name: _stores_at(root / name, (root / name).list_folder()[0]) for name in folders}
     except (StorageError, FileNotFoundError) as error:  # web servers know of no folders
-        usual = [root / name for name in sorted(_NAMES) if (root / name).is_dir()]
+        usual = [root / name for name in sorted(STORE_NAMES) if (root / name).is_dir()]
         if usual:
             return {root.name: usual}
         raise StorageError(
-            f"'{root}': no {' or '.join(_NAMES)} there, and it cannot be seen what is ({error}). Name a store, or the "
-            "dataset that holds one."
+            f"'{root}': no {' or '.join(STORE_NAMES)} there, and it cannot be seen what is ({error}). Name a store, or "
+            "the dataset that holds one."
         ) from error
     found = {name: stores for name, stores in found.items() if stores}
     if not found:

@@ -44,7 +44,7 @@ from gpuparse.sampling import (
 )
 from gpuparse.source import ways_to_a_store
 from gpuparse.store import Store, read_store, split_code
-from gpuparse.views import Recipe, check_recipe, check_size
+from gpuparse.views import Recipe, check_recipe, check_size, view_suffix
 
 __all__ = ["SliceDataset"]
 
@@ -311,8 +311,7 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
     def _mask_file(self, key: SliceKey) -> str:
         """What the reference calls this slice's mask; no such file exists here."""
-        view = f"_view{key.axis}" if key.axis else ""
-        name = f"{key.store.cases[key.case].name}{view}_{key.position:03d}.png"
+        name = f"{key.store.cases[key.case].name}{view_suffix(key.axis)}_{key.position:03d}.png"
         return f"{self._mask_dir}{name}"
 
     def _select(self, views: Literal["auto"] | Sequence[int]) -> npt.NDArray[np.int64]:

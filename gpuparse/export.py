@@ -37,9 +37,10 @@ from gpuparse.memory import default_memory_bytes
 from gpuparse.places import Place, has_folder, open_place, store_errors_told
 from gpuparse.prompts import PROMPTS_FILE, parse_class_prompts
 from gpuparse.remote import RemoteOptions
-from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, view_suffix, write_slices
+from gpuparse.slices_png import SIZE, SLICES_AT_ONCE, write_slices
 from gpuparse.store import Store, read_store
 from gpuparse.urls import check_local
+from gpuparse.views import view_suffix
 from gpuparse.volume import read_arrays
 from gpuparse.workers import Died, Task, WorkerPool
 

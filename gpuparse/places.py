@@ -15,9 +15,10 @@ from gpuparse.listing import is_folder
 from gpuparse.remote import RemoteOptions, RemotePath, RemoteSite
 from gpuparse.urls import is_url
 
-__all__ = ["Place", "check_store_folder", "has_folder", "local_path", "open_place", "store_errors_told"]
+__all__ = ["STORE_NAMES", "Place", "check_store_folder", "has_folder", "local_path", "open_place", "store_errors_told"]
 
-_STORE_NAMES = ("train.zarr", "val.zarr", "test.zarr")
+STORE_NAMES = ("train.zarr", "val.zarr", "test.zarr")
+"""What the stores in a dataset's folder are called."""
 
 
 class Place(Protocol):
@@ -126,7 +127,7 @@ def check_store_folder(place: Place) -> None:
     with store_errors_told(place):
         if is_there and not (isinstance(place, Path) and not (place / "zarr.json").exists()):
             return
-    stores = [name for name in _STORE_NAMES if has_folder(place / name)]
+    stores = [name for name in STORE_NAMES if has_folder(place / name)]
     if stores:
         raise StoreFormatError(f"'{place}' is no store but holds {', '.join(stores)}. Name '{place / stores[0]}'.")
     if is_there and not place.name.endswith(".zarr"):

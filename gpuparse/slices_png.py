@@ -12,18 +12,14 @@ import numpy.typing as npt
 from gpuparse.encode import encode
 from gpuparse.evaluation.cases import StoredCase
 from gpuparse.store import Store
+from gpuparse.views import view_suffix
 
-__all__ = ["SIZE", "SLICES_AT_ONCE", "view_suffix", "write_slices"]
+__all__ = ["SIZE", "SLICES_AT_ONCE", "write_slices"]
 
 SIZE = (512, 512)
 SLICES_AT_ONCE = 16
 _PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}  # Z_RLE, as cv2: it suits slices, and is the fastest
 _MAX_BYTE_ID = 255
-
-
-def view_suffix(axis: int) -> str:
-    """What names of files and folders have behind them for a slice axis."""
-    return f"_view{axis}" if axis else ""
 
 
 def write_slices(store: Store, number: int, part: str, work: Path) -> dict[str, Any]:

@@ -31,8 +31,10 @@ __all__ = [
     "nearest_indices",
     "resampling_tables",
     "select_axes",
+    "single_axis",
     "stack_tables",
     "view_geometry",
+    "view_suffix",
 ]
 
 Recipe = Literal["corrected", "reference"]
@@ -112,11 +114,34 @@ def select_axes(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int,
     (1,)
     """
     depth, height, width = (int(n) for n in shape)
-    ratios = [2 * abs(a - b) / (a + b) for a, b in ((height, width), (depth, width), (depth, height))]
-    single = 0 if ratios[0] < 0.5 else int(np.argmin((depth, height, width)))
-    if (max(spacing_mm) - min(spacing_mm)) / max(spacing_mm) > 0.1:
-        return (single,)
-    return (0, 1, 2) if max(ratios) < 0.5 else (single,)
+    is_anisotropic = (max(spacing_mm) - min(spacing_mm)) / max(spacing_mm) > 0.1
+    is_long = not all(_is_near(a, b) for a, b in ((height, width), (depth, width), (depth, height)))
+    return (single_axis(shape),) if is_anisotropic or is_long else (0, 1, 2)
+
+
+def single_axis(shape: Sequence[int]) -> int:
+    """The one axis along which the reference slices a volume, all of them for evaluation.
+
+    Args:
+        shape: Voxels along z, y, x.
+
+    Returns:
+        0 where slices along z are nearly square, else the shortest axis.
+
+    >>> single_axis((63, 512, 512)), single_axis((300, 40, 300))
+    (0, 1)
+    """
+    depth, height, width = (int(n) for n in shape)
+    return 0 if _is_near(height, width) else int(np.argmin((depth, height, width)))
+
+
+def _is_near(a: int, b: int) -> bool:
+    return 2 * abs(a - b) / (a + b) < 0.5
+
+
+def view_suffix(axis: int) -> str:
+    """What the reference's names of files and folders have behind them for a slice axis."""
+    return f"_view{axis}" if axis else ""
 
 
 def channel_positions(positions: npt.ArrayLike, num_slices: npt.ArrayLike) -> npt.NDArray[np.int64]:

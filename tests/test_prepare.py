@@ -16,9 +16,10 @@ from torch_oracle import process_input, triplets
 
 from gpuparse import kernels
 from gpuparse.errors import InputError
-from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
+from gpuparse.evaluation.geometry import PreparedGeometry
 from gpuparse.evaluation.prepare import PreparedVolume, prepare_slices
 from gpuparse.evaluation.resampling import fixed_point_table, nearest_table
+from gpuparse.views import single_axis
 from gpuparse.volume import read_volume
 
 SHAPES = [
@@ -203,10 +204,10 @@ def test_a_devices_memory_is_bounded_with_what_is_sent(sent):
 
 
 def test_the_axis_is_chosen_without_spacing():
-    assert evaluation_axis((100, 100, 100)) == 0
-    assert evaluation_axis((20, 30, 90)) == 0  # the slices are far from square; z is the shortest
-    assert evaluation_axis((90, 20, 60)) == 1
-    assert evaluation_axis((90, 60, 20)) == 2
+    assert single_axis((100, 100, 100)) == 0
+    assert single_axis((20, 30, 90)) == 0  # the slices are far from square; z is the shortest
+    assert single_axis((90, 20, 60)) == 1
+    assert single_axis((90, 60, 20)) == 2
 
 
 def test_what_cannot_be_prepared_is_refused():

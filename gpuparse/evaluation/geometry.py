@@ -6,31 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gpuparse.arguments import whole_numbers
 from gpuparse.errors import InputError
-from gpuparse.views import view_geometry
+from gpuparse.views import single_axis, view_geometry
 
-__all__ = ["PreparedGeometry", "evaluation_axis"]
-
-
-def evaluation_axis(shape: Sequence[int]) -> int:
-    """The one axis along which the reference slices a volume for evaluation.
-
-    Args:
-        shape: Voxels along z, y, x. Their spacing plays no part, unlike in training.
-
-    Returns:
-        0 where slices along z are nearly square, else the shortest axis.
-
-    >>> evaluation_axis((63, 512, 512)), evaluation_axis((300, 40, 300))
-    (0, 1)
-    """
-    depth, height, width = (int(n) for n in shape)
-    if 2 * abs(height - width) / (height + width) < 0.5:
-        return 0
-    return int(np.argmin((depth, height, width)))
+__all__ = ["PreparedGeometry"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +34,7 @@ class PreparedGeometry:
         >>> PreparedGeometry.of_shape((19, 551, 669)).pad_width
         ((0, 0), (59, 59), (0, 0))
         """
-        view = view_geometry(shape, evaluation_axis(shape), "corrected")
+        view = view_geometry(shape, single_axis(shape), "corrected")
         below = view.padded_height - view.height - view.pad_top
         right = view.padded_width - view.width - view.pad_left
         return cls(view.axis, ((0, 0), (view.pad_top, below), (view.pad_left, right)), view.padded_height)

@@ -20,9 +20,9 @@ from gpuparse import kernels
 from gpuparse.arguments import check_num_threads, whole_number
 from gpuparse.cgroup import num_usable_cpus
 from gpuparse.errors import InputError
-from gpuparse.evaluation.geometry import PreparedGeometry, evaluation_axis
+from gpuparse.evaluation.geometry import PreparedGeometry
 from gpuparse.evaluation.resampling import fixed_point_table
-from gpuparse.views import array_planes, channel_positions, check_size, view_geometry
+from gpuparse.views import array_planes, channel_positions, check_size, single_axis, view_geometry
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ class PreparedVolume:
     @property
     def axis(self) -> int:
         """The slice axis in (z, y, x)."""
-        return evaluation_axis(self.source.shape)
+        return single_axis(self.source.shape)
 
     @property
     def geometry(self) -> PreparedGeometry:
