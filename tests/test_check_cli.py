@@ -113,7 +113,8 @@ def test_what_cannot_be_checked_is_status_2(tmp_path, monkeypatch, capsys):
         main()
     assert status.value.code == 2
     assert "nowhere: no such folder or npz file" in capsys.readouterr().err
-    assert run(tmp_path, "--source", "x").exit_code == 2
+    result = run(tmp_path, "--source", "x")
+    assert (result.exit_code, "it says where --repair finds sources; add" in result.stderr) == (2, True)
     result = run(tmp_path, "--repair", "--source", "s3://bucket/data")
     assert (result.exit_code, "'s3://bucket/data' is a URL" in result.stderr) == (2, True)
 

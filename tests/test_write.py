@@ -145,6 +145,23 @@ def test_a_label_image_goes_into_an_open_store(store):
         write_label_image(store.path, "b", np.ones((5, 30, 20), np.uint8))
 
 
+@pytest.mark.parametrize(
+    ("node", "attributes", "reason"),
+    [
+        ("labels", {}, "KeyError: 'ome'"),
+        ("labels/gts", {"ome": {"multiscales": []}}, "IndexError"),
+        ("labels/gts", None, "TypeError"),
+    ],
+)
+def test_a_label_image_is_not_added_to_damaged_metadata(store, node, attributes, reason):
+    path = store.path / "cases/b" / node / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "attributes": attributes}))
+    before = files_below(store.path)
+    with pytest.raises(StoreFormatError, match=rf"cases/b/labels': the OME metadata are damaged \({reason}.*Convert"):
+        write_label_image(store, "b", np.ones((5, 30, 20), np.uint8))
+    assert files_below(store.path) == before
+
+
 def test_a_label_image_can_be_replaced_and_others_added(store):
     zeros, ones = np.zeros((5, 30, 20), np.uint8), torch.ones((5, 30, 20), dtype=torch.bool)
     for ids, name in ((zeros, "prediction"), (ones, "prediction"), (zeros, "other")):
