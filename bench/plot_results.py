@@ -60,8 +60,11 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_WORDS = {True: "met", False: "missed", None: "open"}
+
+
 def _targets(verdicts: Sequence[dict[str, Any]]) -> str:
-    return "; ".join(f"{v['target']}: {v['figure']}, {'met' if v['met'] else 'missed'}" for v in verdicts)
+    return "; ".join(f"{v['target']}: {v['figure']}, {_WORDS[v['met']]}" for v in verdicts)
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -85,7 +88,7 @@ def figures(result: dict[str, Any]) -> str:
         "",
         *_table(
             ["target, set beforehand", "figure", ""],
-            [(v["target"], v["figure"], "met" if v["met"] else "**missed**") for v in result["verdicts"]],
+            [(v["target"], v["figure"], _WORDS[v["met"]].replace("missed", "**missed**")) for v in result["verdicts"]],
         ),
     ]
     for name, (title, plots) in SECTIONS.items():

@@ -17,7 +17,7 @@ class TestJudging:
     """Targets against made-up figures."""
 
     @staticmethod
-    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0, large=None):
+    def result(speed=9.0, other=1.5, slope=0.0, first=0.5, raw=30.0, large=None, raw_bytes=1.2e9, batches=5000):
         def ratio(value):
             return {"ratio": value, "ratio_95": [0.9 * value, 1.1 * value], "num_rounds": 7}
 
@@ -33,10 +33,10 @@ class TestJudging:
                             "gpuparse": {k: {"median": first} for k in ("after_imports_seconds", "process_seconds")}
                         }
                     },
-                    "raw": {"ratios": {"reference": ratio(raw)}, "raw_bytes": 1.2e9},
+                    "raw": {"ratios": {"reference": ratio(raw)}, "raw_bytes": raw_bytes},
                     **({"raw-large": {"ratios": {"reference": ratio(large)}, "raw_bytes": 6e9}} if large else {}),
                 },
-                "memory": {"bytes_per_1000_batches": slope, "settled_bytes": 500 * 2**20},
+                "memory": {"bytes_per_1000_batches": slope, "settled_bytes": 500 * 2**20, "batches": [20, batches]},
             }
         }
 
@@ -74,6 +74,14 @@ class TestJudging:
             assert f"{small:.1f} times" in verdict["figure"]
             assert f"{large:.1f} times" in verdict["figure"]
             assert verdict["figure"].endswith("with 6.0 GB")
+
+    @pytest.mark.parametrize("is_good", [False, True])
+    def test_what_is_too_small_to_tell_is_neither_met_nor_missed(self, is_good):
+        raw, slope = (30.0, 0.0) if is_good else (6.9, 30 * 2**20)
+        verdicts = judge(self.result(raw=raw, raw_bytes=31e6, slope=slope, batches=500))
+        assert [v["met"] for v in verdicts] == [True, True, True, None, None]
+        assert verdicts[3]["figure"].endswith(" with 31 MB, too little to tell: 1.0 GB or more would")
+        assert verdicts[4]["figure"].endswith(" MiB, 500 batches are too few to tell: 2000 would be enough")
 
     def test_batches_on_a_gpu_are_not_held_to_the_targets_of_a_cpu(self):
         result = self.result()

@@ -196,7 +196,7 @@ def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
         return ""
     lines = []
     for verdict in verdicts:
-        word = "met" if verdict["met"] else "missed"
+        word = {True: "met", False: "missed", None: "open"}[verdict["met"]]
         lines.append(
             f'<tr><td data-label="target">{_text(verdict["target"])}</td>'
             f'<td class=words data-label="figure">{_text(verdict["figure"])}</td>'

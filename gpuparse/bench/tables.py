@@ -60,7 +60,7 @@ def print_results(console: Console, result: dict[str, Any]) -> None:
         console.print(original_line(result["original"]), highlight=False)
     verdicts = _table("Targets (CPU, equal cores, full augmentation, page cache)", ["target", "figure", "met"], left=2)
     for verdict in result.get("verdicts", []):
-        verdicts.add_row(verdict["target"], verdict["figure"], "yes" if verdict["met"] else "NO")
+        verdicts.add_row(verdict["target"], verdict["figure"], {True: "yes", False: "NO", None: "?"}[verdict["met"]])
     if result.get("verdicts"):
         console.print(verdicts)
     about = result["machine"]

@@ -14,21 +14,25 @@ RAW_SPEEDUP = 20.0
 FIRST_BATCH_SECONDS = 2.0
 MEMORY_BYTES_PER_1000_BATCHES = 4 * 2**20
 MEMORY_SHARE_PER_1000_BATCHES = 0.01
+# Less says little: imports and start-up are most of the way from a few files to a first batch, and buffers grow to what
+# they need over the first hundreds of batches.
+_FEWEST_RAW_BYTES = 1_000_000_000
+_FEWEST_BATCHES = 2000
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The targets that the run's parts say something about, each with its figure and whether it is met.
 
     Returns:
-        `target`, `figure` (text) and `met` for each; nothing for batches on a GPU, whose targets are for larger batches
-        (bench/bench_device.py).
+        `target`, `figure` (text) and `met` for each, None where the run is too small to tell; nothing for batches on a
+        GPU, whose targets are for larger batches (bench/bench_device.py).
     """
     if result.get("settings", {}).get("device", "cpu") != "cpu":
         return []
     parts = {name: part for name, part in result["parts"].items() if "failed" not in part and "not_run" not in part}
     found: list[dict[str, Any]] = []
 
-    def add(target: str, figure: str, met: bool) -> None:
+    def add(target: str, figure: str, met: bool | None) -> None:
         found.append({"target": target, "figure": figure, "met": met})
 
     ratios = parts.get("loader", {}).get("ratios", {})
@@ -50,15 +54,29 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
             after < FIRST_BATCH_SECONDS)  # fmt: skip
     raw = [first[kind] for kind in ("raw", "raw-large") if "reference" in first.get(kind, {}).get("ratios", {})]
     if raw:  # what a set costs by its size is judged; where it is small, imports and start-up are most of it
-        sizes = [f"{_times(kind['ratios']['reference'])} with {kind['raw_bytes'] / 1e9:.1f} GB" for kind in raw]
-        add(f"raw npz to first batch at least {RAW_SPEEDUP:g} times sooner than the reference", "; ".join(sizes),
-            raw[-1]["ratios"]["reference"]["ratio"] >= RAW_SPEEDUP)  # fmt: skip
+        sizes = [f"{_times(kind['ratios']['reference'])} with {_size(kind['raw_bytes'])}" for kind in raw]
+        is_enough = raw[-1]["raw_bytes"] >= _FEWEST_RAW_BYTES
+        add(f"raw npz to first batch at least {RAW_SPEEDUP:g} times sooner than the reference",
+            "; ".join(sizes) + f", too little to tell: {_size(_FEWEST_RAW_BYTES)} or more would" * (not is_enough),
+            raw[-1]["ratios"]["reference"]["ratio"] >= RAW_SPEEDUP if is_enough else None)  # fmt: skip
     if "memory" in parts:
         slope, level = parts["memory"]["bytes_per_1000_batches"], parts["memory"]["settled_bytes"]
         limit = max(MEMORY_BYTES_PER_1000_BATCHES, MEMORY_SHARE_PER_1000_BATCHES * level)
+        figure, count = f"{slope / 2**20:+.2f} MiB per 1000 batches at {level / 2**20:.0f} MiB", _num_batches(parts)
+        is_enough = count >= _FEWEST_BATCHES
         add(f"memory flat: less than {limit / 2**20:.0f} MiB per 1000 batches",
-            f"{slope / 2**20:+.2f} MiB per 1000 batches at {level / 2**20:.0f} MiB", slope < limit)  # fmt: skip
+            figure + f", {count} batches are too few to tell: {_FEWEST_BATCHES} would be enough" * (not is_enough),
+            slope < limit if is_enough else None)  # fmt: skip
     return found
+
+
+def _num_batches(parts: dict[str, Any]) -> int:
+    """Over how many batches memory was watched."""
+    return int(max(parts["memory"]["batches"], default=0))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def _times(ratio: dict[str, Any]) -> str:
