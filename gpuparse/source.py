@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -209,7 +210,8 @@ def ways_to_a_store(folder: Path, data_dir: object) -> str:
         folder: What was named: a dataset's folder, the folder of its npz files, or anything else.
         data_dir: What to convert where it is neither.
     """
-    beside = folder.absolute().with_name(f"{folder.absolute().name}.zarr")
+    folder = Path(os.path.abspath(folder))  # "..", too
+    beside = folder.parent / f"{folder.name}.zarr"  # of the root as well, which has no name
     options = ""
     if around := [path for path in beside.parents if path.name.endswith(".zarr")]:
         return f"Name '{around[-1]}', which it is a part of."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import InputError
+from gpuparse.source import ways_to_a_store
 
 
 @pytest.fixture
@@ -23,6 +26,17 @@ def test_a_store_a_dataset_and_a_folder_of_datasets(tree, monkeypatch):
     assert find_stores(tree / "A/train.zarr", datasets=["A"]) == (tree / "A/train.zarr",)
     monkeypatch.chdir(tree)
     assert [str(place) for place in find_stores("A", datasets=["A"])] == ["A/train.zarr", "A/val.zarr"]
+
+
+def test_folders_without_a_name_of_their_own(tree, monkeypatch):
+    """The root of the file system, as in a container with nothing mounted, and the folder above the current one."""
+    (tree / "C/train/c0.npz").touch()
+    (tree / "C/train/notes").mkdir()
+    monkeypatch.chdir(tree / "C/train/notes")
+    with pytest.raises(InputError, match=rf"\.\.: no store in it\. Make one with `gpuparse convert {tree}`, or name"):
+        find_stores("..")
+    monkeypatch.setattr("gpuparse.source.subfolders", lambda _: [])
+    assert ways_to_a_store(Path("/"), "/") == "Make one with `gpuparse convert /`, or name a .zarr folder."
 
 
 def test_what_is_not_there_is_named(tree):
