@@ -76,6 +76,8 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            with contextlib.suppress(OSError):  # a process forked meanwhile has the handle too, and would keep it
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 

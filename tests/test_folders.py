@@ -1,5 +1,6 @@
 """Folders that are replaced as a whole."""
 
+import fcntl
 import os
 
 import pytest
@@ -72,3 +73,21 @@ def test_only_what_replacing_was_writing_is_removed(tmp_path):
     folders.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, f".{'b' * 32}.new"])
     folders.remove_unfinished(tmp_path / "absent")
+
+
+def test_a_process_that_is_forked_meanwhile_does_not_keep_others_out(tmp_path):
+    there, here = os.pipe()
+    with folders.alone(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(here)
+            os.read(there, 1)  # until the test has ended
+            os._exit(0)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+        os.close(there)
+        os.close(here)
+        os.waitpid(child, 0)
