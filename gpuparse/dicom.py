@@ -85,7 +85,7 @@ def look_into(folder: Path, *, with_labels: bool = True) -> DicomFolder:
         if nifti_stem(path) is not None:
             niftis.append(path)
             continue
-        with _damage_told(path):
+        with _damage_told(path, is_header=True):
             try:
                 header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
             except pydicom.errors.InvalidDicomError as error:
@@ -243,7 +243,7 @@ def segment_names(path: Path) -> Mapping[int, str]:
         VolumeFormatError: It cannot be read.
     """
     pydicom = import_optional("pydicom", "to read DICOM", "formats")
-    with _damage_told(path):
+    with _damage_told(path, is_header=True):
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
         numbers = [int(s.SegmentNumber) for s in header.SegmentSequence]
         if len(set(numbers)) < len(numbers) or not any(numbers):
@@ -378,16 +378,18 @@ def _numbers_in_use(seg: Any) -> set[int]:
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_told(path: Path, *, is_header: bool = False) -> Iterator[None]:
     """Whatever goes wrong within names the file: damaged ones make pydicom and highdicom raise nearly anything.
 
-    Want of memory is no damage, and goes on as it is.
+    Want of memory is no damage, and goes on as it is; but for a header, in which only a wrong length asks for so much.
     """
     try:
         yield
-    except (GpuparseError, MemoryError):
+    except GpuparseError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) and not is_header:
+            raise
         if is_refused(error):
             raise VolumeFormatError(cannot_be_read(path, error)) from error
         raise _damaged(path, error) from error

@@ -107,7 +107,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]
                 file.seek(0)
             from nibabel.imageglobals import LoggingOutputSuppressor
 
-            with LoggingOutputSuppressor():  # its remarks would go to standard error without the file's name
+            with LoggingOutputSuppressor(), _no_memory_told(path):  # its remarks would go to standard error, nameless
                 kind = _image_class(path, file)
                 # nibabel makes sizes of 0 into 1, so they are read before it does.
                 zooms = np.asarray(kind.header_class.from_fileobj(file, check=False)["pixdim"][1:4], np.float64)
@@ -122,9 +122,20 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any, npt.NDArray[np.float64]
     except Exception as error:  # damaged headers and contents make nibabel, gzip and zlib raise nearly anything
         if is_refused(error):
             raise VolumeFormatError(cannot_be_read(path, error)) from error
-        raise VolumeFormatError(
-            f"{path}: damaged NIfTI ({type(error).__name__}: {error}). Copy or export it again."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+@contextlib.contextmanager
+def _no_memory_told(path: Path) -> Iterator[None]:
+    """Want of memory for a header is damage: only a wrong length in it asks for so much."""
+    try:
+        yield
+    except MemoryError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> VolumeFormatError:
+    return VolumeFormatError(f"{path}: damaged NIfTI ({type(error).__name__}: {error}). Copy or export it again.")
 
 
 def _header(path: Path, image: Any) -> _Header:

@@ -13,7 +13,7 @@ from permissions import forbidden
 from pydicom.uid import MPEG2MPML, JPEGLSLossless, RLELossless
 from scans import HEART, LIVER, OBLIQUE, SPACING_MM, as_stored, phantom, write_nifti, write_segmentation, write_series
 
-from gpuparse.dicom import look_into, read_segmentation, read_series, series_bytes
+from gpuparse.dicom import look_into, read_segmentation, read_series, segment_names, series_bytes
 from gpuparse.errors import MissingDependencyError, VolumeFormatError
 from gpuparse.foreign import ForeignFormat, find_cases
 from gpuparse.pairs import FolderLayout
@@ -396,3 +396,16 @@ def test_want_of_memory_is_no_damage(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("gpuparse.dicom._pixels", failing)
     with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
         scan_of(folder)
+
+
+def test_a_length_in_a_header_that_no_memory_holds_is_damage(folder, tmp_path, monkeypatch):
+    """It is met while cases are listed, where want of memory would end the run."""
+    segmentation = write_segmentation(tmp_path / "seg.dcm", write_series(tmp_path / "series"), LPS_LABELS, NAMES)
+
+    def failing(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("pydicom.dcmread", failing)
+    for read, name in ((lambda: look_into(folder), "000"), (lambda: segment_names(segmentation), "seg")):
+        with pytest.raises(VolumeFormatError, match=rf"{name}\.dcm: damaged DICOM \(MemoryError: \)\. Copy or export"):
+            read()

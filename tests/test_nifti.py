@@ -196,3 +196,15 @@ def test_want_of_memory_is_no_damage(path, monkeypatch):
     monkeypatch.setattr("nibabel.arrayproxy.ArrayProxy.get_unscaled", failing)
     with pytest.raises(MemoryError, match=r"^Unable to allocate 15 GiB$"):
         read_nifti(path)
+
+
+def test_a_length_in_a_header_that_no_memory_holds_is_damage(path, monkeypatch):
+    """It is met while cases are listed, where want of memory would end the run."""
+
+    def failing(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("nibabel.nifti1.Nifti1Header.from_fileobj", failing)
+    for read in (read_nifti, nifti_bytes):
+        with pytest.raises(VolumeFormatError, match=r"case\.nii\.gz: damaged NIfTI \(MemoryError: \)\. Copy or export"):
+            read(path)
