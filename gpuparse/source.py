@@ -221,13 +221,28 @@ def ways_to_a_store(folder: Path, data_dir: object) -> str:
         folders = subfolders(folder)
         if stores := [path.name for path in folders if path.name.endswith(".zarr") and not path.name.startswith(".")]:
             return f"It holds {', '.join(stores)}: name {'that' if len(stores) == 1 else 'one'}."
-        splits = [path.name for path in folders if not is_passed_over(path.name) and has_npz(path)]
+        parts = [path for path in folders if not is_passed_over(path.name) and has_npz(path)]
         if has_npz(folder):
-            data_dir, splits = beside.parent.parent, [beside.stem]
-        elif splits:
+            data_dir, parts = beside.parent.parent, [folder]
+        elif parts:
             data_dir = beside.parent
+        splits = [path.name for path in parts if not _is_half(path)]
+        if parts and not splits:
+            return (
+                "Its images and masks are files of their own, as for evaluation: `gpuparse evaluate` and VolumeDataset "
+                "take them as they are, a store is made of npz files with both."
+            )
         options = f" --split {shlex.quote(splits[0])}" if splits and "train" not in splits else ""
     return f"Make one with `gpuparse convert {shlex.quote(str(data_dir))}{options}`, or name a .zarr folder."
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether a folder of npz files has only images or only masks, by its name and those beside it."""
+    name = folder.name
+    if name == "gts" or name.endswith(("_mask", "_gt")):
+        return True
+    beside = ["gts"] if name == "imgs" else [] if name == "train" else [f"{name}_mask", f"{name}_gt"]
+    return any(is_folder(folder.with_name(other)) for other in beside)
 
 
 def file_bytes(path: Path) -> int:

@@ -39,6 +39,20 @@ def test_folders_without_a_name_of_their_own(tree, monkeypatch):
     assert ways_to_a_store(Path("/"), "/") == "Make one with `gpuparse convert /`, or name a .zarr folder."
 
 
+@pytest.mark.parametrize("names", [("imgs", "gts"), ("test", "test_mask"), ("test", "test_gt")])
+def test_a_set_for_evaluation_is_not_to_be_converted(tree, names):
+    for name in names:
+        (tree / "D" / name).mkdir(parents=True)
+        (tree / "D" / name / "c0.npz").touch()
+    for folder in (tree / "D", *(tree / "D" / name for name in names)):
+        with pytest.raises(InputError, match=r"Its images and masks are files of their own, as for evaluation"):
+            find_stores(folder)
+    (tree / "D/train").mkdir()
+    (tree / "D/train/c0.npz").touch()
+    with pytest.raises(InputError, match=rf"Make one with `gpuparse convert {tree}`, or name"):
+        find_stores(tree / "D")
+
+
 def test_what_is_not_there_is_named(tree):
     with pytest.raises(InputError, match=r"nowhere: no such folder; expected a store"):
         find_stores(tree / "nowhere")
