@@ -19,6 +19,7 @@ from gpuparse.bench.plots import PLOTS, draw, to_png
 from gpuparse.bench.run import load_results
 from gpuparse.bench.sides import OURS
 from gpuparse.bench.tables import megabytes, original_line
+from gpuparse.bench.targets import VERDICTS
 
 README_PLOTS = {
     "loader": "Samples per second of gpuparse and of other loaders",
@@ -60,11 +61,8 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_WORDS = {True: "met", False: "missed", None: "open"}
-
-
 def _targets(verdicts: Sequence[dict[str, Any]]) -> str:
-    return "; ".join(f"{v['target']}: {v['figure']}, {_WORDS[v['met']]}" for v in verdicts)
+    return "; ".join(f"{v['target']}: {v['figure']}, {VERDICTS[v['met']]}" for v in verdicts)
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -88,7 +86,10 @@ def figures(result: dict[str, Any]) -> str:
         "",
         *_table(
             ["target, set beforehand", "figure", ""],
-            [(v["target"], v["figure"], _WORDS[v["met"]].replace("missed", "**missed**")) for v in result["verdicts"]],
+            [
+                (v["target"], v["figure"], VERDICTS[v["met"]].replace("missed", "**missed**"))
+                for v in result["verdicts"]
+            ],
         ),
     ]
     for name, (title, plots) in SECTIONS.items():

@@ -6,7 +6,7 @@ import numbers
 import operator
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "check_path",
     "check_selection",
     "is_number",
+    "listed",
     "whole_number",
     "whole_numbers",
 ]
@@ -179,3 +180,13 @@ def check_num_threads(num_threads: Any) -> int | None:
     """
     expected = "a whole number of at least 1, or None for all cores"
     return None if num_threads is None else whole_number("num_threads", num_threads, 1, expected=expected)
+
+
+def listed(things: Sequence[object], most: int) -> str:
+    """The first of some things, for a message, and how many more there are.
+
+    >>> listed([1, 2, 3], 2)
+    '1, 2 and 1 more'
+    """
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(map(str, things[:most])) + more

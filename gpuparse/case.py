@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuparse.arguments import listed
 from gpuparse.arrays import MAX_CHUNK_BYTES, Level, serial_blosc, write_group, write_voxels
 from gpuparse.disk import describe_write_error
 from gpuparse.errors import GpuparseError, StoreWriteError, VolumeFormatError
@@ -250,16 +251,11 @@ def _presence(case: SourceCase, volume: Volume, settings: CaseSettings) -> dict[
     nameless = [int(i) for i in np.unique(pairs[axes[0]][:, 1]) if int(i) not in prompts.classes]
     if nameless:
         raise VolumeFormatError(
-            f"{case.path}: gts holds class {_listed(nameless)}, for which {PROMPTS_FILE} has no prompt "
-            f"(it has {_listed(prompts.class_ids)}). Add prompts, or set these voxels to 0; "
+            f"{case.path}: gts holds class {listed(nameless, _MAX_NAMED)}, for which {PROMPTS_FILE} has no prompt "
+            f"(it has {listed(prompts.class_ids, _MAX_NAMED)}). Add prompts, or set these voxels to 0; "
             "if the ids number instances, set instance_label to 1."
         )
     return find_presence(volume.labels, pairs, None)
-
-
-def _listed(class_ids: Sequence[int]) -> str:
-    more = f" and {len(class_ids) - _MAX_NAMED} more" if len(class_ids) > _MAX_NAMED else ""
-    return ", ".join(map(str, class_ids[:_MAX_NAMED])) + more
 
 
 def _write_case(

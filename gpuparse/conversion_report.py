@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gpuparse.arguments import listed
 from gpuparse.folders import alone, replace_text
 
 __all__ = ["CaseResult", "CaseState", "ConversionReport", "DatasetReport", "Failure", "REPORT_FILE", "write_report"]
@@ -90,11 +91,11 @@ class DatasetReport:
         """What to know of the cases that are in the store without a source; empty where there are none."""
         if not self.without_source:
             return ""
-        count, names = len(self.without_source), ", ".join(self.without_source[:_MAX_NAMED])
-        more = f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""
+        count = len(self.without_source)
         return (
             f"{self.name}: {count} {'case stays' if count == 1 else 'cases stay'} in the store without a usable source "
-            f"in this run: {names}{more}. After a renaming both are there; --overwrite drops what has no source."
+            f"in this run: {listed(self.without_source, _MAX_NAMED)}. After a renaming both are there; --overwrite "
+            "drops what has no source."
         )
 
 

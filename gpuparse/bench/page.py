@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpuparse.bench import plots, tables
+from gpuparse.bench.targets import VERDICTS
 from gpuparse.errors import InputError
 from gpuparse.folders import replace_text
 
@@ -196,7 +197,7 @@ def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
         return ""
     lines = []
     for verdict in verdicts:
-        word = {True: "met", False: "missed", None: "open"}[verdict["met"]]
+        word = VERDICTS[verdict["met"]]
         lines.append(
             f'<tr><td data-label="target">{_text(verdict["target"])}</td>'
             f'<td class=words data-label="figure">{_text(verdict["figure"])}</td>'

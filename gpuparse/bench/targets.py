@@ -7,7 +7,10 @@ from typing import Any
 from gpuparse.bench.measuring import is_of_few_rounds, winner
 from gpuparse.bench.sides import OURS
 
-__all__ = ["judge"]
+__all__ = ["VERDICTS", "judge"]
+
+VERDICTS = {True: "met", False: "missed", None: "open"}
+"""What is written of a target."""
 
 REFERENCE_SPEEDUP = 8.0
 RAW_SPEEDUP = 20.0
@@ -62,17 +65,13 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     if "memory" in parts:
         slope, level = parts["memory"]["bytes_per_1000_batches"], parts["memory"]["settled_bytes"]
         limit = max(MEMORY_BYTES_PER_1000_BATCHES, MEMORY_SHARE_PER_1000_BATCHES * level)
-        figure, count = f"{slope / 2**20:+.2f} MiB per 1000 batches at {level / 2**20:.0f} MiB", _num_batches(parts)
+        figure = f"{slope / 2**20:+.2f} MiB per 1000 batches at {level / 2**20:.0f} MiB"
+        count = max(parts["memory"]["batches"])
         is_enough = count >= _FEWEST_BATCHES
         add(f"memory flat: less than {limit / 2**20:.0f} MiB per 1000 batches",
             figure + f", {count} batches are too few to tell: {_FEWEST_BATCHES} would be enough" * (not is_enough),
             slope < limit if is_enough else None)  # fmt: skip
     return found
-
-
-def _num_batches(parts: dict[str, Any]) -> int:
-    """Over how many batches memory was watched."""
-    return int(max(parts["memory"]["batches"], default=0))
 
 
 def _size(num_bytes: float) -> str:
