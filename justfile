@@ -87,7 +87,7 @@ sanitize kind="address,undefined":
     PYTHONPATH="$work" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
       UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1 \
       python -c "$code" -q -p no:cacheprovider --rootdir {{ justfile_directory() }} -k "not fork and not worker and not one_by_one and not environment" \
-      "$tests"/test_{native_read,read,read_damage,gather,presence,random,encode,prepare,foreground,loader,cache}.py \
+      "$tests"/test_{native_read,read,read_damage,gather,presence,random,encode,prepare,foreground,loader,cache,parallel}.py \
       "$tests"/test_augment*.py
 
 # the documentation site, in site/; a warning is an error
