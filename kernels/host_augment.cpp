@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "augment.cu"
 #include "parallel.h"
 #include "philox_row.h"
@@ -78,7 +79,7 @@ void prepare_mask(const Batch &batch, int64_t sample, Id *GP_RESTRICT mask) {
     return;
   }
   const Id keep = params.wrap_ids ? (Id)255 : (Id)0xffffffffu;
-  std::vector<Id> native(plane.padded_width);
+  AlignedVector<Id> native(plane.padded_width);
   std::unique_ptr<Id[]> encoded(params.rotate || params.flip ? new Id[batch.num_pixels()] : nullptr);
   Id *out = encoded ? encoded.get() : mask;
   int32_t previous = -1;
@@ -135,7 +136,7 @@ void prepare(const Batch &batch, int64_t piece, std::vector<Prepared> &prepared)
 struct ResizedRows {
   explicit ResizedRows(int32_t width) : upper(width), lower(width) {}
   int32_t upper_row = -1, lower_row = -1;
-  std::vector<float> upper, lower;
+  AlignedVector<float> upper, lower;
 };
 
 // Row buffers of one piece of work.
@@ -148,16 +149,16 @@ struct Scratch {
         salt(width + 8),
         labels(width),
         channels{ResizedRows(width), ResizedRows(width), ResizedRows(width)} {}
-  std::vector<float> region, value, normals;
-  std::vector<uint32_t> words, salt;
-  std::vector<int64_t> labels;
+  AlignedVector<float> region, value, normals;
+  AlignedVector<uint32_t> words, salt;
+  AlignedVector<int64_t> labels;
   ResizedRows channels[3];
 };
 
 // One row of the crop, resized horizontally.
 void lerp_columns(const uint8_t *GP_RESTRICT channel, const AugmentParams &params, const int32_t *GP_RESTRICT index,
                   const float *GP_RESTRICT weight, int32_t region_row, int32_t height, int32_t width,
-                  std::vector<float> &region_buffer, float *GP_RESTRICT out) {
+                  AlignedVector<float> &region_buffer, float *GP_RESTRICT out) {
   const int32_t y = params.crop_top + region_row;
   if (y < 0 || y >= height) {
     memset(out, 0, sizeof(float) * width);
@@ -192,7 +193,7 @@ void geometry_row(const Batch &batch, int64_t sample, const uint8_t *channel, in
   const int64_t columns = (int64_t)batch.crop_tables[2 * sample + 1] * batch.tables.length;
   const int32_t upper_row = batch.tables.linear_index[row_entry];
   const int32_t lower_row = gp_min(upper_row + 1, params.crop_height - 1);
-  const auto resize = [&](int32_t region_row, std::vector<float> &out) {
+  const auto resize = [&](int32_t region_row, AlignedVector<float> &out) {
     lerp_columns(channel, params, batch.tables.linear_index + columns, batch.tables.linear_weight + columns, region_row,
                  batch.height, batch.width, scratch.region, out.data());
   };
@@ -285,7 +286,7 @@ template <typename Id>
 void finish_band(const Batch &batch, int64_t sample, int32_t first_row, const uint8_t *images, const Id *mask) {
   const AugmentParams &params = batch.params[sample];
   Scratch scratch(batch.width);
-  std::vector<Id> cropped(batch.width);
+  AlignedVector<Id> cropped(batch.width);
   for (int32_t y = first_row; y < gp_min(first_row + kBandRows, batch.height); ++y) {
     const int64_t row_start = (int64_t)y * batch.width;
     const uint32_t first_quad = (uint32_t)(row_start / 4);

@@ -15,6 +15,7 @@
 
 #include "chunks.h"
 #include "compressed.h"
+#include "crc32c.h"
 #include "parallel.h"
 
 // Mirrored by RESULT_DTYPE in gpuparse/read.py, 16 bytes.
@@ -35,62 +36,6 @@ constexpr int64_t kHeaderBytes = 16;
 int64_t blocks_of(const ChunkRequest &chunk) { return (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes; }
 
 int64_t aligned(int64_t num_bytes) { return (num_bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-uint32_t load_u32(const uint8_t *address) {
-  uint32_t value;
-  memcpy(&value, address, 4);
-  return value;
-}
-
-struct Crc32cTable {
-  uint32_t entries[8][256];
-  Crc32cTable() {
-    for (uint32_t i = 0; i < 256; ++i) {
-      uint32_t crc = i;
-      for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
-      entries[0][i] = crc;
-    }
-    for (uint32_t i = 0; i < 256; ++i)
-      for (int k = 1; k < 8; ++k) entries[k][i] = entries[k - 1][i] >> 8 ^ entries[0][entries[k - 1][i] & 255];
-  }
-};
-
-uint32_t crc32c_by_table(const uint8_t *data, int64_t num_bytes) {
-  static const Crc32cTable table;
-  uint32_t crc = 0xffffffffu;
-  int64_t i = 0;
-  for (; i + 8 <= num_bytes; i += 8) {
-    const uint32_t low = load_u32(data + i) ^ crc;
-    const uint32_t high = load_u32(data + i + 4);
-    crc = table.entries[7][low & 255] ^ table.entries[6][low >> 8 & 255] ^ table.entries[5][low >> 16 & 255] ^
-          table.entries[4][low >> 24] ^ table.entries[3][high & 255] ^ table.entries[2][high >> 8 & 255] ^
-          table.entries[1][high >> 16 & 255] ^ table.entries[0][high >> 24];
-  }
-  for (; i < num_bytes; ++i) crc = crc >> 8 ^ table.entries[0][(crc ^ data[i]) & 255];
-  return ~crc;
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("sse4.2"))) uint32_t crc32c_by_instruction(const uint8_t *data, int64_t num_bytes) {
-  uint64_t crc = 0xffffffffu;
-  int64_t i = 0;
-  for (; i + 8 <= num_bytes; i += 8) {
-    uint64_t word;
-    memcpy(&word, data + i, 8);
-    crc = __builtin_ia32_crc32di(crc, word);
-  }
-  for (; i < num_bytes; ++i) crc = __builtin_ia32_crc32qi((uint32_t)crc, data[i]);
-  return ~(uint32_t)crc;
-}
-#endif
-
-uint32_t crc32c(const uint8_t *data, int64_t num_bytes) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
-  if (has_instruction) return crc32c_by_instruction(data, num_bytes);
-#endif
-  return crc32c_by_table(data, num_bytes);
-}
 
 // Reads all of [offset, offset + num_bytes), from the page cache alone where that is possible.
 ChunkResult read_file(int32_t file, int64_t offset, int64_t num_bytes, uint8_t *out) {
@@ -130,8 +75,8 @@ int64_t write_literals(const uint8_t *literals, int64_t num_literals, uint8_t *o
 // Takes the blocks out of a frame whose checksum held. Nothing in it is trusted all the same.
 ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_t frame_bytes, uint8_t *data,
                          CompressedBlock *blocks) {
-  if (load_u32(frame + 4) != chunk.decoded_bytes) return {kDeclaredSize, 0, load_u32(frame + 4)};
-  if (load_u32(frame + 12) != frame_bytes) return {kFrameSize, 0, load_u32(frame + 12)};
+  if (load<uint32_t>(frame + 4) != chunk.decoded_bytes) return {kDeclaredSize, 0, load<uint32_t>(frame + 4)};
+  if (load<uint32_t>(frame + 12) != frame_bytes) return {kFrameSize, 0, load<uint32_t>(frame + 12)};
   const uint8_t flags = frame[2];
   const bool stored = flags & 2;
   // Not shuffled, and each block one LZ4 stream: elements of one byte, or blocks that are not split by element.
@@ -139,7 +84,7 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
   const int64_t wanted = chunk.decoded_bytes < kBlockBytes ? chunk.decoded_bytes : kBlockBytes;
   const int64_t num_blocks = blocks_of(chunk);
   const int64_t starts_end = kHeaderBytes + (stored ? 0 : 4 * num_blocks);
-  const bool whole = stored ? frame_bytes == kHeaderBytes + chunk.decoded_bytes : load_u32(frame + 8) == wanted;
+  const bool whole = stored ? frame_bytes == kHeaderBytes + chunk.decoded_bytes : load<uint32_t>(frame + 8) == wanted;
   if (!(stored || plain_lz4) || !whole || starts_end > frame_bytes) return {kBlocks, 0, -1};
   int64_t used = 0;
   for (int64_t i = 0; i < num_blocks; ++i) {
@@ -148,9 +93,9 @@ ChunkResult unpack_frame(const ChunkRequest &chunk, const uint8_t *frame, int64_
     int64_t start = kHeaderBytes + i * kBlockBytes;
     int64_t num_bytes = decoded;
     if (!stored) {
-      start = load_u32(frame + kHeaderBytes + 4 * i);
+      start = load<uint32_t>(frame + kHeaderBytes + 4 * i);
       if (start < starts_end || start + 4 > frame_bytes) return {kBlocks, 0, i};
-      num_bytes = load_u32(frame + start);
+      num_bytes = load<uint32_t>(frame + start);
       start += 4;
       if (num_bytes < 1 || num_bytes > decoded || start + num_bytes > frame_bytes) return {kBlocks, 0, i};
     }
@@ -203,7 +148,7 @@ extern "C" void gpuparse_read_chunks(int64_t num_chunks, int32_t num_threads, co
       if (results[i].status != kOk) return;
     }
     const int64_t frame_bytes = chunk.num_bytes - 4;
-    if (crc32c(bytes, frame_bytes) != load_u32(bytes + frame_bytes)) {
+    if (crc32c(bytes, frame_bytes) != load<uint32_t>(bytes + frame_bytes)) {
       results[i].status = kChecksum;
       return;
     }

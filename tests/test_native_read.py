@@ -49,6 +49,22 @@ def test_crc32c_of_anything(data, by_table):
     assert crc32c(data, by_table) == google_crc32c.value(data)
 
 
+@pytest.mark.parametrize("piece", [256, 2048])
+def test_crc32c_around_three_pieces_and_more(piece):
+    """The instruction goes over three pieces at once, of the longer kind while there are, then of the shorter."""
+    data = random.Random(2).randbytes(9 * 2048 + 800)
+    for length in (*range(3 * piece - 9, 3 * piece + 10), 6 * piece, 9 * piece, 3 * 2048 + 3 * 256 + 11):
+        for start in (0, 5):
+            part = data[start : start + length]
+            assert crc32c(part, False) == crc32c(part, True) == google_crc32c.value(part)
+
+
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 1 << 17))
+def test_crc32c_of_long_data(seed, length):
+    data = random.Random(seed).randbytes(length)
+    assert crc32c(data, False) == google_crc32c.value(data)
+
+
 # The decoder.
 
 
