@@ -8,7 +8,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include <sys/uio.h>
 #include <unistd.h>
@@ -32,6 +32,24 @@ enum { kOk = 0, kReadFailed = 1, kCutShort = 2, kChecksum = 3, kDeclaredSize = 4
 constexpr int64_t kBlockBytes = 16384;  // the format's blosc block
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kHeaderBytes = 16;
+
+// Where a thread has a chunk until it is unpacked. A slice of microscopy may take a hundred megabytes, which no thread
+// is to keep: it lives as long as the process.
+constexpr int64_t kMostKeptBytes = 4 << 20;
+
+struct Room {
+  std::unique_ptr<uint8_t[]> bytes;  // not filled with zeros first, as a vector would be
+  int64_t num_bytes = 0;
+
+  uint8_t *of(int64_t wanted) {
+    if (num_bytes < wanted) {
+      bytes.reset();
+      bytes.reset(new uint8_t[(size_t)wanted]);
+      num_bytes = wanted;
+    }
+    return bytes.get();
+  }
+};
 
 int64_t blocks_of(const ChunkRequest &chunk) { return (chunk.decoded_bytes + kBlockBytes - 1) / kBlockBytes; }
 
@@ -138,13 +156,14 @@ extern "C" void gpuparse_read_chunks(int64_t num_chunks, int32_t num_threads, co
                                      CompressedBlock *blocks, ChunkResult *results) {
   parallel_for(num_chunks, num_threads, [&](int64_t i) {
     const ChunkRequest &chunk = chunks[i];
-    static thread_local std::vector<uint8_t> own_bytes;
+    static thread_local Room kept;
+    Room large;
     const uint8_t *bytes = (const uint8_t *)(intptr_t)chunk.file_offset;
     results[i] = {kOk, 1, 0};
     if (!chunk.in_memory) {
-      if ((int64_t)own_bytes.size() < chunk.num_bytes) own_bytes.resize((size_t)chunk.num_bytes);
-      bytes = own_bytes.data();
-      results[i] = read_file(chunk.file, chunk.file_offset, chunk.num_bytes, own_bytes.data());
+      uint8_t *own = (chunk.num_bytes > kMostKeptBytes ? large : kept).of(chunk.num_bytes);
+      results[i] = read_file(chunk.file, chunk.file_offset, chunk.num_bytes, own);
+      bytes = own;
       if (results[i].status != kOk) return;
     }
     const int64_t frame_bytes = chunk.num_bytes - 4;

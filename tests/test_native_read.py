@@ -338,6 +338,27 @@ def test_compressed_and_stored_blocks_of_one_frame(tmp_path):
         assert buffer[start : start + int(block["num_bytes"])].tobytes() == raw
 
 
+def test_a_thread_keeps_no_room_for_large_chunks(tmp_path):
+    """A slice of microscopy takes a hundred megabytes, and threads live as long as the process."""
+    data = np.random.default_rng(3).bytes(40 << 20)
+    small = sealed(stored_frame(data[:100]))
+    assert read_chunk(tmp_path / "shard", small, 100)[0]["status"] == 0
+    before = resident_bytes()
+    result, blocks, buffer = read_chunk(tmp_path / "shard", sealed(stored_frame(data)), len(data))
+    assert result["status"] == 0
+    last = blocks[-1]
+    start, size = int(last["data_offset"]), int(last["num_bytes"])
+    assert buffer[start : start + size].tobytes() == write_block([], data[-16384:])
+    del result, blocks, buffer, last
+    assert read_chunk(tmp_path / "shard", small, 100)[0]["status"] == 0
+    assert resident_bytes() < before + (20 << 20)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
 def test_what_a_file_lacks_is_reported(tmp_path):
     frame = sealed(stored_frame(b"x" * 100))
     result, _, _ = read_chunk(tmp_path / "shard", frame, 100, num_bytes=len(frame) + 7)
