@@ -338,6 +338,7 @@ def test_compressed_and_stored_blocks_of_one_frame(tmp_path):
         assert buffer[start : start + int(block["num_bytes"])].tobytes() == raw
 
 
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="g++'s sanitizer keeps freed memory")
 def test_a_thread_keeps_no_room_for_large_chunks(tmp_path):
     """A slice of microscopy takes a hundred megabytes, and threads live as long as the process."""
     data = np.random.default_rng(3).bytes(40 << 20)
