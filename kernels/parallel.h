@@ -9,57 +9,51 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <new>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace {
 
 class Helpers {
  public:
   // The process's own. Never destroyed: at its end helpers may still sleep on what is in there.
-  static Helpers &of_process() { return *std::launder(reinterpret_cast<Helpers *>(storage_)); }
+  static Helpers &of_process() { return *own_; }
 
   // Runs `work` in the calling thread, and in up to so many helpers meanwhile; returns when all that began have ended.
-  void run(int64_t num_helpers, void (*work)(const void *) noexcept, const void *context) {
-    Call call{work, context, num_helpers, 0, nullptr, {}};
+  void run(int64_t num_helpers, void (*work)(void *) noexcept, void *context) {
+    Call call{work, context, num_helpers, 0, {}};
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      append(&call);
-      num_wanted_ += num_helpers;
-      while (num_threads_ < num_busy_ + num_wanted_ && add_thread()) continue;
-      wake(num_helpers);
+      open_.push_back(&call);
+      while (num_threads_ < num_busy_ + num_wanted() && add_thread()) continue;
+      wake();
     }
     work(context);
     std::unique_lock<std::mutex> lock(mutex_);
-    if (call.num_open > 0) {  // there is nothing left to do: who has not begun need not
-      num_wanted_ -= call.num_open;
-      call.num_open = 0;
-      remove(&call);
-    }
+    if (call.num_open > 0) close(&call);  // there is nothing left to do: who has not begun need not
     call.ended.wait(lock, [&] { return call.num_running == 0; });
   }
 
  private:
   struct Call {
-    void (*work)(const void *) noexcept;
-    const void *context;
+    void (*work)(void *) noexcept;
+    void *context;
     int64_t num_open;  // helpers that may still join
     int64_t num_running;
-    Call *next;
     std::condition_variable ended;
   };
 
   // When the library is loaded. A forked process has none of the threads, and nobody who would unlock the mutex.
-  static bool begin() {
-    new (storage_) Helpers;
-    return pthread_atfork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); },
-                          [] { new (storage_) Helpers; }) == 0;
+  static Helpers *begin() {
+    own_ = new Helpers;
+    pthread_atfork([] { own_->mutex_.lock(); }, [] { own_->mutex_.unlock(); }, [] { own_ = new Helpers; });
+    return own_;
   }
 
   bool add_thread() {
@@ -75,18 +69,19 @@ class Helpers {
   }
 
   // Each that wakes wakes two more: with many of them the last has not waited for all others.
-  void wake(int64_t num_open) {
-    for (int64_t i = 0; i < num_open && i < 2; ++i) woken_.notify_one();
+  void wake() {
+    const int64_t most = num_wanted();
+    for (int64_t i = 0; i < most && i < 2; ++i) woken_.notify_one();
   }
 
   void help() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      woken_.wait(lock, [this] { return first_ != nullptr; });
-      Call *call = first_;
-      --num_wanted_, ++num_busy_, ++call->num_running;
-      if (--call->num_open == 0) remove(call);
-      wake(num_wanted_);
+      woken_.wait(lock, [this] { return !open_.empty(); });
+      Call *call = open_.front();
+      ++num_busy_, ++call->num_running;
+      if (--call->num_open == 0) close(call);
+      wake();
       lock.unlock();
       call->work(call->context);
       lock.lock();
@@ -95,29 +90,23 @@ class Helpers {
     }
   }
 
-  void append(Call *call) {
-    Call **place = &first_;
-    while (*place != nullptr) place = &(*place)->next;
-    *place = call;
+  int64_t num_wanted() const {
+    int64_t sum = 0;
+    for (const Call *call : open_) sum += call->num_open;
+    return sum;
   }
 
-  void remove(Call *call) {
-    Call **place = &first_;
-    while (*place != call) place = &(*place)->next;
-    *place = call->next;
-  }
+  void close(Call *call) { open_.erase(std::find(open_.begin(), open_.end(), call)); }
 
-  alignas(std::max_align_t) static unsigned char storage_[];
-  static const bool begun_;
+  static Helpers *own_;
 
   std::mutex mutex_;
   std::condition_variable woken_;
-  Call *first_ = nullptr;  // the calls that helpers may still join, oldest first
-  int64_t num_threads_ = 0, num_busy_ = 0, num_wanted_ = 0;
+  std::vector<Call *> open_;  // the calls that helpers may still join, oldest first
+  int64_t num_threads_ = 0, num_busy_ = 0;
 };
 
-alignas(std::max_align_t) unsigned char Helpers::storage_[sizeof(Helpers)];
-const bool Helpers::begun_ = Helpers::begin();
+Helpers *Helpers::own_ = Helpers::begin();
 
 }  // namespace
 
@@ -128,8 +117,8 @@ static void parallel_for(int64_t num_items, int num_threads, const Body &body) {
     int64_t num_items;
     std::atomic<int64_t> next;
   } loop{body, num_items, {0}};
-  const auto work = [](const void *context) noexcept {
-    Loop &loop = *static_cast<Loop *>(const_cast<void *>(context));
+  const auto work = [](void *context) noexcept {
+    Loop &loop = *static_cast<Loop *>(context);
     for (int64_t item = loop.next.fetch_add(1); item < loop.num_items; item = loop.next.fetch_add(1)) loop.body(item);
   };
   const int64_t num_helpers = (num_threads < num_items ? num_threads : num_items) - 1;

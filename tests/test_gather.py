@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import signal
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import gather as pixels_of
 from oracle import neighbours, pad_as_reference, pad_to_square
+from running import status_of
 
 from gpuparse import gather as gather_module
 from gpuparse.errors import InputError
@@ -177,19 +176,6 @@ def test_a_forked_process_finds_views_whoever_held_the_lock():
             gather([SliceKey(store, 0, 0, 1)], SIZE)
             os._exit(0)
     assert status_of(child) == 0
-
-
-def status_of(child):
-    """The exit status of a forked process; -1 where it had to be killed."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -1
 
 
 def test_stores_that_come_and_go_in_a_batch():

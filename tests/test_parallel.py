@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from running import status_of
 
 from gpuparse import encode
 
@@ -41,7 +39,7 @@ def test_helpers_are_kept_and_no_more_of_them_made_than_work_at_once():
 
 
 def test_one_thread_makes_no_helper():
-    assert in_a_process("encoded(1); assert not names()") == 0
+    assert in_a_process("assert is_expected(1) and num_helpers() == 0") == 0
 
 
 def test_callers_at_once_share_them():
@@ -73,47 +71,22 @@ def test_a_forked_process_has_helpers_of_its_own():
     assert is_expected(4)
 
 
-def status_of(child: int) -> int:
-    """The exit status of a forked process; -1 where it had to be killed."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -1
-
-
 @pytest.mark.parametrize("ending", ["", "os._exit(0)", "sys.exit(0)"])
 def test_a_process_ends_while_helpers_sleep(ending):
-    assert in_a_process(f"encoded(9); assert len(names()) == 8\n{ending}") == 0
+    assert in_a_process(f"assert is_expected(9) and num_helpers() == 8\n{ending}") == 0
 
 
 def test_without_any_thread_to_be_had_the_caller_does_it_all():
     code = """
-    import resource
-    expected = encoded(1)
-    size_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size_bytes + (4 << 20),) * 2)  # less than a thread's stack
-    assert np.array_equal(encoded(5), expected)
-    assert not names()
-    """
-    assert in_a_process(textwrap.dedent(code)) == 0
+import resource
+size_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size_bytes + (4 << 20),) * 2)  # less than a thread's stack
+assert is_expected(5) and num_helpers() == 0
+"""
+    assert in_a_process(code) == 0
 
 
 def in_a_process(code: str) -> int:
     """The exit status of a new process that runs some lines."""
-    head = """
-    import os, sys
-    import numpy as np
-    from gpuparse import encode
-    image = np.random.default_rng(0).integers(0, 256, (9, 8, 7), np.uint8)
-    def encoded(num_threads):
-        return encode(image, size=(16, 16), num_threads=num_threads).image
-    def names():
-        comms = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
-        return [name for name in comms if name == "gpuparse-helper"]
-    """
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(head) + code], timeout=120, check=False).returncode
+    head = "import os, sys; from test_parallel import is_expected, num_helpers\n"
+    return subprocess.run([sys.executable, "-c", head + code], cwd=Path(__file__).parent, timeout=120).returncode
