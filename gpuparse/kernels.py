@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def host_library(variant: str | None = None) -> ctypes.CDLL:
         variant: `baseline` or `avx2`; None takes the best one that this processor runs. Both give the same bits.
 
     Raises:
-        KernelError: The library is missing or was built from other sources.
+        KernelError: The library is missing or was built from other sources, or the processor does not run it.
     """
     baseline = _load("libgpuparse_kernels.so")
     if variant is None:
@@ -102,6 +103,11 @@ def host_library(variant: str | None = None) -> ctypes.CDLL:
         variant = forced or ("avx2" if baseline.gpuparse_supports_avx2() else "baseline")
     if variant not in ("baseline", "avx2"):
         raise KernelError(f"CPU kernel variant is {variant!r}; expected 'baseline' or 'avx2'.")
+    if variant == "avx2" and not baseline.gpuparse_supports_avx2():
+        raise KernelError(
+            f"CPU kernel variant is 'avx2'; this processor ({platform.machine()}) runs 'baseline' only. Leave "
+            "GPUPARSE_CPU_KERNELS unset."
+        )
     return baseline if variant == "baseline" else _load("libgpuparse_kernels_avx2.so")
 
 

@@ -5,6 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__GNUC__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace {
 
 template <typename T>
@@ -47,7 +52,27 @@ uint32_t crc32c_by_table(const uint8_t *data, int64_t num_bytes) {
   return ~crc;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__GNUC__) && defined(__x86_64__)
+#define GP_CRC32C __attribute__((target("sse4.2")))
+GP_CRC32C inline uint64_t crc32c_step(uint64_t state, uint64_t word) { return __builtin_ia32_crc32di(state, word); }
+GP_CRC32C inline uint64_t crc32c_step(uint64_t state, uint8_t byte) { return __builtin_ia32_crc32qi(state, byte); }
+bool has_crc32c() { return __builtin_cpu_supports("sse4.2"); }
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define GP_CRC32C  // the assembler is told: what compilers call this instruction differs
+GP_CRC32C inline uint64_t crc32c_step(uint64_t state, uint64_t word) {
+  uint32_t next;
+  asm(".arch_extension crc\n\tcrc32cx %w0, %w1, %x2" : "=r"(next) : "r"((uint32_t)state), "r"(word));
+  return next;
+}
+GP_CRC32C inline uint64_t crc32c_step(uint64_t state, uint8_t byte) {
+  uint32_t next;
+  asm(".arch_extension crc\n\tcrc32cb %w0, %w1, %w2" : "=r"(next) : "r"((uint32_t)state), "r"((uint32_t)byte));
+  return next;
+}
+bool has_crc32c() { return getauxval(AT_HWCAP) & HWCAP_CRC32; }
+#endif
+
+#ifdef GP_CRC32C
 // The state after some zero bytes more. It is linear in the state before, so that of each byte of it can be looked up.
 class ZeroBytes {
  public:
@@ -70,36 +95,36 @@ class ZeroBytes {
   uint32_t entries_[4][256] = {};
 };
 
-// The instruction takes three cycles and one can begin in each: three pieces go side by side, and the states of the
-// first two are carried over the bytes of the next. Moves `data` behind what is done.
+// The instruction takes two or three cycles and one can begin in each: three pieces go side by side, and the states of
+// the first two are carried over the bytes of the next. Moves `data` behind what is done.
 template <int64_t kPieceBytes>
-__attribute__((target("sse4.2"))) uint64_t crc32c_of_pieces(uint64_t state, const uint8_t *&data, const uint8_t *end) {
+GP_CRC32C uint64_t crc32c_of_pieces(uint64_t state, const uint8_t *&data, const uint8_t *end) {
   static const ZeroBytes piece(kPieceBytes);
   for (; end - data >= 3 * kPieceBytes; data += 3 * kPieceBytes) {
     uint64_t first = state, second = 0, third = 0;
     for (int64_t i = 0; i < kPieceBytes; i += 8) {
-      first = __builtin_ia32_crc32di(first, load<uint64_t>(data + i));
-      second = __builtin_ia32_crc32di(second, load<uint64_t>(data + kPieceBytes + i));
-      third = __builtin_ia32_crc32di(third, load<uint64_t>(data + 2 * kPieceBytes + i));
+      first = crc32c_step(first, load<uint64_t>(data + i));
+      second = crc32c_step(second, load<uint64_t>(data + kPieceBytes + i));
+      third = crc32c_step(third, load<uint64_t>(data + 2 * kPieceBytes + i));
     }
     state = piece.after(piece.after((uint32_t)first) ^ (uint32_t)second) ^ third;
   }
   return state;
 }
 
-__attribute__((target("sse4.2"))) uint32_t crc32c_by_instruction(const uint8_t *data, int64_t num_bytes) {
+GP_CRC32C uint32_t crc32c_by_instruction(const uint8_t *data, int64_t num_bytes) {
   const uint8_t *end = data + num_bytes;
   uint64_t state = crc32c_of_pieces<2048>(0xffffffffu, data, end);
   state = crc32c_of_pieces<256>(state, data, end);
-  for (; end - data >= 8; data += 8) state = __builtin_ia32_crc32di(state, load<uint64_t>(data));
-  for (; data < end; ++data) state = __builtin_ia32_crc32qi((uint32_t)state, *data);
+  for (; end - data >= 8; data += 8) state = crc32c_step(state, load<uint64_t>(data));
+  for (; data < end; ++data) state = crc32c_step(state, *data);
   return ~(uint32_t)state;
 }
 #endif
 
 uint32_t crc32c(const uint8_t *data, int64_t num_bytes) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
+#ifdef GP_CRC32C
+  static const bool has_instruction = has_crc32c();
   if (has_instruction) return crc32c_by_instruction(data, num_bytes);
 #endif
   return crc32c_by_table(data, num_bytes);

@@ -13,8 +13,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -61,8 +61,8 @@ class Helpers {
       std::thread thread([this] { help(); });
       pthread_setname_np(thread.native_handle(), "gpuparse-helper");
       thread.detach();
-    } catch (const std::system_error &) {
-      return false;  // no more threads to be had: the ones there are finish the work
+    } catch (const std::exception &) {
+      return false;  // no more threads or memory to be had: the ones there are finish the work
     }
     ++num_threads_;
     return true;

@@ -60,7 +60,7 @@ def test_items_without_augmentation_equal_cv2(name, sample_stores, sample_dir):
         item = dataset[int(row)]
         difference = np.abs(item["image"].numpy() - image[0])
         assert difference.max() <= 1
-        assert np.count_nonzero(difference) <= 3 * 512 * 512 // 100_000
+        assert not cv2.ipp.useIPP() or np.count_nonzero(difference) <= 3 * 512 * 512 // 100_000
         classes = [int(c) for c in item["class_ids"].split("&")]
         if item["instance_label"]:
             assert classes == [1] * 4

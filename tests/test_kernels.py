@@ -6,11 +6,12 @@ import ctypes
 import functools
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_structs_lie_in_memory_as_their_numpy_mirrors(source, struct, dtype):
 
 
 def test_the_library_has_every_kernels_body_and_was_built_from_these_sources():
-    for variant in ("baseline", "avx2"):
+    for variant in ("baseline", "avx2") if platform.machine() == "x86_64" else ("baseline",):
         library = kernels._load(f"libgpuparse_kernels{'' if variant == 'baseline' else '_avx2'}.so")
         assert library.gpuparse_source_digest().decode() == kernels.source_digest()
         for source in SOURCES:
@@ -280,6 +281,18 @@ def test_the_variant_can_be_forced_and_others_are_refused(monkeypatch):
     monkeypatch.delenv("GPUPARSE_CPU_KERNELS")
     best = "avx2" if baseline.gpuparse_supports_avx2() else "baseline"
     assert kernels.host_library.__wrapped__()._name == kernels.host_library(best)._name
+
+
+def test_a_build_that_the_processor_does_not_run_is_refused(monkeypatch):
+    old = SimpleNamespace(gpuparse_supports_avx2=lambda: 0)
+    monkeypatch.setattr(kernels, "_load", {"libgpuparse_kernels.so": old}.__getitem__)
+    assert kernels.host_library.__wrapped__() is old
+    message = r"CPU kernel variant is 'avx2'; this processor \(\w+\) runs 'baseline' only\. Leave GPUPARSE_CPU_KERNELS"
+    with pytest.raises(KernelError, match=message):
+        kernels.host_library.__wrapped__("avx2")
+    monkeypatch.setenv("GPUPARSE_CPU_KERNELS", "avx2")
+    with pytest.raises(KernelError, match=message):
+        kernels.host_library.__wrapped__()
 
 
 def test_pointers_are_taken_of_contiguous_arrays_only():
