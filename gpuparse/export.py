@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gpuparse.arguments import check_choice, check_flag, check_path, check_selection, whole_number
 from gpuparse.catalogue import find_stores
 from gpuparse.errors import GpuparseError, InputError, StoreFormatError, StoreWriteError, VolumeFormatError
-from gpuparse.evaluation.cases import StoredCase
+from gpuparse.evaluation.case import StoredCase
 from gpuparse.folders import (
     alone,
     discard_folder,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuparse.encode import encode
-from gpuparse.evaluation.cases import StoredCase
+from gpuparse.evaluation.case import StoredCase
 from gpuparse.store import Store
 from gpuparse.views import view_suffix
 

@@ -1,34 +1,32 @@
-"""Test cases: whole volumes with their labels, in a store or in folders of npz files, and which prompts are theirs."""
+"""Finding test cases, in a store or in folders of npz files, and which prompts are theirs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gpuparse.arguments import check_selection
-from gpuparse.check.chunks import read_checked
-from gpuparse.check.findings import Place as FindingPlace
-from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
+from gpuparse.errors import InputError, StorageError, StoreFormatError
+from gpuparse.evaluation.case import EvaluationCase, NpzCase, StoredCase
 from gpuparse.evaluation.entries import Entries, PromptSource
-from gpuparse.layout import CASE_REMEDY, read_json
 from gpuparse.listing import LOST_AND_FOUND
 from gpuparse.npz import NpzFile
 from gpuparse.places import Place, has_folder, local_path, open_place, store_errors_told
-from gpuparse.prompts import PROMPTS_FILE, ClassPrompts
+from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.remote import RemoteOptions, RemotePath
 from gpuparse.source import has_npz, npz_names
-from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store, read_store, split_code
+from gpuparse.store import Store, read_store, split_code
 from gpuparse.urls import is_url
-from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, check_name, read_arrays
+from gpuparse.volume import check_name
 
-__all__ = ["CaseSet", "EvaluationCase", "NpzCase", "StoredCase", "find_case_sets", "find_cases"]
+__all__ = ["CaseSet", "find_case_sets", "find_cases"]
 
 _SPLITS = ("train", "val", "test")  # the usual ones; there may be others
 _DEFAULT_SPLIT = "test"
@@ -38,191 +36,6 @@ _LAYOUTS = (
     "expected a store (test.zarr), test/ with test_mask/ or test_gt/ beside it, or imgs/ with gts/; see "
     "docs/evaluation.md"
 )
-
-
-class EvaluationCase(Protocol):
-    """One volume with its labels; nothing is read before it is asked for."""
-
-    @property
-    def name(self) -> str:
-        """The case's name; predictions are stored under it."""
-
-    @property
-    def prompts(self) -> ClassPrompts:
-        """Its classes."""
-
-    @property
-    def group(self) -> str | None:
-        """The entry that its classes come from, where cases of one set have different ones; else None."""
-
-    @property
-    def mask_file(self) -> str:
-        """Where its labels lie."""
-
-    def image(self) -> npt.NDArray[np.uint8]:
-        """(z, y, x) uint8.
-
-        Raises:
-            GpuparseError: It cannot be read.
-        """
-
-    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """(z, y, x) uint8, uint16 or uint32 ids.
-
-        Raises:
-            GpuparseError: They cannot be read.
-        """
-
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along z, y, x.
-
-        Raises:
-            GpuparseError: It cannot be read.
-        """
-
-    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
-        """(4, 4) voxel index (x, y, z) to millimetres along R, A, S; None where the source does not say.
-
-        Raises:
-            GpuparseError: It cannot be read.
-        """
-
-
-@dataclass(frozen=True)
-class NpzCase:
-    """A case in npz files: the image, and its labels in the same file or in one of their own.
-
-    Attributes:
-        name: The image file's stem.
-        prompts: Its classes.
-        image_path: Holds `imgs`, and `spacing` unless the other file does.
-        labels_path: Holds `gts`.
-        group: The entry that its classes come from, where it was found by the case's name.
-    """
-
-    name: str
-    prompts: ClassPrompts
-    image_path: Path
-    labels_path: Path
-    group: str | None = None
-
-    @property
-    def mask_file(self) -> str:
-        """The file with the labels."""
-        return str(self.labels_path)
-
-    def image(self) -> npt.NDArray[np.uint8]:
-        """(z, y, x) uint8."""
-        return as_uint8(self.image_path, read_arrays(self.image_path, ["imgs"])["imgs"])
-
-    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """(z, y, x) ids in the narrowest type."""
-        return as_narrow_labels(self.labels_path, read_arrays(self.labels_path, ["gts"])["gts"])
-
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along z, y, x, from the image's file or else from the labels'."""
-        for path in (self.image_path, self.labels_path):
-            found = read_arrays(path, [], ["spacing"])
-            if found:
-                return as_spacing_mm(path, found["spacing"])
-        raise InputError(
-            f"{self.image_path}: no spacing in it, nor in {self.labels_path}. Distances in millimetres need it: save "
-            "spacing (x, y, z) with the image."
-        )
-
-    def affine_ras_mm(self) -> None:
-        """None: npz files hold no directions."""
-
-
-@dataclass(frozen=True, eq=False)
-class StoredCase:
-    """A case of a store.
-
-    Attributes:
-        store: The store.
-        number: Which of its cases.
-    """
-
-    store: Store
-    number: int
-
-    @property
-    def name(self) -> str:
-        """The case's name."""
-        return self.store.cases[self.number].name
-
-    @property
-    def prompts(self) -> ClassPrompts:
-        """The store's classes."""
-        return self.store.prompts
-
-    @property
-    def group(self) -> None:
-        """None: all cases of a store have its classes."""
-        return None
-
-    @property
-    def mask_file(self) -> str:
-        """The label image's folder."""
-        return str(self.store.case_place(self.number) / LABELS_PATH).removesuffix("/0")
-
-    def image(self) -> npt.NDArray[np.uint8]:
-        """(z, y, x) uint8."""
-        return self._read(IMAGE_PATH)
-
-    def labels(self) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """(z, y, x) ids as stored."""
-        return self._read(LABELS_PATH)
-
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along z, y, x."""
-        return self.store.cases[self.number].spacing_mm
-
-    def affine_ras_mm(self) -> npt.NDArray[np.float64] | None:
-        """What conversion noted of the source, such as a NIfTI file; None where that held no directions.
-
-        Raises:
-            StoreFormatError: It cannot be read.
-            StorageError: Remote storage failed.
-        """
-        affine = self.noted("origin").get("affine_ras_mm")
-        try:
-            return None if affine is None else np.array(affine, np.float64).reshape(4, 4)
-        except (TypeError, ValueError) as error:
-            raise self._damaged(error) from error
-
-    def noted(self, part: Literal["origin", "source"]) -> dict[str, Any]:
-        """A part of what conversion noted of the case; empty where it did not. Raises as `affine_ras_mm` does."""
-        node = read_json(self.store.case_place(self.number) / "zarr.json", CASE_REMEDY)
-        try:
-            return dict(node["attributes"]["gpuparse"].get(part, {}))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> StoreFormatError:
-        place = self.store.case_place(self.number)
-        return StoreFormatError(f"'{place}': zarr.json is damaged ({type(error).__name__}: {error}). {CASE_REMEDY}")
-
-    def _read(self, array_path: str) -> npt.NDArray[Any]:
-        layout = self.store.layout(self.number, array_path)
-        if self.store.is_remote:
-            values, findings = read_checked(FindingPlace(str(layout.place), self.store.name, self.name), layout)
-            if values is None:
-                raise ChunkCorruptError(f"{findings[0].found} Remove the case there and send it again.")
-            return values
-        import zarr
-
-        for key, num_bytes in (layout.shard_bytes or {}).items():
-            shard = layout.path / key
-            found = shard.stat().st_size if shard.is_file() else None
-            if found != num_bytes:  # Zarr would read a shard that is gone as zeros
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise ChunkCorruptError(f"'{shard}' {state}; it was written with {num_bytes}. Convert the case again.")
-        try:
-            array: Any = zarr.open_array(layout.path, mode="r", zarr_format=3)
-            return np.ascontiguousarray(array[...])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ChunkCorruptError(f"'{layout.path}' cannot be read: {error}. Convert the case again.") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +103,11 @@ def find_cases(
         raise InputError(f"{root} holds split {own!r}, not {split!r}. {_OTHER_SPLIT}")
     split = split or own or _DEFAULT_SPLIT
     if folder is None:
-        raise InputError(f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; {_LAYOUTS}.")
+        others = _splits_of([root])
+        raise InputError(
+            f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; "
+            f"{f'there are cases of {others} (--split); ' if others else ''}{_LAYOUTS}."
+        )
     dataset_dir = Path(os.path.abspath(folder)).parent
     called = tuple(dict.fromkeys((name or dataset_dir.name, dataset_dir.name)))
     entries = Entries.load(prompts, called, [dataset_dir / PROMPTS_FILE, dataset_dir.parent / PROMPTS_FILE])
@@ -351,10 +168,11 @@ def find_case_sets(
         return (find_cases(str(root), split=split, prompts=prompts, remote=remote),)
     split = split or _DEFAULT_SPLIT
     names = root.list_folder()[0] if isinstance(root, RemotePath) else os.listdir(local_path(root))
+    folders = [root / name for name in sorted(names) if not name.startswith(".") and name != LOST_AND_FOUND]
     found: dict[str, Any] = {}
-    for folder in (root / name for name in sorted(names) if not name.startswith(".") and name != LOST_AND_FOUND):
+    for folder in folders:
         try:
-            if _has_cases(folder, split) and not _is_other_split(folder, split):
+            if _is_test_set(folder, split):
                 found[folder.name] = folder
         except InputError:  # it cannot be read
             if datasets is None or folder.name in datasets:
@@ -362,9 +180,11 @@ def find_case_sets(
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
+        others = _splits_of([folder for folder in folders if folder.name in absent] or folders)
+        proposed = f"another split (--split), {others}" if others else "another split (--split)"
         raise InputError(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
-            f"{', '.join(found) or 'none'}. Choose another split (--split), or for each of them {_LAYOUTS}."
+            f"{', '.join(found) or 'none'}. Choose {proposed}, or for each of them {_LAYOUTS}."
         )
     sets: Sequence[CaseSet]
     if isinstance(root, Path):
@@ -406,6 +226,21 @@ def _has_cases(root: Place, split: str | None) -> bool:
     if _find_store(root, split) is not None:
         return True
     return isinstance(root, Path) and _images_folder(root, split) is not None
+
+
+def _is_test_set(folder: Place, split: str) -> bool:
+    """Whether a folder beside others has cases of a split and is not itself a split of the dataset it is in."""
+    return _has_cases(folder, split) and not _is_other_split(folder, split)
+
+
+def _splits_of(folders: Sequence[Place]) -> str:
+    """The usual splits that any of some folders has, to be proposed in place of one that there is not."""
+    found = []
+    for split in _SPLITS:
+        with contextlib.suppress(InputError, StorageError):  # one that cannot be read has none to propose
+            if any(_is_test_set(folder, split) for folder in folders):
+                found.append(split)
+    return ", ".join(found)
 
 
 def _images_folder(root: Path, split: str | None) -> Path | None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from gpuparse.arguments import check_choice, check_instance, whole_number
 from gpuparse.errors import GpuparseError, InputError
-from gpuparse.evaluation.cases import CaseSet, EvaluationCase, find_case_sets
+from gpuparse.evaluation.case import EvaluationCase
+from gpuparse.evaluation.cases import CaseSet, find_case_sets
 from gpuparse.evaluation.entries import PromptSource
 from gpuparse.evaluation.metrics import CaseScores, MetricOptions, import_metric_package, score_case
 from gpuparse.evaluation.predictions import find_prediction, read_prediction

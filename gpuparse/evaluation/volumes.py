@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, get_worker_info
 from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.device import choose_device
 from gpuparse.errors import InputError
-from gpuparse.evaluation.cases import EvaluationCase, find_cases
+from gpuparse.evaluation.case import EvaluationCase
+from gpuparse.evaluation.cases import find_cases
 from gpuparse.evaluation.entries import PromptSource
 from gpuparse.evaluation.prepare import PreparedVolume
 from gpuparse.prompts import PROMPT_SEPARATOR
