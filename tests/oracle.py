@@ -5,6 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+# Whether cv2 resamples cubically by IPP, as the kernels do; by its own arithmetic, as everywhere on Arm, some pixels
+# are rounded to the neighbouring grey level.
+HAS_IPP = cv2.ipp.useIPP()
+
 
 def pad_as_reference(plane: np.ndarray) -> np.ndarray:
     """process_2D.py: half the difference, rounded down, on both sides."""
