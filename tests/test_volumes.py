@@ -146,11 +146,11 @@ def test_stores_of_other_splits_are_no_datasets_of_the_folder(tmp_path, write_ca
         gpuparse.convert(data_dir, split=split, out_dir=tmp_path / "out")
     (tmp_path / "out/DATA/test.zarr").rename(tmp_path / "out/CT.zarr")
     (tmp_path / "out/broken.zarr").mkdir()
-    with pytest.raises(
-        InputError, match=r"no test cases in .* none\. Choose another split \(--split\), train, val, or"
-    ):
+    proposed = r"Choose another split \(--split\), train, val, or for each of them expected a store"
+    with pytest.raises(InputError, match=rf"no test cases in any folder; .* none\. {proposed}"):
         find_case_sets(tmp_path / "out/DATA")
-    with pytest.raises(InputError, match=r"no test\.zarr; there are cases of train, val \(--split\); expected a store"):
+    proposed = r"there are cases of train, val \(--split\); expected a store"
+    with pytest.raises(InputError, match=rf"in test/ or in imgs/, and no test\.zarr; {proposed}"):
         VolumeDataset(tmp_path / "out/DATA")
     assert [c.name for c in find_case_sets(tmp_path / "out", datasets=["CT.zarr"])[0].cases] == ["test"]
     with pytest.raises(InputError, match=r"no test cases in DATA; datasets with such cases: CT\.zarr, broken\.zarr"):
@@ -276,7 +276,8 @@ def test_folders_without_cases_or_prompts_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"nothing: no such folder; expected a store \(test\.zarr\), test/ with"):
         VolumeDataset(tmp_path / "nothing")
     (tmp_path / "DATA").mkdir()
-    with pytest.raises(InputError, match=r"DATA: no npz files in it, in test/ or in imgs/, .* test\.zarr; expected"):
+    nothing = r"DATA: no npz files in it, in test/ or in imgs/, and no test\.zarr; expected a store"
+    with pytest.raises(InputError, match=nothing):
         VolumeDataset(tmp_path / "DATA")
     write_set(tmp_path / "DATA", prompts=None)
     with pytest.raises(InputError, match=r"class_prompts\.json: not found"):

@@ -103,7 +103,7 @@ def find_cases(
         raise InputError(f"{root} holds split {own!r}, not {split!r}. {_OTHER_SPLIT}")
     split = split or own or _DEFAULT_SPLIT
     if folder is None:
-        others = _splits_of([root])
+        others = _usual_splits([root])
         raise InputError(
             f"{root}: no npz files in it, in {split}/ or in imgs/, and no {split}.zarr; "
             f"{f'there are cases of {others} (--split); ' if others else ''}{_LAYOUTS}."
@@ -180,7 +180,7 @@ def find_case_sets(
     chosen = list(found) if datasets is None else list(dict.fromkeys(datasets))
     absent = [name for name in chosen if name not in found]
     if absent or not chosen:
-        others = _splits_of([folder for folder in folders if folder.name in absent] or folders)
+        others = _usual_splits([folder for folder in folders if folder.name in absent] or folders)
         proposed = f"another split (--split), {others}" if others else "another split (--split)"
         raise InputError(
             f"{root}: no {split} cases in {', '.join(absent) or 'any folder'}; datasets with such cases: "
@@ -233,7 +233,7 @@ def _is_test_set(folder: Place, split: str) -> bool:
     return _has_cases(folder, split) and not _is_other_split(folder, split)
 
 
-def _splits_of(folders: Sequence[Place]) -> str:
+def _usual_splits(folders: Sequence[Place]) -> str:
     """The usual splits that any of some folders has, to be proposed in place of one that there is not."""
     found = []
     for split in _SPLITS:
