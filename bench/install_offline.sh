@@ -20,6 +20,8 @@ digest=$(cd kernels && for file in $sources; do sha256sum <"$file" | cut -d ' ' 
 # The flags of kernels/CMakeLists.txt; tests/test_bench_device.py compares them.
 flags=(-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC -shared -pthread)
 avx2=(-mavx2 -mfma -mf16c -mbmi2 -mtune=haswell)
+# Of g++ alone, as there; clang defines its macros too, so that its own one tells.
+if [[ $("$compiler" -dM -E -x c++ /dev/null) != *__clang__* ]]; then flags+=(-falign-loops=32); fi
 
 # Built aside and moved: a process that has the old library open keeps it.
 mkdir -p gpuparse/_native

@@ -312,6 +312,7 @@ class TestScripts:
         assert built - {"-std=c++17", "-fPIC", "-shared", "-pthread"} == {
             flag for flag in re.search(r"PRIVATE (-O3[^$]*)\$", cmake)[1].split() if not flag.startswith("-W")
         }
+        assert re.search(r"flags\+=\((.*)\)", script)[1] == re.search(r"COMPILER_ID:GNU>:(.*)>\)", cmake)[1]
         avx2 = re.search(r"gpuparse_kernels_avx2 (-.*)\)", cmake)[1].split()
         assert re.search(r"avx2=\((.*)\)", script)[1].split() == avx2
 
