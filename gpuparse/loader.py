@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from gpuparse.arguments import check_flag, check_num_threads, whole_number
 from gpuparse.augment import OutputTypes
 from gpuparse.cgroup import num_usable_cpus
+from gpuparse.dataset import SliceDataset
 from gpuparse.device import DeviceRenderer, choose_device, tell_of_first_gpu, with_index
 from gpuparse.errors import InputError
 from gpuparse.flat import FlatDataset
@@ -119,7 +120,7 @@ class DataLoader:
         log_every: int = 0,
         **torch_options: Any,
     ) -> None:
-        check_torch_options(torch_options, _ARGUMENTS)
+        check_torch_options(torch_options, _ARGUMENTS, inspect.signature(SliceDataset).parameters)
         self.dataset = dataset
         self.batch_size = whole_number("batch_size", batch_size, 1)
         self.shuffle = check_flag("shuffle", shuffle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gpuparse.errors import InputError
@@ -39,12 +39,13 @@ def is_torch_option(name: str) -> bool:
     return name in _WITHOUT_MEANING or name in _NOT_POSSIBLE
 
 
-def check_torch_options(options: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_torch_options(options: Mapping[str, Any], known: Sequence[str], of_dataset: Collection[str] = ()) -> None:
     """Accepts what has no meaning here, and says so; refuses what cannot be done.
 
     Args:
         options: Arguments that `gpuparse.DataLoader` does not have itself.
         known: Names of those it has.
+        of_dataset: Names of those that `gpuparse.SliceDataset` has.
 
     Raises:
         InputError: A name is unknown, or stands for something gpuparse decides itself.
@@ -58,5 +59,10 @@ def check_torch_options(options: Mapping[str, Any], known: Sequence[str]) -> Non
                 _LOG.warning("DataLoader: %s=%r has no effect: %s. Leave it out.", name, value, _WITHOUT_MEANING[name])
         else:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else f" Expected some of {', '.join(known)}."
+            if name in of_dataset:
+                hint = " Give it to SliceDataset."
+            elif close:
+                hint = f" Did you mean {close[0]}?"
+            else:
+                hint = f" Expected some of {', '.join(known)}."
             raise InputError(f"DataLoader: unknown argument {name}={value!r}.{hint}")

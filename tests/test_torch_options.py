@@ -58,6 +58,8 @@ def test_torchs_defaults_say_nothing(dataset, caplog):
         ({"worker_init_fn": print}, "worker_init_fn is given; .* seed"),
         ({"generator": torch.Generator()}, "generator is given; .* give seed"),
         ({"bacth_size": 4}, "unknown argument bacth_size=4. Did you mean batch_size?"),
+        ({"recipe": "reference"}, "unknown argument recipe='reference'. Give it to SliceDataset."),
+        ({"num_prompts": 4}, "unknown argument num_prompts=4. Give it to SliceDataset."),
         ({"zzz": 4}, "unknown argument zzz=4. Expected some of dataset, batch_size, shuffle"),
         ({"prefetch_depth": "2"}, "prefetch_depth is '2'; expected a whole number"),
         ({"num_threads": 2.5}, "num_threads is 2.5; expected a whole number"),
