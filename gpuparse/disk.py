@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from gpuparse.limits import limit_remedy
+
 __all__ = ["describe_write_error", "mount_folder"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,7 +42,7 @@ def describe_write_error(error: OSError, folder: Path, *, num_bytes: int | None 
         return f"{said}. {disk} fails: see the system's log, mend it, or name another folder with {option}"
     if error.errno in _CLOSED:
         return f"{said}. Name a folder that can be written with {option}"
-    return f"{said}. Check t{disk[1:]}"
+    return f"{said}. {limit_remedy(error) or f'Check t{disk[1:]}'}"
 
 
 def _room(folder: Path) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "StoreFormatError",
     "StoreWriteError",
     "VolumeFormatError",
+    "WorkerError",
 ]
 
 
@@ -92,6 +93,10 @@ class PipelineError(GpuparseError, RuntimeError):
 
 class MissingDependencyError(GpuparseError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
+
+
+class WorkerError(GpuparseError, RuntimeError):
+    """Processes that would work beside this one cannot be started."""
 
 
 class ClusterError(GpuparseError, RuntimeError):

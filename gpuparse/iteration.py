@@ -61,8 +61,10 @@ class _Ending:
         """Has the thread run: none can be started where the collector calls."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="gpuparse-ending", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, name="gpuparse-ending", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no more threads are to be had: the next iteration ends them
+                    thread.start()
+                    self._thread = thread
 
     def _serve(self) -> None:
         while True:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import errno
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from gpuparse import kernels
 from gpuparse.errors import SliceReadError, StorageError
 from gpuparse.gather import Gathering
 from gpuparse.layout import ArrayLayout
+from gpuparse.limits import limit_remedy
 from gpuparse.shards import DAMAGED, RemoteShard, Shard, ShardTable
 
 __all__ = ["CHUNK_DTYPE", "Located", "locate"]
@@ -43,10 +43,6 @@ _LOST = (
     "Look at the storage. Where the file is gone: open the store again if it was converted since; otherwise convert "
     "this case again: `gpuparse check STORE --repair`."
 )
-_NO_MORE_FILES = {
-    errno.EMFILE: "This process has as many files open as it may: raise its limit (`ulimit -n`).",
-    errno.ENFILE: "This machine has as many files open as it may: raise its limit (`sysctl fs.file-max`).",
-}
 _PRESENT, _OUTSIDE = 1, 2  # what gpuparse_look_up says of a chunk; 0: never written
 
 
@@ -96,7 +92,8 @@ def locate(table: ShardTable, gathering: Gathering) -> Located:
         if shard is None or isinstance(shard, OSError):
             if shard is not None:
                 layout, shard_key = wanted[len(located.run_shards)]
-                remedy = _NO_MORE_FILES.get(shard.errno or 0, _LOST)
+                limit = limit_remedy(shard)
+                remedy = f"{limit}." if limit else _LOST
                 lost = f"'{layout.shard_path(shard_key)}' cannot be read: {shard}. {remedy}"
                 message = str(shard) if isinstance(shard, SliceReadError) else lost
                 located.errors.update(dict.fromkeys(range(start, end), message))

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from gpuparse.errors import GpuparseError, InputError, MissingDependencyError, PipelineError
 from gpuparse.kernels import cupy_array
+from gpuparse.limits import limit_remedy
 from gpuparse.pack import SPARE_BLOCK, SPARE_BLOCK_BYTES, SPARE_DECODED_BYTES, PackedBatch
 
 __all__ = ["BatchPipeline", "PipelineOptions"]
@@ -116,7 +117,13 @@ class BatchPipeline:
         )
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph(fn, types))
-        self._pipeline.build()
+        try:
+            self._pipeline.build()
+        except RuntimeError as error:
+            self._forget()
+            self._pipeline = None
+            cause = error.with_traceback(None)  # its frames would keep the pipeline alive
+            raise _no_threads(error) or _failed("before the first batch", error) from cause
 
     @property
     def num_ready(self) -> int:
@@ -164,11 +171,7 @@ class BatchPipeline:
             if is_passed_on:
                 raise error
             failure = self._failures.pop(self._num_taken, None)
-            raise failure or PipelineError(
-                f"DALI failed at batch {self._num_taken} of this iteration: {error} If the device is out of memory, "
-                "lower batch_size, prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same "
-                "batches."
-            ) from error
+            raise failure or _failed(f"at batch {self._num_taken}", error) from error
 
     @property
     def is_inherited(self) -> bool:
@@ -254,7 +257,8 @@ class BatchPipeline:
                 except RuntimeError as error:  # the interpreter ends its pools with the main thread
                     self._ahead[ahead] = concurrent.futures.Future()
                     self._ahead[ahead].set_exception(
-                        PipelineError(
+                        _no_threads(error)
+                        or PipelineError(
                             f"batch {ahead} is not read: the main thread has ended ({error}). Let it wait for the "
                             "threads that iterate: thread.join()."
                         )
@@ -303,6 +307,18 @@ class BatchPipeline:
         if buffer.nbytes != num_bytes:
             raise RuntimeError(f"DALI brought {buffer.nbytes} bytes for a batch of {num_bytes}")
         return self._render(given.step, given.packed, buffer, inflated)
+
+
+def _failed(when: str, error: BaseException) -> PipelineError:
+    return PipelineError(
+        f"DALI failed {when} of this iteration: {error} If the device is out of memory, lower batch_size, "
+        "prefetch_depth or cache_gib; `gpuparse.DataLoader(device='cpu')` makes the same batches."
+    )
+
+
+def _no_threads(error: RuntimeError) -> PipelineError | None:
+    remedy = limit_remedy(error)
+    return PipelineError(f"no thread can be started for batches. {remedy}, or run fewer processes.") if remedy else None
 
 
 def _is_of_a_handler(error: Exception) -> bool:

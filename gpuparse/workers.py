@@ -22,6 +22,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from gpuparse.errors import WorkerError
+from gpuparse.limits import THREAD_REMEDY, limit_remedy
+
 __all__ = ["Died", "Task", "TaskPool", "WorkerPool", "describe_end", "serve"]
 
 Result = TypeVar("Result")
@@ -35,6 +38,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
 }
+_NO_THREAD = os.EX_OSERR  # how a worker ends that may start no thread
 _START = "import sys; sys.path[:] = {path!r}; from gpuparse.workers import serve; serve({handle})"
 
 
@@ -99,6 +103,9 @@ class TaskPool(ABC):
 
         Yields:
             A result, or what became of the worker that had the task. An exception that a task raises ends its worker.
+
+        Raises:
+            WorkerError: A process cannot be started.
         """
         if here:
             for task in tasks:
@@ -208,7 +215,12 @@ class WorkerPool(TaskPool):
                 self._idle.append(worker)
             except (EOFError, OSError):
                 worker.pipe.close()
-                result = Died(describe_end(worker.process.wait()))
+                status = worker.process.wait()
+                if status == _NO_THREAD:  # no fault of the task, which it has not begun
+                    raise WorkerError(
+                        f"a process that was started may start no thread. {_or_fewer(THREAD_REMEDY)}"
+                    ) from None
+                result = Died(describe_end(status))
             yield worker.number, result
 
     def _stop(self, workers: list[_Worker]) -> None:
@@ -222,7 +234,10 @@ class WorkerPool(TaskPool):
 
 def _start(kept: list[_Worker]) -> None:
     """Starts a worker and adds it to a list, so that whoever ends the list's ends it too."""
-    here, there = Pipe()
+    try:
+        here, there = Pipe()
+    except OSError as error:
+        raise _not_started(len(kept), error) from error
     # An interrupt of the terminal reaches its whole process group. A worker inherits that it is held back, so that it
     # does not die with a traceback while it starts, and here it cannot come between the start and the note of it.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -234,9 +249,22 @@ def _start(kept: list[_Worker]) -> None:
             env={**_ENVIRONMENT, **os.environ},
         )
         kept.append(_Worker(process, here))
+    except OSError as error:
+        here.close()
+        raise _not_started(len(kept), error) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         there.close()
+
+
+def _not_started(num_running: int, error: OSError) -> WorkerError:
+    return WorkerError(
+        f"a process cannot be started beside {num_running} at work: {error}. {_or_fewer(limit_remedy(error))}"
+    )
+
+
+def _or_fewer(remedy: str | None) -> str:
+    return f"{f'{remedy}, or lower' if remedy else 'Lower'} --jobs (num_jobs)."
 
 
 def describe_end(status: int) -> str:
@@ -268,7 +296,10 @@ def serve(handle: int) -> None:
             traceback.print_exc()
             os._exit(1)
 
-    threading.Thread(target=receive, daemon=True).start()
+    try:
+        threading.Thread(target=receive, daemon=True).start()
+    except RuntimeError:
+        os._exit(_NO_THREAD)
     while True:
         function, arguments, is_large = calls.get()
         pipe.send(function(*arguments))

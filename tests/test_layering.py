@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 # From the bottom up; modules on one line do not import each other. The design in one list.
 LAYERS = [
     ["errors"],
-    ["arguments", "cgroup", "listing", "optional", "urls"],
+    ["arguments", "cgroup", "limits", "listing", "optional", "urls"],
     ["connections"],
     ["remote", "disk_cache"],
     ["places"],

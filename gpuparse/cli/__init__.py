@@ -23,6 +23,7 @@ from gpuparse.cli.export import export_command
 from gpuparse.cli.info import info_command
 from gpuparse.cli.preview import preview_command
 from gpuparse.errors import GpuparseError
+from gpuparse.limits import limit_remedy
 
 __all__ = ["app", "main"]
 
@@ -45,11 +46,14 @@ def main() -> None:
     except GpuparseError as error:
         _say_error(str(error))
         sys.exit(2)
-    except OSError as error:
-        if output is None or output.failure is not error:
+    except (OSError, RuntimeError) as error:
+        if output is not None and output.failure is error:
+            output.discard()
+            _say_error(f"standard output cannot be written: {error}. Send it to a place that takes it.")
+        elif remedy := limit_remedy(error):  # reached by whatever library
+            _say_error(f"{error}. {remedy}.")
+        else:
             raise
-        output.discard()
-        _say_error(f"standard output cannot be written: {error}. Send it to a place that takes it.")
         sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from gpuparse.doctor.checks import Check
+from gpuparse.limits import limit_remedy
 from gpuparse.workers import describe_end
 
 __all__ = ["Isolation", "Probe", "serve"]
@@ -70,15 +71,20 @@ class Isolation:
         with self._lock:
             if self._closed:
                 return []
-            process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(path=sys.path, arguments=arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # what it starts ends with it
-            )
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", _START.format(path=sys.path, arguments=arguments)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,  # what it starts ends with it
+                )
+            except OSError as error:
+                limit = limit_remedy(error)
+                told = f"no process can be started for this check ({error})"
+                return [Check(probe.name, "error", told, f"{limit}." if limit else probe.remedy)]
             self._running.add(process)
         ended = "in time"
         try:
@@ -151,10 +157,17 @@ def run_all(isolation: Isolation, probes: Sequence[Probe]) -> list[list[Check]]:
     def run(number: int) -> None:
         results[number] = isolation.run(probes[number])
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(probes))]
-    for thread in threads:
-        thread.start()
+    threads, here = [], []
+    for i in range(len(probes)):
+        thread = threading.Thread(target=run, args=(i,), daemon=True)
+        try:
+            thread.start()
+            threads.append(thread)
+        except RuntimeError:  # no more are to be had
+            here.append(i)
     for thread in threads:
         while thread.is_alive():
             thread.join(0.2)  # in short turns, so that an interrupt gets through
+    for i in here:
+        run(i)
     return results
