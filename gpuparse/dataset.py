@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -143,13 +144,13 @@ class SliceDataset(Dataset[dict[str, Any]]):
         self._rows = self._select(views)
         self.allow_mirror = self._decide_mirror()
         # Shared memory, so that persistent workers of a torch DataLoader see set_epoch.
-        self._epoch, self._has_warned = torch.zeros(2, dtype=torch.int64).share_memory_().split(1)  # type: ignore[no-untyped-call]
+        self._epoch, self._has_warned = _shared(torch.zeros(2, dtype=torch.int64)).split(1)  # type: ignore[no-untyped-call]
         self._reader = ChunkReader()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for shared in (self._epoch, self._has_warned):  # a copy's, too; what came from another process is already
-            shared.share_memory_()
+            _shared(shared)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -350,6 +351,13 @@ class SliceDataset(Dataset[dict[str, Any]]):
                 "%s: mirroring is off, the prompt %r names a side; mirror=True switches it on.", self.name, prompt
             )
         return prompt is None
+
+
+def _shared(numbers: torch.Tensor) -> torch.Tensor:
+    """A tensor, moved to shared memory; as it is where there is none, where torch's workers cannot run either."""
+    with contextlib.suppress(RuntimeError):
+        numbers.share_memory_()  # type: ignore[no-untyped-call]
+    return numbers
 
 
 def _open_split(root_dir: str, split: str, remote: RemoteOptions | None) -> Store:

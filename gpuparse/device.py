@@ -20,6 +20,7 @@ from gpuparse import kernels
 from gpuparse.augment import AugmentedBatch, OutputTypes
 from gpuparse.clock import DeviceClock, Turn
 from gpuparse.errors import DeviceError, InputError, MissingDependencyError
+from gpuparse.optional import CUPY_FOLDER_REMEDY, lacks_cupy_folder
 from gpuparse.pack import PackedBatch
 from gpuparse.pipeline import dali_cuda_major
 from gpuparse.render import render
@@ -130,8 +131,8 @@ def _cupy_cuda_major() -> int:
         return int(cupy.cuda.runtime.runtimeGetVersion()) // 1000
     except Exception as error:  # a loader's OSError and CuPy's own classes mean the same here
         remedy = "Install it with `pip install gpuparse[cuda12]` (or [cuda13])."
-        if isinstance(error, OSError) and error.filename is not None:  # where CuPy 14 makes its folder, when imported
-            remedy = "Let CUPY_CACHE_DIR name a folder that can be written, in which CuPy keeps compiled kernels."
+        if lacks_cupy_folder(error):
+            remedy = CUPY_FOLDER_REMEDY
         raise MissingDependencyError(
             f"gpuparse.DataLoader needs CuPy on a CUDA device, which cannot be used ({type(error).__name__}: {error}). "
             f"{remedy}"

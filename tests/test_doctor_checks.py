@@ -172,6 +172,14 @@ def test_a_broken_cupy_is_a_line(distributions, cuda13, monkeypatch):
     (check,) = packages.check_cupy()
     assert check.status == "error"
     assert "cupy-cuda13x 14.2.0 cannot be imported (OSError: libcudart.so.13" in check.found
+    assert check.remedy.startswith("Run: pip uninstall -y cupy-cuda13x && ")
+
+    def lack_folder():
+        raise PermissionError(13, "Permission denied", "/home/u/.cupy")
+
+    cupy.cuda.runtime.runtimeGetVersion = lack_folder
+    (check,) = packages.check_cupy()
+    assert check.remedy.startswith("Let CUPY_CACHE_DIR name a folder")
     cupy.cuda.runtime.runtimeGetVersion = lambda: 13020
     (check,) = packages.check_cupy()
     assert (check.status, check.found) == ("ok", "14.2.0 (cupy-cuda13x), CUDA 13.2")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from gpuparse.arrays import serial_blosc, write_column, write_group, write_voxels
 from gpuparse.convert import convert
+from gpuparse.optional import import_zarr
 from gpuparse.prompts import PROMPTS_FILE
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, open_store, shard_shape
 
@@ -86,8 +87,7 @@ def with_chunks(store_path: Path, target: Path, chunks: tuple[int, int, int]) ->
         target: Where the copy goes; must not exist.
         chunks: Voxels of a chunk.
     """
-    import zarr
-
+    zarr = import_zarr()
     shutil.copytree(store_path, target)
     case = open_store(target).case_path(0)
     content = json.loads((case / "zarr.json").read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Finding, Place
 from gpuparse.check.prompts import check_prompts
 from gpuparse.errors import GpuparseError, StorageError
+from gpuparse.optional import import_zarr
 from gpuparse.prompts import ClassPrompts
 from gpuparse.remote import RemotePath
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, CaseInfo, Store, read_store
@@ -113,7 +114,7 @@ def read_case(
         Image and labels, (z, y, x), None where they are damaged, and the findings.
     """
     case = store.cases[number]
-    import zarr  # takes most of the time that importing gpuparse.check would take
+    zarr = import_zarr()  # takes most of the time that importing gpuparse.check would take
     from zarr.buffer.cpu import Buffer
 
     try:

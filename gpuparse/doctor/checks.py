@@ -94,13 +94,17 @@ def _places(store: str | None) -> Sequence[tuple[str, str]]:
     """Paths and what is printed in their place, longest first."""
     import gpuparse
 
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:  # there is none that can be written
+        temporary = None
     named = [
         (store.rstrip("/") if store else None, "<store>"),
         (os.path.abspath(store) if store and "://" not in store else None, "<store>"),
         (str(Path(gpuparse.__file__).parent), "<gpuparse>"),
         (str(Path(gpuparse.__file__).parents[1]), "<checkout>"),
         (sys.prefix, "<environment>"),
-        (tempfile.gettempdir(), "<tmp>"),
+        (temporary, "<tmp>"),
         (os.path.expanduser("~"), "~"),
         (os.getcwd(), "."),
     ]

@@ -21,6 +21,7 @@ from gpuparse.doctor.requirements import (
     torch_cuda_major,
 )
 from gpuparse.errors import MissingDependencyError
+from gpuparse.optional import CUPY_FOLDER_REMEDY, lacks_cupy_folder
 
 __all__ = ["check_cupy", "check_dali", "check_extras", "check_numpy", "check_required", "check_torch"]
 
@@ -80,7 +81,8 @@ def check_cupy() -> Iterator[Check]:
 
         version, cuda = cupy.__version__, int(cupy.cuda.runtime.runtimeGetVersion())
     except Exception as error:  # a loader's OSError and CuPy's own classes mean the same here
-        remedy = f"Run: pip uninstall -y {name} && {install(_cuda_package('cupy'))}"
+        again = f"Run: pip uninstall -y {name} && {install(_cuda_package('cupy'))}"
+        remedy = CUPY_FOLDER_REMEDY if lacks_cupy_folder(error) else again
         yield Check("CuPy", "error", f"{names} cannot be imported ({describe(error)})", remedy, values)
         return
     values |= {"version": version, "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}", "cuda_major": cuda // 1000}

@@ -13,6 +13,7 @@ from gpuparse.check.chunks import read_checked
 from gpuparse.check.findings import Place as FindingPlace
 from gpuparse.errors import ChunkCorruptError, InputError, StoreFormatError
 from gpuparse.layout import CASE_REMEDY, read_json
+from gpuparse.optional import import_zarr
 from gpuparse.prompts import ClassPrompts
 from gpuparse.store import IMAGE_PATH, LABELS_PATH, Store
 from gpuparse.volume import as_narrow_labels, as_spacing_mm, as_uint8, read_arrays
@@ -190,8 +191,7 @@ class StoredCase:
             if values is None:
                 raise ChunkCorruptError(f"{findings[0].found} Remove the case there and send it again.")
             return values
-        import zarr
-
+        zarr = import_zarr()
         for key, num_bytes in (layout.shard_bytes or {}).items():
             shard = layout.path / key
             found = shard.stat().st_size if shard.is_file() else None
