@@ -1,4 +1,4 @@
-"""What to do where the system gives no more of what it counts: open files, threads and processes."""
+"""What to do where the system gives no more of what it counts: open files, bytes of a file, threads and processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ THREAD_REMEDY = (
 _REMEDIES = {
     errno.EMFILE: "This process has as many files open as it may: raise its limit (`ulimit -n`)",
     errno.ENFILE: "This machine has as many files open as it may: raise its limit (`sysctl fs.file-max`)",
+    errno.EFBIG: "No file may be so large: raise the limit (`ulimit -f`), or name a disk that takes such files",
     errno.EAGAIN: THREAD_REMEDY,  # of a process that is to be started
 }
 
