@@ -18,6 +18,7 @@ from gpuparse.bench.data import BenchData, SliceRef, square_plane
 from gpuparse.bench.peers.shared import TorchSide, draw_class_ids, draw_text, folder_bytes, worker_variants
 from gpuparse.bench.settings import NUM_PROMPTS, BenchSettings
 from gpuparse.bench.sides import PlainBatch
+from gpuparse.optional import import_zarr
 
 __all__ = ["make", "variants"]
 
@@ -35,10 +36,8 @@ class _ZarrDataset:
         self.reseed(0)
 
     def reseed(self, seed: int) -> None:
-        import zarr
-
         # Each worker has a core: one thread to decode with, and files opened here, since zarr's loop survives no fork.
-        zarr.config.set({"threading.max_workers": 1})
+        import_zarr().config.set({"threading.max_workers": 1})
         self._arrays = {}
         self._random = np.random.RandomState(seed)
         self._augment = ReferenceAugmentation(seed, vectorised_salt=True)
@@ -60,12 +59,10 @@ class _ZarrDataset:
         return np.dstack(channels), square_plane(ids, self._size, labels=True)
 
     def _open(self, ref: SliceRef) -> tuple[Any, Any]:
-        import zarr
-
         key = (ref.volume.dataset, ref.volume.path.stem)
         if key not in self._arrays:
             path = self._data.stores / ref.volume.dataset / "train.zarr/cases" / ref.volume.path.stem
-            group: Any = zarr.open_group(path, mode="r")
+            group: Any = import_zarr().open_group(path, mode="r")
             self._arrays[key] = group["0"], group["labels/gts/0"]
         return self._arrays[key]
 
