@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -51,6 +51,7 @@ __all__ = ["SliceDataset"]
 
 _LOG = logging.getLogger("gpuparse")
 _DEFAULT_TRANSFORMS = Augmentation()
+_NO_SHARED_MEMORY = (errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSYS)  # for anyone in this place
 
 
 class SliceDataset(Dataset[dict[str, Any]]):
@@ -355,8 +356,11 @@ class SliceDataset(Dataset[dict[str, Any]]):
 
 def _shared(numbers: torch.Tensor) -> torch.Tensor:
     """A tensor, moved to shared memory; as it is where there is none, where torch's workers cannot run either."""
-    with contextlib.suppress(RuntimeError):
+    try:
         numbers.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if not any(os.strerror(number) in str(error) for number in _NO_SHARED_MEMORY):
+            raise
     return numbers
 
 

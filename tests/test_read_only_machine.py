@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -76,9 +77,14 @@ def test_datasets_do_without_shared_memory(sample_stores, monkeypatch):
     expected = make()
 
     def refuse(tensor):
-        raise RuntimeError("unable to open shared memory object </torch_1_2_0> in read-write mode")
+        told = f"{os.strerror(number)} ({number})"
+        raise RuntimeError(f"unable to open shared memory object </torch_1_2_0> in read-write mode: {told}")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    number = errno.EMFILE  # workers may well run: they would not see set_epoch
+    with pytest.raises(RuntimeError, match=r"shared memory .* Too many open files"):
+        make()
+    number = errno.EROFS
     dataset = make()
     assert same([dataset[3]], [expected[3]])
     assert same([pickle.loads(pickle.dumps(dataset))[3]], [expected[3]])
