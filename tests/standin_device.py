@@ -142,10 +142,13 @@ class StandInDali:
                 released = TensorList(copy, number, lambda: log.append(("released", step)))
                 return released, TensorList(inflated, number, lambda: None)
 
-            def end(self):
+            def _shutdown(self):
                 self._executor.shutdown(wait=True)
 
-            __del__ = end
+            def __del__(
+                self,
+            ):  # inside `threading`, perhaps, where no thread can be waited for
+                self._executor.shutdown(wait=False)
 
         fn = SimpleNamespace(
             external_source=external_source,
