@@ -120,7 +120,7 @@ class DataLoader:
         log_every: int = 0,
         **torch_options: Any,
     ) -> None:
-        check_torch_options(torch_options, _ARGUMENTS, inspect.signature(SliceDataset).parameters)
+        check_torch_options(torch_options, _ARGUMENTS, _DATASET_ARGUMENTS)
         self.dataset = dataset
         self.batch_size = whole_number("batch_size", batch_size, 1)
         self.shuffle = check_flag("shuffle", shuffle)
@@ -325,3 +325,4 @@ class DataLoader:
 _ARGUMENTS = tuple(
     name for name, kind in inspect.signature(DataLoader).parameters.items() if kind.kind is not kind.VAR_KEYWORD
 )
+_DATASET_ARGUMENTS = tuple(inspect.signature(SliceDataset).parameters)

@@ -200,7 +200,11 @@ class WorkerPool(TaskPool):
         if self._idle:
             self._busy.append(self._idle.pop())
         else:
-            _start(self._busy)
+            try:
+                _start(self._busy)
+            except OSError as error:
+                told = f"{len(self._busy)} at work: {error}. {_or_fewer(limit_remedy(error))}"
+                raise WorkerError(f"a process cannot be started beside {told}") from error
         worker = self._busy[-1]
         worker.number = number
         with contextlib.suppress(OSError):  # it has died: `_results` will notice
@@ -234,10 +238,7 @@ class WorkerPool(TaskPool):
 
 def _start(kept: list[_Worker]) -> None:
     """Starts a worker and adds it to a list, so that whoever ends the list's ends it too."""
-    try:
-        here, there = Pipe()
-    except OSError as error:
-        raise _not_started(len(kept), error) from error
+    here, there = Pipe()
     # An interrupt of the terminal reaches its whole process group. A worker inherits that it is held back, so that it
     # does not die with a traceback while it starts, and here it cannot come between the start and the note of it.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -249,18 +250,9 @@ def _start(kept: list[_Worker]) -> None:
             env={**_ENVIRONMENT, **os.environ},
         )
         kept.append(_Worker(process, here))
-    except OSError as error:
-        here.close()
-        raise _not_started(len(kept), error) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         there.close()
-
-
-def _not_started(num_running: int, error: OSError) -> WorkerError:
-    return WorkerError(
-        f"a process cannot be started beside {num_running} at work: {error}. {_or_fewer(limit_remedy(error))}"
-    )
 
 
 def _or_fewer(remedy: str | None) -> str:

@@ -145,9 +145,7 @@ class StandInDali:
             def _shutdown(self):
                 self._executor.shutdown(wait=True)
 
-            def __del__(
-                self,
-            ):  # inside `threading`, perhaps, where no thread can be waited for
+            def __del__(self):  # inside `threading`, perhaps, where no thread can be waited for
                 self._executor.shutdown(wait=False)
 
         fn = SimpleNamespace(

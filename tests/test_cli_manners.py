@@ -251,20 +251,45 @@ def test_a_full_disk_behind_standard_output_is_one_line_and_a_closed_pipe_is_non
     os.close(theirs)
 
 
-def test_an_error_of_another_file_than_standard_output_is_not_taken_for_it(strange_names):
+def run_failing(raised):
+    """A command that ends with an error which is none of the package's own."""
     code = (
         "import sys, gpuparse.cli\n"
         "def fail(*_, **__):\n"
-        "    raise OSError(28, 'No space left on device')\n"
+        f"    raise {raised}\n"
         "import gpuparse.info\n"
         "sys.modules['gpuparse.info'].info = fail\n"
         "sys.argv = ['gpuparse', 'info', 'x']\n"
         "gpuparse.cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+
+
+def test_an_error_of_another_file_than_standard_output_is_not_taken_for_it():
+    done = run_failing("OSError(28, 'No space left on device')")
     assert done.returncode == 1
     assert "standard output" not in done.stderr
     assert done.stderr.splitlines()[-1] == "OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "last"),
+    [
+        (
+            'RuntimeError("can\'t start new thread")',
+            2,
+            "error: can't start new thread. This user or container has as many threads and",
+        ),
+        ("OSError(24, 'Too many open files')", 2, "error: [Errno 24] Too many open files. This process has as many"),
+        ("RuntimeError('another one')", 1, "RuntimeError: another one"),
+    ],
+)
+def test_a_limit_that_any_library_meets_is_one_line(raised, status, last):
+    done = run_failing(raised)
+    lines = done.stderr.splitlines()
+    assert done.returncode == status
+    assert lines[-1].startswith(last)
+    assert len(lines) == 1 or status == 1
 
 
 # Progress bars.

@@ -315,10 +315,7 @@ def test_a_source_that_fails_midway(sources, undisturbed, tmp_path, failing, num
         (errno.ENOTCONN, r"'.*/x' or what is in it is gone: mount its disk again, or name another folder with --out$"),
         (errno.ENAMETOOLONG, r"File name too long\. Check the disk at '/"),
         (errno.EMFILE, r"Too many open files\. This process has as many files open .* its limit \(`ulimit -n`\)$"),
-        (
-            errno.EFBIG,
-            r"File too large\. No file may be so large: raise .* \(`ulimit -f`\), or name a disk",
-        ),
+        (errno.EFBIG, r"File too large\. No file may be so large: raise .* \(`ulimit -f`\), or name a disk"),
     ],
 )
 def test_other_failures_have_a_remedy_too(tmp_path, number, message):

@@ -1,7 +1,8 @@
 """The command line: one module for each command, gathered here.
 
 Exit status: 0 all done, 1 some files were skipped (check, doctor: errors were found; info: some stores cannot be read),
-2 nothing was done, a bad file stopped the run or standard output cannot be written, 130 interrupted.
+2 nothing was done, a bad file or a limit of the system stopped the run or standard output cannot be written, 130
+interrupted.
 """
 
 from __future__ import annotations
